@@ -1,0 +1,68 @@
+"""High-throughput offline generation for language models larger than the accelerator's memory.
+
+Public names are imported when first used, so that ``import flexgen_jax`` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from flexgen_jax import _siblings
+from flexgen_jax._version import __version__
+
+_siblings.check()
+
+if TYPE_CHECKING:
+    from flexgen_jax.checkpoint import convert, convert_dummy, open_store
+    from flexgen_jax.config import OPTConfig
+    from flexgen_jax.executor import ExecutionError
+    from flexgen_jax.llm import LLM, RequestError
+    from flexgen_jax.outputs import CompletionOutput, Logprob, RequestOutput
+    from flexgen_jax.report import Report
+    from flexgen_jax.sampling_params import SamplingParams
+    from scheduling.policy import Policy, Split, Tier
+    from scheduling.schedules import SCHEDULES
+    from scheduling.timeline import Timeline, write_trace
+    from scheduling.validate import ScheduleError, validate
+    from scheduling.workload import Workload
+    from storage.disk import DiskContext
+
+_HOME = {
+    "convert": "flexgen_jax.checkpoint",
+    "convert_dummy": "flexgen_jax.checkpoint",
+    "open_store": "flexgen_jax.checkpoint",
+    "OPTConfig": "flexgen_jax.config",
+    "ExecutionError": "flexgen_jax.executor",
+    "LLM": "flexgen_jax.llm",
+    "RequestError": "flexgen_jax.llm",
+    "CompletionOutput": "flexgen_jax.outputs",
+    "Logprob": "flexgen_jax.outputs",
+    "RequestOutput": "flexgen_jax.outputs",
+    "Report": "flexgen_jax.report",
+    "SamplingParams": "flexgen_jax.sampling_params",
+    "Policy": "scheduling.policy",
+    "Split": "scheduling.policy",
+    "Tier": "scheduling.policy",
+    "SCHEDULES": "scheduling.schedules",
+    "Timeline": "scheduling.timeline",
+    "write_trace": "scheduling.timeline",
+    "ScheduleError": "scheduling.validate",
+    "validate": "scheduling.validate",
+    "Workload": "scheduling.workload",
+    "DiskContext": "storage.disk",
+}
+
+__all__ = [*sorted(_HOME), "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'flexgen_jax' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

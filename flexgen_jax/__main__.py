@@ -1,0 +1,3 @@
+from flexgen_jax.cli import main
+
+main()

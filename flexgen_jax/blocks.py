@@ -1,0 +1,119 @@
+"""Requests into device batches, and batches into blocks.
+
+A batch is one shape: its prompts are padded to a common length from a short list of lengths, so
+that a job compiles a handful of programs. Sorting by length keeps the padding small. Each batch of
+a block has its own length; what a block shares is the passes over the weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from flexgen_jax.sampling_params import SamplingParams
+from scheduling.workload import Workload
+
+CACHE_MULTIPLE = 32
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+    """A prompt that has passed every check. ``index`` is its place in the input."""
+
+    index: int
+    prompt: str | None
+    token_ids: tuple[int, ...]
+    params: SamplingParams
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batch:
+    """Requests that one kernel launch sees: ``rows`` rows, the last of which may be empty."""
+
+    requests: tuple[Request, ...]
+    rows: int
+    prompt_len: int
+
+    @property
+    def num_steps(self) -> int:
+        return max(r.params.max_tokens for r in self.requests)
+
+    @property
+    def cache_len(self) -> int:
+        """Positions of the KV cache. The last token is never fed back: it needs no place."""
+        need = self.prompt_len + self.num_steps - 1
+        return -(-need // CACHE_MULTIPLE) * CACHE_MULTIPLE
+
+    def tokens(self) -> np.ndarray:
+        """(rows, prompt_len) int32, padded on the left; an empty row is one token 0."""
+        out = np.zeros((self.rows, self.prompt_len), np.int32)
+        for row, request in enumerate(self.requests):
+            out[row, self.prompt_len - len(request.token_ids) :] = request.token_ids
+        return out
+
+    def padding(self) -> np.ndarray:
+        """(rows,) int32: positions of padding at the left of each row."""
+        lengths = [len(r.token_ids) for r in self.requests]
+        lengths += [1] * (self.rows - len(lengths))
+        return self.prompt_len - np.asarray(lengths, np.int32)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Block:
+    """The batches that one schedule processes together."""
+
+    batches: tuple[Batch, ...]
+
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        return tuple(r for batch in self.batches for r in batch.requests)
+
+    def workload(self, num_layers: int, weight_slots: int = 2) -> Workload:
+        """What the schedule has to order; lengths are the longest batch's."""
+        return Workload(
+            num_steps=max(b.num_steps for b in self.batches),
+            num_layers=num_layers,
+            num_batches=len(self.batches),
+            device_batch_size=max(b.rows for b in self.batches),
+            prompt_len=max(b.prompt_len for b in self.batches),
+            weight_slots=weight_slots,
+        )
+
+
+def padded_length(length: int) -> int:
+    """The bucket of a prompt length: multiples of 16, from 64 of an eighth to a quarter of it."""
+    step = 16
+    while length > 4 * step and step < 128:
+        step *= 2
+    return -(-length // step) * step
+
+
+def padded_rows(count: int, device_batch_size: int) -> int:
+    """The rows of a batch of ``count`` requests: a power of two, or ``device_batch_size``."""
+    rows = 1
+    while rows < count:
+        rows *= 2
+    return min(rows, device_batch_size)
+
+
+def make_blocks(
+    requests: Sequence[Request], *, device_batch_size: int, num_device_batches: int
+) -> Iterator[Block]:
+    """Cuts ``requests`` into blocks, long prompts first: memory trouble shows at the start."""
+    order = sorted(requests, key=lambda r: (-len(r.token_ids), -r.params.max_tokens, r.index))
+    batches = [
+        Batch(
+            requests=tuple(group),
+            rows=padded_rows(len(group), device_batch_size),
+            prompt_len=padded_length(max(len(r.token_ids) for r in group)),
+        )
+        for group in _groups(order, device_batch_size)
+    ]
+    for group in _groups(batches, num_device_batches):
+        yield Block(tuple(group))
+
+
+def _groups(items: Sequence, size: int) -> Iterator[Sequence]:
+    return (items[i : i + size] for i in range(0, len(items), size))

@@ -1,0 +1,52 @@
+"""The demo: the bundled tiny model, every weight on disk, and what happened while it ran."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+
+
+def run_demo(output_dir: Path, max_tokens: int, say: Callable[[str], None]) -> None:
+    """Completes the bundled prompts; writes completions, trace and picture to ``output_dir``."""
+    import flexgen_jax as fg
+    from flexgen_jax import batch, progress
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    completions = output_dir / "completions.jsonl"
+    files = resources.files("flexgen_jax") / "demo_model"
+    policy = fg.Policy(device_batch_size=4, num_device_batches=3, weights=fg.Split(device=0, disk=100))
+    # The demo converts the model anew each time: it is part of what there is to see.
+    with (
+        resources.as_file(files) as model,
+        tempfile.TemporaryDirectory(prefix="flexgen-jax-demo-") as offload,
+        batch.Results(completions) as results,
+        fg.LLM(str(model), policy=policy, offload_dir=offload, say=say) as llm,
+    ):
+        defaults = fg.SamplingParams(max_tokens=max_tokens, temperature=0.7, top_k=40)
+        job = batch.read_job(llm, model / "prompts.jsonl", defaults)
+        say(llm.placement.describe("weights"))
+        with progress.tokens(job.max_new_tokens) as advance:
+            batch.run_job(llm, job, results, model="demo", progress=advance)
+        report = llm.report
+    assert report is not None
+    for line in completions.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        say(f"\n[{record['id']}] {record['prompt']}>>>{record['text']}")
+    say(
+        f"\n{report.generated_tokens} tokens in {report.seconds:.1f} s "
+        f"({report.compilations} programs compiled in that time): "
+        f"{report.tokens_per_second:.1f} tokens/s; {report.disk_bytes / 1e6:.0f} MB read from disk"
+    )
+    trace = output_dir / "timeline.json"
+    fg.write_trace(trace, report.timeline)
+    say(f"completions: {completions}\ntrace (open it at ui.perfetto.dev): {trace}")
+    try:
+        from scheduling.plot import plot
+
+        plot(report.timeline, output_dir / "timeline.png")
+        say(f"timeline: {output_dir / 'timeline.png'}")
+    except ImportError as error:
+        say(f"no picture: {error}")

@@ -1,0 +1,175 @@
+"""The line formats of batch jobs: what a line asks, and how its answer is written.
+
+Two dialects: plain lines (``{"prompt": ...}`` with sampling fields beside it) and OpenAI batch
+lines (``custom_id``, ``url``, ``body``). A line is answered in its own dialect.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from flexgen_jax.outputs import CompletionOutput, RequestOutput
+
+_PROMPT_FIELDS = ("prompt", "prompt_token_ids")
+# Fields of an OpenAI body that change nothing here, and those that would: with the value that
+# asks for nothing.
+_OPENAI_NEUTRAL = {"model", "user", "metadata"}
+_OPENAI_OFF = {"stream": False, "echo": False, "best_of": 1, "suffix": None, "stream_options": None}
+
+
+class LineError(ValueError):
+    """A line that is no request; ``kind`` classes the mistake, ``id`` is the line's, if it has one."""
+
+    def __init__(self, kind: str, message: str, line_id: Any = None, openai: bool = False) -> None:
+        super().__init__(message)
+        self.kind, self.id, self.openai = kind, line_id, openai
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A request as its line words it: ``prompt`` for ``LLM.request``, ``sampling`` unchecked."""
+
+    line: int
+    id: Any
+    prompt: Mapping[str, Any]
+    sampling: Mapping[str, Any]
+    openai: bool = False
+
+
+def parse_line(raw: bytes, line: int) -> Asked:
+    """Reads one line.
+
+    Raises:
+        LineError: not UTF-8, not a JSON object, or fields that do not make a request.
+    """
+    try:
+        values = json.loads(raw.decode("utf-8"))
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise LineError("invalid_json", f"not UTF-8 JSON: {error}") from error
+    except ValueError as error:
+        raise LineError("invalid_json", f"not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise LineError(
+            "invalid_request", f"expected a JSON object, got {type(values).__name__}"
+        )
+    return _openai(values, line) if "custom_id" in values or "body" in values else _plain(values, line)
+
+
+def _plain(values: dict[str, Any], line: int) -> Asked:
+    line_id = values.pop("id", None)
+    if isinstance(line_id, (dict, list)):
+        raise LineError("invalid_request", f"id must be a text or a number, got {line_id!r}")
+    line_id = line if line_id is None else line_id
+    prompt = {k: values.pop(k) for k in _PROMPT_FIELDS if k in values}
+    if not prompt:
+        raise LineError(
+            "invalid_request", "expected a 'prompt' or 'prompt_token_ids', found neither", line_id
+        )
+    return Asked(line, line_id, prompt, values)
+
+
+def _openai(values: dict[str, Any], line: int) -> Asked:
+    line_id = values.get("custom_id")
+
+    def wrong(message: str) -> LineError:
+        return LineError("invalid_request", message, line_id, openai=True)
+
+    if not isinstance(line_id, str):
+        raise wrong(f"custom_id must be a text, got {line_id!r}")
+    if values.get("method", "POST") != "POST":
+        raise wrong(f"method must be 'POST', got {values['method']!r}")
+    if values.get("url") != "/v1/completions":
+        raise wrong(f"url must be '/v1/completions', got {values.get('url')!r}")
+    body = values.get("body")
+    if not isinstance(body, dict):
+        raise wrong(f"body must be a JSON object, got {body!r}")
+    for name, off in _OPENAI_OFF.items():
+        if body.get(name, off) not in (off, None):
+            raise wrong(f"{name}={body[name]!r} is not supported; leave it at {off!r}")
+    if "prompt" not in body:
+        raise wrong("the body has no 'prompt'")
+    skipped = {*_OPENAI_NEUTRAL, *_OPENAI_OFF, "prompt"}
+    sampling = {k: v for k, v in body.items() if k not in skipped}
+    return Asked(line, line_id, {"prompt": body["prompt"]}, sampling, openai=True)
+
+
+def answer(asked: Asked, output: RequestOutput, model: str) -> dict[str, Any]:
+    """The output record of a finished request."""
+    completion = output.outputs[0]
+    if asked.openai:
+        return _openai_answer(asked, output, completion, model)
+    record: dict[str, Any] = {"id": asked.id}
+    if isinstance(asked.prompt.get("prompt"), str):
+        record["prompt"] = asked.prompt["prompt"]
+    record |= {
+        "text": completion.text,
+        "token_ids": list(completion.token_ids),
+        "finish_reason": completion.finish_reason,
+    }
+    if completion.stop_reason is not None:
+        record["stop_reason"] = completion.stop_reason
+    if completion.logprobs is not None:
+        record["cumulative_logprob"] = completion.cumulative_logprob
+        record["logprobs"] = [
+            {str(token): dataclasses.asdict(p) for token, p in entry.items()}
+            for entry in completion.logprobs
+        ]
+    return record
+
+
+def _openai_answer(
+    asked: Asked, output: RequestOutput, completion: CompletionOutput, model: str
+) -> dict[str, Any]:
+    prompt_tokens, new_tokens = len(output.prompt_token_ids), len(completion.token_ids)
+    logprobs = None
+    if completion.logprobs is not None:
+        chosen = list(zip(completion.logprobs, completion.token_ids, strict=True))
+        logprobs = {
+            "tokens": [entry[t].decoded_token for entry, t in chosen],
+            "token_logprobs": [entry[t].logprob for entry, t in chosen],
+            "top_logprobs": [
+                {p.decoded_token or str(t): p.logprob for t, p in entry.items()}
+                for entry, _ in chosen
+            ],
+        }
+    body = {
+        "id": f"cmpl-{asked.id}",
+        "object": "text_completion",
+        "model": model,
+        "choices": [
+            {
+                "index": 0,
+                "text": completion.text,
+                "logprobs": logprobs,
+                "finish_reason": completion.finish_reason,
+            }
+        ],
+        "usage": {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": new_tokens,
+            "total_tokens": prompt_tokens + new_tokens,
+        },
+    }
+    response = {"status_code": 200, "request_id": f"line-{asked.line}", "body": body}
+    return {
+        "id": f"line-{asked.line}",
+        "custom_id": asked.id,
+        "response": response,
+        "error": None,
+    }
+
+
+def error_record(line: int, error: LineError) -> dict[str, Any]:
+    """The output record of a line that could not be run."""
+    if error.openai:
+        return {
+            "id": f"line-{line}",
+            "custom_id": error.id,
+            "response": None,
+            "error": {"code": error.kind, "message": str(error), "line": line},
+        }
+    details = {"line": line, "type": error.kind, "message": str(error)}
+    return {"id": line if error.id is None else error.id, "error": details}

@@ -1,0 +1,235 @@
+"""The one loop: runs any valid schedule and measures it.
+
+Owns threads, order and time; knows neither model nor tier. What an op *does* is the business of
+the ``Effects`` it is given.
+
+Each stream is a thread that performs its issues in order. An issue starts when the issues it needs
+(``scheduling.dependencies``, the same that the validator and the simulator use) are done. A
+computation is done when it is dispatched, since what comes after it works on its results, which
+JAX makes wait by itself; when the results become ready is watched by one more thread, which
+measures the spans of the compute stream.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from array import array
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import jax
+
+from scheduling.dependencies import Issue, Stream, bind
+from scheduling.ops import Op
+from scheduling.timeline import Span, Timeline
+from scheduling.workload import Workload
+
+
+class Effects(Protocol):
+    """What the ops of a schedule do. Each method is called on the thread of the op's stream."""
+
+    def perform(self, issue: Issue) -> Any:
+        """Does the op; returns JAX arrays that are ready when its work is, or None: done now."""
+        ...
+
+    def effortless(self, op: Op) -> bool:
+        """True for an op that is no work at all here: it takes neither a thread nor time."""
+        ...
+
+    def wanted(self, op: Op) -> bool:
+        """False for an op that has become needless (its batch is finished): it is skipped."""
+        ...
+
+    def finished(self) -> bool:
+        """True when nothing more is wanted: the schedule is not consumed further."""
+        ...
+
+
+class ExecutionError(RuntimeError):
+    """An op that failed; ``op`` is the op, ``__cause__`` the error."""
+
+    def __init__(self, op: Op, cause: BaseException) -> None:
+        super().__init__(f"{op} failed: {cause}")
+        self.op = op
+
+
+class _Cancelled(Exception):
+    """Raised on a waiting thread when the run ends early."""
+
+
+class _Run:
+    """The state of one execution that its threads share."""
+
+    def __init__(self, effects: Effects) -> None:
+        self.effects = effects
+        self.changed = threading.Condition()
+        self.done: dict[Stream, int] = {}  # how many issues of each stream are done
+        self.failure: tuple[Op, BaseException] | None = None
+        self.cancelled = False
+        self.spans: list[Span] = []
+        self.origin = time.perf_counter()
+
+    def now(self) -> float:
+        return time.perf_counter() - self.origin
+
+    def wait_until_done(self, places: Iterable[tuple[Stream, int]]) -> None:
+        with self.changed:
+            for stream, place in places:
+                while self.done.get(stream, 0) <= place:
+                    if self.cancelled:
+                        raise _Cancelled
+                    self.changed.wait()
+            if self.cancelled:
+                raise _Cancelled
+
+    def mark_done(self, stream: Stream) -> None:
+        with self.changed:
+            self.done[stream] = self.done.get(stream, 0) + 1
+            self.changed.notify_all()
+
+    def cancel(self, failure: tuple[Op, BaseException] | None = None) -> None:
+        with self.changed:
+            self.failure = self.failure or failure
+            self.cancelled = True
+            self.changed.notify_all()
+
+    def record(self, issue: Issue, start: float, end: float) -> None:
+        self.spans.append(Span.of(issue.op, issue.stream, start, end))
+
+
+class _Worker(threading.Thread):
+    """Performs the issues of one stream, in order."""
+
+    def __init__(self, run: _Run, stream: Stream, watch: _Watch) -> None:
+        super().__init__(name=f"flexgen-{stream.value}", daemon=True)
+        self._run, self._stream, self._watch = run, stream, watch
+        self.queue: queue.SimpleQueue[tuple[Issue, list[tuple[Stream, int]]] | None] = (
+            queue.SimpleQueue()
+        )
+
+    def run(self) -> None:
+        run = self._run
+        while (item := self.queue.get()) is not None:
+            issue, places = item
+            try:
+                run.wait_until_done(places)
+                if run.effects.wanted(issue.op):
+                    start = run.now()
+                    ready = run.effects.perform(issue)
+                    if ready is None:
+                        run.record(issue, start, run.now())
+                    else:
+                        self._watch.queue.put((issue, start, ready))
+            except _Cancelled:
+                return
+            except BaseException as error:
+                run.cancel((issue.op, error))
+                return
+            run.mark_done(self._stream)
+
+
+class _Watch(threading.Thread):
+    """Waits for results in the order of their dispatch: one device computes one thing at a time."""
+
+    def __init__(self, run: _Run) -> None:
+        super().__init__(name="flexgen-watch", daemon=True)
+        self._run = run
+        self.queue: queue.SimpleQueue[tuple[Issue, float, Any] | None] = queue.SimpleQueue()
+
+    def run(self) -> None:
+        previous = 0.0
+        while (item := self.queue.get()) is not None:
+            issue, start, ready = item
+            try:
+                jax.block_until_ready(ready)
+            except BaseException as error:
+                self._run.cancel((issue.op, error))
+                return
+            del ready, item  # results must not outlive their last reader by waiting here
+            end = self._run.now()
+            self._run.record(issue, max(start, previous), end)
+            previous = end
+
+
+def execute(
+    ops: Iterable[Op], workload: Workload, effects: Effects, *, look_ahead: int | None = None
+) -> Timeline:
+    """Runs ``ops`` to the end, or until ``effects`` is finished.
+
+    Args:
+        look_ahead: How many issues may be waiting or running; None: about four layers' worth, so
+            that a load two layers ahead is never held up by the batches in between.
+
+    Returns:
+        The measured timeline; seconds count from the call.
+
+    Raises:
+        ScheduleError: the order is not valid; nothing beyond the valid part has run. Callers that
+            want nothing to run at all call :func:`scheduling.validate` before.
+        ExecutionError: an op failed; all threads have ended.
+        KeyboardInterrupt: likewise.
+    """
+    limit = look_ahead or max(64, 4 * (5 * workload.num_batches + 2))
+    run = _Run(effects)
+    watch = _Watch(run)
+    workers: dict[Stream, _Worker] = {}
+    issued: dict[Stream, int] = {}
+    # Where each issue stands in its stream, by index: 5 bytes an issue, for blocks of millions.
+    order = tuple(Stream)
+    number = {stream: i for i, stream in enumerate(order)}
+    stream_at, place_at = array("B"), array("I")
+    # An effortless issue is done when what it needs is: it stands for those places.
+    stands_for: dict[int, dict[Stream, int]] = {}
+
+    def places_of(issue: Issue) -> dict[Stream, int]:
+        latest: dict[Stream, int] = {}
+        for need in issue.needs:
+            places = stands_for.get(need)
+            if places is None:
+                places = {order[stream_at[need]]: place_at[need]}
+            for stream, place in places.items():
+                latest[stream] = max(latest.get(stream, -1), place)
+        return latest
+
+    watch.start()
+    total = 0
+    try:
+        for issue in bind(ops, workload):
+            with run.changed:
+                while total - sum(run.done.values()) >= limit and not run.cancelled:
+                    run.changed.wait()
+            if run.cancelled or effects.finished():
+                break
+            stream_at.append(number[issue.stream])
+            place_at.append(issued.get(issue.stream, 0))
+            places = places_of(issue)
+            if effects.effortless(issue.op):
+                stands_for[issue.index] = places
+                continue
+            worker = workers.get(issue.stream)
+            if worker is None:
+                worker = workers[issue.stream] = _Worker(run, issue.stream, watch)
+                worker.start()
+            issued[issue.stream] = issued.get(issue.stream, 0) + 1
+            places.pop(issue.stream, None)  # its own stream is in order anyway
+            worker.queue.put((issue, list(places.items())))
+            total += 1
+        with run.changed:
+            while total > sum(run.done.values()) and not run.cancelled:
+                run.changed.wait()
+    except BaseException:
+        run.cancel()
+        raise
+    finally:
+        for thread in (*workers.values(), watch):
+            thread.queue.put(None)
+            if thread is not watch:
+                thread.join()
+        watch.join()
+    if run.failure is not None:
+        op, error = run.failure
+        raise ExecutionError(op, error) from error
+    run.spans.sort(key=lambda span: span.start)
+    return Timeline(spans=tuple(run.spans), label="measured")

@@ -1,0 +1,324 @@
+"""The Python API: prompts → blocks → schedule → executor → outputs."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from flexgen_jax.blocks import Block, Request, make_blocks
+from flexgen_jax.checkpoint import open_store, resolve
+from flexgen_jax.executor import execute
+from flexgen_jax.generation import BlockEffects, Generated, OnLogits
+from flexgen_jax.kernels import compilations
+from flexgen_jax.memory import automatic_policy, parse_bytes
+from flexgen_jax.outputs import CompletionOutput, Logprob, RequestOutput
+from flexgen_jax.report import Report
+from flexgen_jax.sampling_params import SamplingParams
+from flexgen_jax.tokenization import load_tokenizer
+from flexgen_jax.weights import Weights, place_weights
+from scheduling.ops import Op
+from scheduling.policy import Policy, Split
+from scheduling.schedules import SCHEDULES
+from scheduling.timeline import Timeline
+from scheduling.transforms import serialized
+from scheduling.validate import validate
+from scheduling.workload import Workload
+from storage.disk import DiskContext
+
+Schedule = Callable[[Workload], Iterable[Op]]
+Prompt = str | Sequence[int] | Mapping[str, Any]
+OnBlock = Callable[[list[RequestOutput]], None]
+
+
+class RequestError(ValueError):
+    """A prompt that cannot be run, or sampling parameters that do not fit it."""
+
+
+class LLM:
+    """A model whose weights may be larger than the device's memory. A context manager.
+
+    Args:
+        model: A weight store, a Hugging Face directory, or a hub name. The latter two are
+            converted on first use into ``offload_dir`` (or the cache directory), and reused.
+        policy: A :class:`Policy`, or ``"auto"``: weights on the device while they fit, then in
+            host memory, the rest on disk.
+        schedule: A name of ``SCHEDULES`` or any function from a ``Workload`` to ops.
+        device_memory: Bytes, or text such as ``"12GiB"``, that ``"auto"`` may use; None: what the
+            machine has. ``host_memory``: likewise.
+        offload_dir: Where converted models are kept; None: ``~/.cache/flexgen-jax``.
+        dtype: ``"float32"`` or ``"bfloat16"``: of weights, cache and activations.
+        seed: For requests that have none of their own.
+        disk: How the disk tier is read.
+        say: Told in plain words what takes long (a conversion); None: the ``flexgen_jax`` logger.
+        wrap_store: Wraps the tiers' stores (a throttle, a log, faults): for research and tests.
+
+    Raises:
+        ValueError: a model, store, policy or schedule that cannot be used; the message says why.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        policy: Policy | Literal["auto"] = "auto",
+        schedule: str | Schedule = "zigzag",
+        device_memory: int | str | None = None,
+        host_memory: int | str | None = None,
+        offload_dir: str | None = None,
+        dtype: str = "float32",
+        seed: int = 0,
+        disk: DiskContext | None = None,
+        say: Callable[[str], None] | None = None,
+        wrap_store: Any = None,
+    ) -> None:
+        self.schedule_name, self._schedule = _schedule(schedule)
+        limits = parse_bytes(device_memory), parse_bytes(host_memory)
+        if policy != "auto":
+            _refuse_unbuilt(policy)
+        store = resolve(str(model), dtype=dtype, offload_dir=offload_dir, say=say or _log)
+        self._model = open_store(store, dtype=dtype)
+        self.config = self._model.config
+        self.tokenizer = load_tokenizer(self._model.path)
+        sizes = {name: file.nbytes for name, file in self._model.arrays.items()}
+        self.policy = automatic_policy(sizes, *limits) if policy == "auto" else policy
+        self.placement = place_weights(sizes, self.policy.weights)
+        self.seed = seed
+        self.report: Report | None = None
+        self._weights = Weights(self._model, self.placement, context=disk, wrap=wrap_store)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: Callable[[int], None] | None = None,
+        on_block: OnBlock | None = None,
+        on_logits: OnLogits | None = None,
+    ) -> list[RequestOutput]:
+        """Completes every prompt; results in the order of ``prompts``.
+
+        Args:
+            prompts: Strings, lists of token ids, or dicts with ``prompt`` or ``prompt_token_ids``.
+            sampling_params: One for all, or one per prompt; None: the defaults.
+            progress: Told the number of new tokens whenever some are booked.
+            on_block: Given the results of each block as it finishes.
+            on_logits: Given (step, batch, logits) of every head computation.
+
+        Raises:
+            RequestError: prompts that cannot be run, all of them named; nothing has run.
+            ExecutionError: an op failed.
+        """
+        if isinstance(prompts, (str, Mapping)) or (
+            isinstance(prompts, Sequence) and prompts and isinstance(prompts[0], int)
+        ):
+            prompts = [prompts]  # type: ignore[list-item]
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params or SamplingParams()] * len(prompts)
+        if len(sampling_params) != len(prompts):
+            raise RequestError(
+                f"{len(prompts)} prompts but {len(sampling_params)} sampling parameters: "
+                "give one for all, or one per prompt"
+            )
+        requests, problems = [], []
+        for index, (prompt, params) in enumerate(zip(prompts, sampling_params, strict=True)):
+            try:
+                requests.append(self.request(index, prompt, params))
+            except RequestError as error:
+                problems.append(f"prompt {index}: {error}")
+        if problems:
+            raise RequestError("; ".join(problems))
+        return self.run(requests, progress=progress, on_block=on_block, on_logits=on_logits)
+
+    def request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
+        """Checks one prompt against the model and makes a :class:`Request` of it.
+
+        Raises:
+            RequestError: what is wrong with it.
+        """
+        text, ids = _parse_prompt(prompt)
+        if ids is None:
+            assert text is not None
+            if self.tokenizer is None:
+                raise RequestError(
+                    "this model has no tokenizer files; give prompt_token_ids instead of text"
+                )
+            ids = self.tokenizer.encode(text)
+        if not ids:
+            raise RequestError("the prompt has no tokens; give at least one")
+        vocab = self.config.vocab_size
+        for what, values in (("token id", ids), ("stop token id", params.stop_token_ids)):
+            bad = next((i for i in values if not 0 <= i < vocab), None)
+            if bad is not None:
+                raise RequestError(f"{what} {bad} is outside the vocabulary (0 to {vocab - 1})")
+        room = self.config.max_position_embeddings
+        if len(ids) + params.max_tokens > room:
+            raise RequestError(
+                f"too long: {len(ids)} prompt tokens and max_tokens {params.max_tokens} "
+                f"exceed the model's {room} positions"
+            )
+        return Request(index, text, tuple(ids), params)
+
+    def run(
+        self,
+        requests: Sequence[Request],
+        *,
+        progress: Callable[[int], None] | None = None,
+        on_block: OnBlock | None = None,
+        on_logits: OnLogits | None = None,
+    ) -> list[RequestOutput]:
+        """Completes checked requests; results in their order. Sets :attr:`report`."""
+        blocks = self.blocks(requests)
+        for block in blocks:  # refuse a bad schedule before anything runs
+            workload = block.workload(self._weights.num_layers)
+            validate(self._schedule(workload), workload)
+        compiled, bytes_read = compilations(), self._weights.disk_bytes
+        started = time.perf_counter()
+        outputs: dict[int, RequestOutput] = {}
+        timelines = []
+        for block in blocks:
+            effects, timeline = self._run_block(block, progress, on_logits)
+            finished = [self._output(g) for g in effects.results()]
+            timelines.append((time.perf_counter() - started - timeline.seconds, timeline))
+            outputs.update(zip((r.index for r in block.requests), finished, strict=True))
+            if on_block is not None:
+                on_block(finished)
+        self.report = Report(
+            policy=self.policy,
+            placement=self.placement,
+            schedule=self.schedule_name,
+            requests=len(requests),
+            blocks=len(blocks),
+            batches=sum(len(b.batches) for b in blocks),
+            prompt_tokens=sum(len(r.token_ids) for r in requests),
+            padded_tokens=sum(b.rows * b.prompt_len for k in blocks for b in k.batches),
+            generated_tokens=sum(len(o.outputs[0].token_ids) for o in outputs.values()),
+            seconds=time.perf_counter() - started,
+            compilations=compilations() - compiled,
+            disk_bytes=self._weights.disk_bytes - bytes_read,
+            timeline=Timeline.concatenate(timelines, label="measured"),
+        )
+        return [outputs[r.index] for r in requests]
+
+    def blocks(self, requests: Sequence[Request]) -> list[Block]:
+        """How ``requests`` would be grouped under the policy."""
+        return list(
+            make_blocks(
+                requests,
+                device_batch_size=self.policy.device_batch_size,
+                num_device_batches=self.policy.num_device_batches,
+            )
+        )
+
+    def _run_block(
+        self, block: Block, progress: Callable[[int], None] | None, on_logits: OnLogits | None
+    ) -> tuple[BlockEffects, Timeline]:
+        workload = block.workload(self._weights.num_layers)
+        schedule = self._schedule if self.policy.overlap else serialized(self._schedule)
+        ring = self._weights.ring(workload.weight_slots)
+        effects = BlockEffects(
+            block, self._weights, ring, seed=self.seed, on_tokens=progress, on_logits=on_logits
+        )
+        timeline = execute(schedule(workload), workload, effects)
+        ring.close()
+        return effects, timeline
+
+    def _output(self, generated: Generated) -> RequestOutput:
+        request, ids = generated.request, generated.token_ids
+        text, logprobs, cumulative = "", None, None
+        visible = ids[:-1] if generated.finish_reason == "stop" else ids
+        if self.tokenizer is not None:
+            text = self.tokenizer.decode(visible)
+        if request.params.logprobs is not None:
+            logprobs = tuple(self._decoded(entry) for entry in generated.logprobs)
+            cumulative = sum(
+                entry[token].logprob for entry, token in zip(logprobs, ids, strict=True)
+            )
+        stopped_by = ids[-1] if ids and ids[-1] in request.params.stop_token_ids else None
+        completion = CompletionOutput(
+            index=0,
+            text=text,
+            token_ids=tuple(ids),
+            finish_reason=generated.finish_reason or "length",
+            stop_reason=stopped_by if generated.finish_reason == "stop" else None,
+            logprobs=logprobs,
+            cumulative_logprob=cumulative,
+        )
+        return RequestOutput(
+            str(request.index), request.prompt, request.token_ids, (completion,)
+        )
+
+    def _decoded(self, entry: dict[int, Logprob]) -> dict[int, Logprob]:
+        if self.tokenizer is None:
+            return entry
+        return {
+            token: Logprob(p.logprob, p.rank, self.tokenizer.token(token))
+            for token, p in entry.items()
+        }
+
+    def close(self) -> None:
+        """Gives back the weights' memory and file handles."""
+        self._weights.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _log(message: str) -> None:
+    logging.getLogger("flexgen_jax").info(message)
+
+
+def _schedule(schedule: str | Schedule) -> tuple[str, Schedule]:
+    if callable(schedule):
+        return getattr(schedule, "__name__", "schedule"), schedule
+    if schedule not in SCHEDULES:
+        raise ValueError(f"no schedule {schedule!r}; known: {', '.join(sorted(SCHEDULES))}")
+    return schedule, SCHEDULES[schedule]
+
+
+def _refuse_unbuilt(policy: Policy) -> None:
+    """A policy is never silently a no-op: what is not built yet is refused by name."""
+    everything = Split()
+    unbuilt = {
+        "cache off the device": policy.cache != everything,
+        "hidden off the device": policy.hidden != everything,
+        "host_attention": policy.host_attention,
+        "weight_bits": policy.weight_bits is not None,
+        "cache_bits": policy.cache_bits is not None,
+        "attention_sparsity below 1": policy.attention_sparsity != 1.0,
+        "num_stages above 1": policy.num_stages != 1,
+    }
+    asked = [name for name, given in unbuilt.items() if given]
+    if asked:
+        raise ValueError(f"not supported yet: {', '.join(asked)}; leave them at their defaults")
+
+
+def _parse_prompt(prompt: Prompt) -> tuple[str | None, list[int] | None]:
+    """(text, token ids); token ids win where both are given."""
+    if isinstance(prompt, Mapping):
+        if prompt.get("prompt_token_ids") is not None:
+            text, ids = prompt.get("prompt"), prompt["prompt_token_ids"]
+            return text if isinstance(text, str) else None, _token_ids(ids)
+        if "prompt" not in prompt:
+            raise RequestError("expected a 'prompt' or 'prompt_token_ids', found neither")
+        prompt = prompt["prompt"]
+    if isinstance(prompt, str):
+        return prompt, None
+    return None, _token_ids(prompt)
+
+
+def _token_ids(value: object) -> list[int]:
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        ids = list(value)
+        if all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            return ids
+    raise RequestError(f"expected a text or a list of token ids, got {_shown(value)}")
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

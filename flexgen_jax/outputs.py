@@ -1,0 +1,49 @@
+"""Results, in the shape of vLLM's."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Logprob:
+    """Natural log-probability of a token under the unmodified logits; rank 1 is the likeliest."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class CompletionOutput:
+    """One completion.
+
+    Attributes:
+        index: Which of the request's completions; always 0.
+        text: Decoded ``token_ids`` without special tokens; empty if the model has no tokenizer.
+        token_ids: All generated tokens, the one that ended the request included.
+        finish_reason: ``"stop"`` (end-of-text or a stop token) or ``"length"`` (``max_tokens``).
+        stop_reason: The stop token id of the request that ended it; None otherwise.
+        logprobs: Per token: token id -> :class:`Logprob` of the chosen and the likeliest tokens;
+            None unless asked for.
+        cumulative_logprob: Sum over the chosen tokens; None unless ``logprobs`` was asked for.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    stop_reason: int | None = None
+    logprobs: tuple[dict[int, Logprob], ...] | None = None
+    cumulative_logprob: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestOutput:
+    """A prompt and its completions; ``request_id`` is its place in the input, as a string."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: tuple[CompletionOutput, ...]
+    finished: bool = True

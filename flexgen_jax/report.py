@@ -1,0 +1,67 @@
+"""What a run did: placement, throughput, padding, and its measured timeline."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from scheduling.placement import Placement
+from scheduling.policy import Policy
+from scheduling.timeline import Timeline
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """Figures of one ``generate`` call.
+
+    Attributes:
+        placement: Where every weight tensor really lay.
+        seconds: Wall time from the first op to the last, compilation included.
+        prompt_tokens: Tokens of the prompts, as given.
+        padded_tokens: Positions that prefill computed, padding and empty rows included.
+        generated_tokens: New tokens of all requests.
+        blocks: How many blocks the requests made; ``batches``: how many device batches.
+        compilations: Programs compiled for layers and heads during this run.
+        disk_bytes: Weight bytes read from the disk tier.
+        timeline: Measured spans of all blocks, one after another.
+    """
+
+    policy: Policy
+    placement: Placement
+    schedule: str
+    requests: int
+    blocks: int
+    batches: int
+    prompt_tokens: int
+    padded_tokens: int
+    generated_tokens: int
+    seconds: float
+    compilations: int
+    disk_bytes: int
+    timeline: Timeline
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens over wall time: FlexGen's throughput."""
+        return self.generated_tokens / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def padding(self) -> float:
+        """The share of prefill positions that held no token of a prompt, in [0, 1)."""
+        return 1 - self.prompt_tokens / self.padded_tokens if self.padded_tokens else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures but the spans, which ``Timeline.to_json`` and a trace give."""
+        values = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.name not in ("policy", "placement", "timeline")
+        }
+        return {
+            "policy": self.policy.to_json(),
+            "placement": {"weights": self.placement.to_json()},
+            **values,
+            "tokens_per_second": self.tokens_per_second,
+            "padding": self.padding,
+            "streams": self.timeline.summary(),
+        }

@@ -1,0 +1,162 @@
+"""Which token comes next: parameters as people write them, and as a batch computes them.
+
+A request's tokens depend on its logits, its seed and the step alone: every row draws from its own
+random stream, so neighbours, blocks and schedules make no difference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt32
+
+from flexgen_jax.sampling_params import SamplingParams
+
+_MASKED = float(np.finfo(np.float32).min)
+
+
+class SamplingArrays(NamedTuple):
+    """The parameters of a batch, one row a request. Stop ids are filled up with -1."""
+
+    temperature: Float[Array, "batch"]
+    top_k: Int[Array, "batch"]
+    top_p: Float[Array, "batch"]
+    min_p: Float[Array, "batch"]
+    seed: UInt32[Array, "batch 2"]
+    min_tokens: Int[Array, "batch"]
+    stop_ids: Int[Array, "batch stops"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingFeatures:
+    """What a batch's program must be able to do; what no request asks for is not compiled in."""
+
+    random: bool = False
+    truncated: bool = False
+    delayed_stop: bool = False
+    num_logprobs: int | None = None
+
+
+class Sampled(NamedTuple):
+    """One new token per row, and log-probabilities (natural log, of the unmodified logits).
+
+    ``rank`` is 1 for the likeliest token. The last four have no columns, or are empty, where no
+    request of the batch asked for log-probabilities.
+    """
+
+    token: Int[Array, "batch"]
+    logprob: Float[Array, "rows"]
+    rank: Int[Array, "rows"]
+    top_ids: Int[Array, "rows k"]
+    top_logprobs: Float[Array, "rows k"]
+
+
+def seed_words(params: SamplingParams, fallback: tuple[int, int]) -> np.ndarray:
+    """The two words of a request's random key: its own seed, or one drawn from ``fallback``."""
+    if params.seed is not None:
+        value = params.seed % (1 << 64)
+        return np.array([value >> 32, value & 0xFFFFFFFF], np.uint32)
+    return np.random.SeedSequence(fallback).generate_state(2, np.uint32)
+
+
+def batch_arrays(
+    params: Sequence[SamplingParams],
+    seeds: Sequence[np.ndarray],
+    stop_ids: Sequence[Sequence[int]],
+    rows: int,
+) -> tuple[SamplingArrays, SamplingFeatures]:
+    """Parameters of a batch of ``rows`` rows, the last of which may be padding (greedy)."""
+    padded = [*params, *[SamplingParams(temperature=0.0)] * (rows - len(params))]
+    stops = [*map(list, stop_ids), *[[]] * (rows - len(params))]
+    most = max(1, *(len(s) for s in stops))
+    words = np.zeros((rows, 2), np.uint32)
+    if len(params):
+        words[: len(params)] = np.stack(list(seeds))
+    sampled = [p for p in params if p.temperature > 0]
+    counts = [p.logprobs for p in params if p.logprobs is not None]
+    arrays = SamplingArrays(
+        temperature=jnp.asarray([p.temperature for p in padded], jnp.float32),
+        top_k=jnp.asarray([max(0, p.top_k) for p in padded], jnp.int32),
+        top_p=jnp.asarray([p.top_p for p in padded], jnp.float32),
+        min_p=jnp.asarray([p.min_p for p in padded], jnp.float32),
+        seed=jnp.asarray(words),
+        min_tokens=jnp.asarray([p.min_tokens for p in padded], jnp.int32),
+        stop_ids=jnp.asarray([[*s, *[-1] * (most - len(s))] for s in stops], jnp.int32),
+    )
+    features = SamplingFeatures(
+        random=bool(sampled),
+        truncated=any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in sampled),
+        delayed_stop=any(p.min_tokens > 0 for p in params),
+        num_logprobs=max(counts) if counts else None,
+    )
+    return arrays, features
+
+
+def truncate(
+    logits: Float[Array, "vocab"], top_k: Array, top_p: Array, min_p: Array
+) -> Float[Array, "vocab"]:
+    """Masks what min-p, top-k and top-p exclude, in that order; the likeliest token always stays."""
+    vocab = logits.shape[0]
+    logits = jnp.where(
+        (min_p > 0) & (logits < logits.max() + jnp.log(jnp.maximum(min_p, 1e-30))), _MASKED, logits
+    )
+    descending = -jnp.sort(-logits)
+    kept = jnp.where(top_k > 0, jnp.minimum(top_k, vocab), vocab)
+    allowed = jnp.arange(vocab) < kept
+    probabilities = jax.nn.softmax(jnp.where(allowed, descending, _MASKED))
+    # A token stays if those before it do not reach top_p yet: the smallest set that does.
+    before = jnp.cumsum(probabilities) - probabilities
+    allowed &= (before < top_p) | (top_p >= 1)
+    allowed = allowed.at[0].set(True)
+    threshold = jnp.min(jnp.where(allowed, descending, jnp.inf))
+    return jnp.where(logits < threshold, _MASKED, logits)
+
+
+def _draw(logits: Array, arrays: SamplingArrays, step: Array, truncated: bool) -> Array:
+    def one(row: Array, a: SamplingArrays) -> Array:
+        scaled = row / jnp.where(a.temperature > 0, a.temperature, 1.0)
+        if truncated:
+            scaled = truncate(scaled, a.top_k, a.top_p, a.min_p)
+        key = jax.random.fold_in(jax.random.wrap_key_data(a.seed, impl="threefry2x32"), step)
+        # Gumbel-max: the arg max of noisy logits is a draw from their softmax.
+        noisy = scaled + jax.random.gumbel(key, row.shape, jnp.float32)
+        return jnp.argmax(jnp.where(a.temperature > 0, noisy, row))
+
+    return jax.vmap(one)(logits, arrays)
+
+
+@partial(jax.jit, static_argnames="features")
+def sample(
+    logits: Float[Array, "batch vocab"],
+    arrays: SamplingArrays,
+    step: Int[Array, ""],
+    *,
+    features: SamplingFeatures,
+) -> Sampled:
+    """Draws the token of generated index ``step`` (0: the first) of every row."""
+    raw = logits
+    if features.delayed_stop:
+        early = step < arrays.min_tokens
+        ids = jnp.where(early[:, None] & (arrays.stop_ids >= 0), arrays.stop_ids, logits.shape[1])
+        rows = jnp.arange(logits.shape[0])[:, None]
+        logits = logits.at[rows, ids].set(_MASKED, mode="drop")
+    if features.random:
+        token = _draw(logits, arrays, step, features.truncated)
+    else:
+        token = jnp.argmax(logits, axis=-1)
+    token = token.astype(jnp.int32)
+    k = features.num_logprobs
+    if k is None:
+        none = jnp.zeros(0, jnp.float32)
+        return Sampled(token, none, none.astype(jnp.int32), jnp.zeros((0, 0), jnp.int32), none[None])
+    logprobs = jax.nn.log_softmax(raw, axis=-1)
+    chosen = jnp.take_along_axis(logprobs, token[:, None], axis=1)
+    rank = 1 + jnp.sum(logprobs > chosen, axis=1, dtype=jnp.int32)
+    top, ids = jax.lax.top_k(logprobs, k)
+    return Sampled(token, chosen[:, 0], rank, ids.astype(jnp.int32), top)

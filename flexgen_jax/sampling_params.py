@@ -1,0 +1,170 @@
+"""What a request asks for, in vLLM's names and with its defaults. Knows no array."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+# Fields of vLLM's SamplingParams that mean something this library does not do yet, with the value
+# that means "off": accepting another would change what the user gets without a word.
+_NOT_YET = {
+    "n": 1,
+    "stop": None,
+    "prompt_logprobs": None,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "logit_bias": None,
+    "bad_words": None,
+}
+MAX_LOGPROBS = 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of a request are chosen and when it ends.
+
+    Attributes:
+        temperature: 0 is greedy; above, logits are divided by it before drawing.
+        top_k: Draw among the k likeliest tokens; 0 or -1: all.
+        top_p: Draw among the likeliest tokens that together reach this probability, in (0, 1].
+        min_p: Leave out tokens less likely than this share of the likeliest one's, in [0, 1].
+        seed: Of this request's random stream; None: derived from the ``LLM``'s seed and the
+            request's place in the input.
+        stop_token_ids: Token ids that end the request, beside the model's end-of-text token. The
+            token that ends a request is the last of ``token_ids`` and is not part of ``text``.
+        ignore_eos: Go on after the model's end-of-text token.
+        max_tokens: Most tokens to generate, at least 1.
+        min_tokens: Tokens to generate before a stop token may be chosen.
+        logprobs: Return the log-probabilities of the chosen and this many likeliest tokens.
+        max_new_tokens: Hugging Face's name of ``max_tokens``.
+        do_sample: Hugging Face's switch; False means ``temperature=0``.
+
+    Raises:
+        ValueError: a value out of range, or a vLLM field that is not supported.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    max_tokens: int = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    n: int = 1
+    stop: str | tuple[str, ...] | None = None
+    prompt_logprobs: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    bad_words: tuple[str, ...] | None = None
+    max_new_tokens: dataclasses.InitVar[int | None] = None
+    do_sample: dataclasses.InitVar[bool | None] = None
+
+    def __post_init__(self, max_new_tokens: int | None, do_sample: bool | None) -> None:
+        if max_new_tokens is not None:
+            if self.max_tokens not in (type(self).max_tokens, max_new_tokens):
+                raise ValueError(
+                    f"max_tokens={self.max_tokens} and max_new_tokens={max_new_tokens} are two "
+                    "names of one thing; give one"
+                )
+            object.__setattr__(self, "max_tokens", max_new_tokens)
+        if do_sample is not None:
+            _require(isinstance(do_sample, bool), "do_sample", "true or false", do_sample)
+            if not do_sample:
+                object.__setattr__(self, "temperature", 0.0)
+            elif self.temperature == 0:
+                raise ValueError("do_sample=True contradicts temperature=0 (greedy)")
+        for name, off in _NOT_YET.items():
+            if getattr(self, name) not in (off, [], (), {}):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not supported yet; leave it at {off!r}"
+                )
+        self._check_ranges()
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+
+    def _check_ranges(self) -> None:
+        number = _is_number
+        _require(
+            number(self.temperature) and 0 <= self.temperature < float("inf"),
+            "temperature",
+            "a number of at least 0",
+            self.temperature,
+        )
+        _require(
+            _is_int(self.top_k) and self.top_k >= -1, "top_k", "an integer of at least -1", self.top_k
+        )
+        _require(
+            number(self.top_p) and 0 < self.top_p <= 1, "top_p", "a number in (0, 1]", self.top_p
+        )
+        _require(
+            number(self.min_p) and 0 <= self.min_p <= 1, "min_p", "a number in [0, 1]", self.min_p
+        )
+        _require(self.seed is None or _is_int(self.seed), "seed", "an integer or null", self.seed)
+        _require(
+            isinstance(self.ignore_eos, bool), "ignore_eos", "true or false", self.ignore_eos
+        )
+        _require(
+            _is_int(self.max_tokens) and self.max_tokens >= 1,
+            "max_tokens",
+            "an integer of at least 1",
+            self.max_tokens,
+        )
+        _require(
+            _is_int(self.min_tokens) and 0 <= self.min_tokens <= self.max_tokens,
+            "min_tokens",
+            f"an integer from 0 to max_tokens ({self.max_tokens})",
+            self.min_tokens,
+        )
+        ids = self.stop_token_ids
+        _require(
+            ids is None or (isinstance(ids, (list, tuple)) and all(_is_int(i) and i >= 0 for i in ids)),
+            "stop_token_ids",
+            "a list of token ids",
+            ids,
+        )
+        _require(
+            self.logprobs is None or (_is_int(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS),
+            "logprobs",
+            f"null or an integer from 0 to {MAX_LOGPROBS}",
+            self.logprobs,
+        )
+
+    def updated(self, values: Mapping[str, Any]) -> SamplingParams:
+        """A copy with ``values`` (as read from a JSON line) in place.
+
+        Raises:
+            ValueError: an unknown field, by name, or a value out of range.
+        """
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        unknown = sorted(set(values) - set(own) - {"max_new_tokens", "do_sample"})
+        if unknown:
+            raise ValueError(
+                f"unknown sampling field {', '.join(map(repr, unknown))}; "
+                f"known: {', '.join(sorted(own))}"
+            )
+        if values.get("max_new_tokens") is not None and "max_tokens" not in values:
+            own["max_tokens"] = type(self).max_tokens
+        if values.get("do_sample") and "temperature" not in values and own["temperature"] == 0:
+            own["temperature"] = type(self).temperature
+        # null means "the default" in the JSON dialects this reads
+        given = {k: v for k, v in values.items() if v is not None or own.get(k, 0) is None}
+        return SamplingParams(**{**own, **given})
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _require(condition: bool, name: str, expected: str, value: object) -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {expected}, got {value!r}")

@@ -1,0 +1,83 @@
+"""Text to token ids and back, by the tokenizer files that lie beside a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+class Tokenizer:
+    """A Hugging Face ``tokenizers`` tokenizer; adds OPT's leading ``</s>``."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+
+    def encode(self, text: str) -> list[int]:
+        return self._backend.encode(text).ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of ``token_ids`` without special tokens."""
+        return self._backend.decode(list(token_ids), skip_special_tokens=True)
+
+    def token(self, token_id: int) -> str | None:
+        """The text of one token; None for an id that the tokenizer does not know."""
+        if self._backend.id_to_token(token_id) is None:
+            return None
+        return self._backend.decode([token_id], skip_special_tokens=False)
+
+
+def load_tokenizer(directory: Path) -> Tokenizer | None:
+    """The tokenizer of the model at ``directory``; None if it has no tokenizer files.
+
+    Reads ``tokenizer.json``, or else ``vocab.json`` and ``merges.txt``, as the OPT repositories
+    have them.
+
+    Raises:
+        ValueError: tokenizer files that cannot be read; the message names the file.
+    """
+    from tokenizers import Tokenizer as Backend
+
+    fast = directory / "tokenizer.json"
+    vocab, merges = directory / "vocab.json", directory / "merges.txt"
+    try:
+        if fast.exists():
+            return Tokenizer(Backend.from_file(str(fast)))
+        if vocab.exists() and merges.exists():
+            return Tokenizer(_byte_level_bpe(vocab, merges, directory))
+    except Exception as error:  # the Rust side raises bare Exception
+        source = fast if fast.exists() else vocab
+        raise ValueError(f"cannot read the tokenizer {source}: {error}") from error
+    return None
+
+
+def _byte_level_bpe(vocab: Path, merges: Path, directory: Path) -> Any:
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer as Backend
+
+    settings: dict[str, Any] = {}
+    if (directory / "tokenizer_config.json").exists():
+        settings = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+
+    def special(key: str, default: str) -> str:
+        value = settings.get(key) or default
+        return value["content"] if isinstance(value, dict) else value
+
+    backend = Backend(models.BPE.from_file(str(vocab), str(merges)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=bool(settings.get("add_prefix_space", False))
+    )
+    backend.decoder = decoders.ByteLevel()
+    bos = special("bos_token", "</s>")
+    names = {bos, special("eos_token", "</s>"), special("pad_token", "<pad>")}
+    names.add(special("unk_token", "</s>"))
+    known = [n for n in sorted(names) if backend.token_to_id(n) is not None]
+    backend.add_special_tokens([AddedToken(n, normalized=False, special=True) for n in known])
+    if settings.get("add_bos_token", True) and bos in known:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A",
+            pair=f"{bos} $A {bos} $B",
+            special_tokens=[(bos, backend.token_to_id(bos))],
+        )
+    return backend

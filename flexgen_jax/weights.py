@@ -1,0 +1,136 @@
+"""The weights of a model over the three tiers: who lies where, and how a layer is brought together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+
+from flexgen_jax.config import OPTConfig
+from flexgen_jax.params import nest, unit_names
+from scheduling.placement import Placement, place
+from scheduling.policy import Split, Tier
+from storage.device import DeviceStore
+from storage.disk import DiskContext, DiskStore
+from storage.host import HostStore
+from storage.memory import aligned_bytes, round_up
+from storage.slots import Ring, Slot
+from storage.store import Store
+
+if TYPE_CHECKING:
+    from flexgen_jax.checkpoint import StoredModel
+
+
+class LayerWeights(NamedTuple):
+    """What one layer computes with; ``token_table`` is the head's (vocab, embed), else None."""
+
+    params: dict[str, Any]
+    token_table: jax.Array | None
+
+
+def place_weights(sizes: dict[str, int], split: Split) -> Placement:
+    """Deals whole tensors to tiers (DESIGN §4), in layer order. ``sizes``: name -> bytes."""
+    tiers = place(list(sizes.values()), split)
+    return Placement.of(zip(sizes, sizes.values(), tiers, strict=True))
+
+
+class Weights:
+    """Loads layers from where ``placement`` put their tensors. A context manager.
+
+    Args:
+        wrap: Applied to each tier's store (tier, store) -> store: throttles, faults and logs for
+            research and tests come in here.
+    """
+
+    def __init__(
+        self,
+        model: StoredModel,
+        placement: Placement,
+        *,
+        context: DiskContext | None = None,
+        wrap: Any = None,
+    ) -> None:
+        self.config: OPTConfig = model.config
+        self.placement = placement
+        tier_of = {cell.name: cell.tier for cell in placement.cells}
+        disk = DiskStore(
+            {n: f for n, f in model.arrays.items() if tier_of[n] is Tier.DISK}, context
+        )
+        device, host = DeviceStore(), HostStore()
+        self._fill(model, tier_of, device, host)
+        stores: dict[Tier, Store] = {Tier.DEVICE: device, Tier.HOST: host, Tier.DISK: disk}
+        if wrap is not None:
+            stores = {tier: wrap(tier, store) for tier, store in stores.items()}
+        self._stores = stores
+        self._disk = disk
+        # Per layer and tier, which tensors: fixed for the whole run.
+        self._plan: list[list[tuple[Store, tuple[str, ...]]]] = []
+        for unit in self.config.units:
+            names = unit_names(self.config, unit)
+            by_tier = {t: tuple(n for n in names if tier_of[n] is t) for t in Tier}
+            self._plan.append([(stores[t], group) for t, group in by_tier.items() if group])
+        self._resident = {
+            i: self._assemble(i, device.load(unit_names(self.config, unit), None))
+            for i, (unit, layer) in enumerate(zip(self.config.units, self._plan, strict=True))
+            if all(store is stores[Tier.DEVICE] for store, _ in layer)
+        }
+
+    @staticmethod
+    def _fill(
+        model: StoredModel, tier_of: dict[str, Tier], device: DeviceStore, host: HostStore
+    ) -> None:
+        files = {n: f for n, f in model.arrays.items() if tier_of[n] is not Tier.DISK}
+        source = DiskStore(files)
+        try:
+            for name, file in files.items():
+                block = aligned_bytes(round_up(file.nbytes))
+                array = source.read_into(name, block)
+                (device if tier_of[name] is Tier.DEVICE else host).put(name, array)
+        finally:
+            source.close()
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._plan)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes read from the disk tier so far."""
+        return self._disk.bytes_read
+
+    def resident(self, layer: int) -> LayerWeights | None:
+        """The layer's weights if all of them lie on the device, where loading is no work."""
+        return self._resident.get(layer)
+
+    def ring(self, slots: int) -> Ring:
+        """Slots large enough for any layer's transient copies; takes no memory until used."""
+        return Ring(slots, max(self.slot_nbytes(layer) for layer in range(self.num_layers)))
+
+    def slot_nbytes(self, layer: int) -> int:
+        """Bytes of slot memory that loading ``layer`` may take."""
+        return sum(store.slot_nbytes(names) for store, names in self._plan[layer])
+
+    def load(self, layer: int, slot: Slot) -> LayerWeights:
+        """All tensors of ``layer`` on the device, ready."""
+        flat: dict[str, jax.Array] = {}
+        for store, names in self._plan[layer]:
+            flat.update(store.load(names, slot))
+        return self._assemble(layer, flat)
+
+    def _assemble(self, layer: int, flat: dict[str, jax.Array]) -> LayerWeights:
+        unit = self.config.units[layer]
+        table = None
+        if unit == "head":
+            table = flat["embed.tokens" if self.config.tie_word_embeddings else "head.tokens"]
+        own = {name: array for name, array in flat.items() if name.startswith(unit + ".")}
+        return LayerWeights(nest(own).get(unit, {}), table)
+
+    def close(self) -> None:
+        for store in self._stores.values():
+            store.close()
+
+    def __enter__(self) -> Weights:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,68 @@
+"""What happens in which order, how long it takes, and what it needs.
+
+Knows no array, no file and no device: the standard library and NumPy only.
+"""
+
+from scheduling.dependencies import Issue, ScheduleError, Stream, Weights, bind, needs, stream_of
+from scheduling.ops import (
+    Barrier,
+    Compute,
+    FreeWeights,
+    LoadCache,
+    LoadHidden,
+    LoadWeights,
+    Op,
+    StoreCache,
+    StoreHidden,
+    format_schedule,
+    parse_op,
+    parse_schedule,
+)
+from scheduling.placement import Cell, Placement, place
+from scheduling.policy import Policy, Split, Tier
+from scheduling.schedules import SCHEDULES, lock_step, row_by_row, zigzag
+from scheduling.timeline import Span, Timeline, to_perfetto, write_trace
+from scheduling.transforms import first_n, serialize, serialized
+from scheduling.validate import validate
+from scheduling.workload import Workload
+
+__all__ = [
+    "SCHEDULES",
+    "Barrier",
+    "Cell",
+    "Compute",
+    "FreeWeights",
+    "Issue",
+    "LoadCache",
+    "LoadHidden",
+    "LoadWeights",
+    "Op",
+    "Placement",
+    "Policy",
+    "ScheduleError",
+    "Span",
+    "Split",
+    "StoreCache",
+    "StoreHidden",
+    "Stream",
+    "Tier",
+    "Timeline",
+    "Weights",
+    "Workload",
+    "bind",
+    "first_n",
+    "format_schedule",
+    "lock_step",
+    "needs",
+    "parse_op",
+    "parse_schedule",
+    "place",
+    "row_by_row",
+    "serialize",
+    "serialized",
+    "stream_of",
+    "to_perfetto",
+    "validate",
+    "write_trace",
+    "zigzag",
+]

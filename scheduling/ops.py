@@ -1,0 +1,145 @@
+"""The instruction set: what a schedule is made of, and its text form, which parses back."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LoadWeights:
+    """slot = weights[layer], for use from ``step`` on."""
+
+    step: int
+    layer: int
+
+    def __str__(self) -> str:
+        return f"LoadWeights(step={self.step}, layer={self.layer})"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FreeWeights:
+    """release(slot of weights[layer])"""
+
+    layer: int
+
+    def __str__(self) -> str:
+        return f"FreeWeights(layer={self.layer})"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Cell:
+    step: int
+    layer: int
+    batch: int
+
+    def __str__(self) -> str:
+        return (
+            f"{type(self).__name__}(step={self.step}, layer={self.layer}, batch={self.batch})"
+        )
+
+
+class LoadCache(_Cell):
+    """device_cache = cache[layer][batch], as ``step`` - 1 left it."""
+
+    __slots__ = ()
+
+
+class StoreCache(_Cell):
+    """cache[layer][batch] = device_cache, with the keys and values of ``step``."""
+
+    __slots__ = ()
+
+
+class LoadHidden(_Cell):
+    """device_hidden = hidden[batch], the input of ``layer`` (tokens, for the first)."""
+
+    __slots__ = ()
+
+
+class StoreHidden(_Cell):
+    """hidden[batch] = device_hidden, the output of ``layer`` (tokens, of the last)."""
+
+    __slots__ = ()
+
+
+class Compute(_Cell):
+    """device_hidden, device_cache = layer(weights, device_hidden, device_cache)"""
+
+    __slots__ = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Barrier:
+    """wait until everything above is done"""
+
+    def __str__(self) -> str:
+        return "Barrier()"
+
+
+Op = (
+    LoadWeights
+    | FreeWeights
+    | LoadCache
+    | StoreCache
+    | LoadHidden
+    | StoreHidden
+    | Compute
+    | Barrier
+)
+
+_KINDS = {
+    kind.__name__: (kind, fields)
+    for kind, fields in (
+        (LoadWeights, ("step", "layer")),
+        (FreeWeights, ("layer",)),
+        (LoadCache, ("step", "layer", "batch")),
+        (StoreCache, ("step", "layer", "batch")),
+        (LoadHidden, ("step", "layer", "batch")),
+        (StoreHidden, ("step", "layer", "batch")),
+        (Compute, ("step", "layer", "batch")),
+        (Barrier, ()),
+    )
+}
+_CALL = re.compile(r"(\w+)\((.*)\)")
+
+
+def parse_op(text: str) -> Op:
+    """Reads what ``str(op)`` wrote.
+
+    Raises:
+        ValueError: what was expected, and what came.
+    """
+    call = _CALL.fullmatch(text.strip())
+    if call is None or call[1] not in _KINDS:
+        raise ValueError(f"expected an op ({', '.join(_KINDS)}) with its fields, got {text!r}")
+    kind, fields = _KINDS[call[1]]
+    pairs = [part.partition("=") for part in call[2].split(",") if part.strip()]
+    values = {key.strip(): value.strip() for key, _, value in pairs}
+    if tuple(values) != fields or not all(v.isdecimal() for v in values.values()):
+        wanted = ", ".join(f"{name}=<number>" for name in fields)
+        raise ValueError(f"expected {call[1]}({wanted}), got {text!r}")
+    return kind(**{key: int(value) for key, value in values.items()})
+
+
+def format_schedule(ops: Iterable[Op]) -> str:
+    """One op a line."""
+    return "".join(f"{op}\n" for op in ops)
+
+
+def parse_schedule(text: str) -> list[Op]:
+    """The inverse of :func:`format_schedule`; blank lines and ``#`` comments are passed over.
+
+    Raises:
+        ValueError: names the line.
+    """
+    ops = []
+    for number, line in enumerate(text.splitlines(), 1):
+        code = line.partition("#")[0].strip()
+        if code:
+            try:
+                ops.append(parse_op(code))
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from error
+    return ops

@@ -1,0 +1,82 @@
+"""Which tensor lies in which tier: whole tensors, evenly over the layers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from scheduling.policy import Split, Tier
+
+
+def place(sizes: Sequence[int], split: Split) -> list[Tier]:
+    """Deals cells to tiers by error diffusion over their bytes, in the given order.
+
+    Each cell goes to the tier that is furthest behind its share of the bytes so far, this cell
+    included, so that the percentages hold over any stretch of layers and traffic is even. A tier
+    of 0 percent gets nothing.
+    """
+    shares = {tier: share / 100 for tier, share in split.shares().items() if share > 0}
+    given = dict.fromkeys(shares, 0)
+    total = 0
+    tiers = []
+    for nbytes in sizes:
+        total += nbytes
+        chosen = max(shares, key=lambda tier: shares[tier] * total - given[tier])
+        given[chosen] += nbytes
+        tiers.append(chosen)
+    return tiers
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Cell:
+    """A tensor and where it lies."""
+
+    name: str
+    nbytes: int
+    tier: Tier
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where every tensor of one kind lies."""
+
+    cells: tuple[Cell, ...]
+
+    @classmethod
+    def of(cls, cells: Iterable[tuple[str, int, Tier]]) -> Placement:
+        """From (name, bytes, tier) triples."""
+        return cls(tuple(Cell(*cell) for cell in cells))
+
+    def nbytes(self, tier: Tier | None = None) -> int:
+        """Bytes in ``tier``; None: in all."""
+        return sum(c.nbytes for c in self.cells if tier is None or c.tier is tier)
+
+    def percent(self, tier: Tier) -> float:
+        """Share of the bytes, in percent, as it really came out."""
+        total = self.nbytes()
+        return 100 * self.nbytes(tier) / total if total else 0.0
+
+    def count(self, tier: Tier) -> int:
+        """Tensors in ``tier``."""
+        return sum(c.tier is tier for c in self.cells)
+
+    def to_json(self) -> dict[str, Any]:
+        """Per tier: cells, bytes, percent."""
+        return {
+            t.value: {
+                "cells": self.count(t),
+                "nbytes": self.nbytes(t),
+                "percent": round(self.percent(t), 3),
+            }
+            for t in Tier
+        }
+
+    def describe(self, what: str) -> str:
+        """One line for a person."""
+        parts = [
+            f"{t.value} {self.percent(t):.1f}% ({self.nbytes(t) / 1e9:.3f} GB, "
+            f"{self.count(t)} tensors)"
+            for t in Tier
+        ]
+        return f"{what}: " + ", ".join(parts)

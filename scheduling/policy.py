@@ -1,0 +1,157 @@
+"""The choices that shape a run: the block, and where the three kinds of tensors lie."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+class Tier(enum.Enum):
+    """Where a tensor lives."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Split:
+    """Shares of one kind of tensor per tier, in percent, summing to 100.
+
+    Raises:
+        ValueError: a share outside [0, 100], or another sum.
+    """
+
+    device: float = 100
+    host: float = 0
+    disk: float = 0
+
+    def __post_init__(self) -> None:
+        for tier, share in self.shares().items():
+            number = isinstance(share, (int, float)) and not isinstance(share, bool)
+            if not (number and 0 <= share <= 100):
+                raise ValueError(f"{tier.value} must be a percentage in [0, 100], got {share!r}")
+        total = sum(self.shares().values())
+        if not math.isclose(total, 100, abs_tol=1e-6):
+            raise ValueError(
+                f"the shares must sum to 100, got device {self.device} + host {self.host} + "
+                f"disk {self.disk} = {total}"
+            )
+
+    def shares(self) -> dict[Tier, float]:
+        """Percent by tier."""
+        return {Tier.DEVICE: self.device, Tier.HOST: self.host, Tier.DISK: self.disk}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Block shape, placement and methods of a run (paper, section 4.2).
+
+    Attributes:
+        device_batch_size: Requests that one kernel launch sees.
+        num_device_batches: Such batches in a block; they share each pass over the weights.
+        weights: Where weights lie. ``cache``: the KV cache. ``hidden``: activations between layers.
+        overlap: Load and store while computing.
+        host_attention: Compute attention next to the cache on the host.
+        weight_bits: 4 or 8: group-wise quantised weights. ``cache_bits``: the cache likewise.
+        attention_sparsity: Share of positions attended, in (0, 1].
+        num_stages: Devices that the layers are pipelined over.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    device_batch_size: int = 8
+    num_device_batches: int = 4
+    weights: Split = Split()
+    cache: Split = Split()
+    hidden: Split = Split()
+    overlap: bool = True
+    host_attention: bool = False
+    weight_bits: int | None = None
+    cache_bits: int | None = None
+    attention_sparsity: float = 1.0
+    num_stages: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("device_batch_size", "num_device_batches", "num_stages"):
+            value = getattr(self, name)
+            if not _is_int(value) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        for name in ("weights", "cache", "hidden"):
+            if not isinstance(getattr(self, name), Split):
+                raise ValueError(
+                    f"{name} must be a Split(device=, host=, disk=), got {getattr(self, name)!r}"
+                )
+        for name in ("overlap", "host_attention"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        for name in ("weight_bits", "cache_bits"):
+            if getattr(self, name) not in (None, 4, 8):
+                raise ValueError(f"{name} must be None, 4 or 8, got {getattr(self, name)!r}")
+        if not 0 < self.attention_sparsity <= 1:
+            raise ValueError(
+                f"attention_sparsity must lie in (0, 1], got {self.attention_sparsity!r}"
+            )
+
+    @property
+    def block_size(self) -> int:
+        """Requests of a block."""
+        return self.device_batch_size * self.num_device_batches
+
+    @classmethod
+    def from_percent(
+        cls, wd: float, wh: float, cd: float, ch: float, hd: float, hh: float, **choices: Any
+    ) -> Policy:
+        """FlexGen's six numbers: weights, cache, hidden on device and on host; the rest on disk."""
+
+        def split(name: str, device: float, host: float) -> Split:
+            if device + host > 100:
+                raise ValueError(
+                    f"{name}: {device} percent on the device and {host} on the host exceed 100"
+                )
+            return Split(device=device, host=host, disk=100 - device - host)
+
+        return cls(
+            weights=split("weights", wd, wh),
+            cache=split("cache", cd, ch),
+            hidden=split("hidden", hd, hh),
+            **choices,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain nested dicts."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Policy:
+        """The inverse of :meth:`to_json`; fields that are left out keep their defaults.
+
+        Raises:
+            ValueError: an unknown field, by name, or a value out of range.
+        """
+        given = dict(_known(cls, values))
+        for name in ("weights", "cache", "hidden"):
+            if name in given:
+                given[name] = Split(**_known(Split, given[name]))
+        return cls(**given)
+
+
+def _known(cls: Any, values: Any) -> Mapping[str, Any]:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"expected a JSON object of {cls.__name__} fields, got {values!r}")
+    names = [f.name for f in dataclasses.fields(cls)]
+    unknown = sorted(set(values) - set(names))
+    if unknown:
+        raise ValueError(
+            f"unknown {cls.__name__} field {', '.join(map(repr, unknown))}; "
+            f"known: {', '.join(names)}"
+        )
+    return values

@@ -1,0 +1,136 @@
+"""When each op ran, predicted or measured; and how to look at it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from scheduling.dependencies import Stream
+from scheduling.ops import Op
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Span:
+    """One op on its stream; seconds from the run's start."""
+
+    op: str
+    stream: str
+    start: float
+    end: float
+    step: int | None = None
+    layer: int | None = None
+    batch: int | None = None
+
+    @classmethod
+    def of(cls, op: Op, stream: Stream, start: float, end: float) -> Span:
+        """The span of ``op``."""
+        return cls(
+            type(op).__name__,
+            stream.value,
+            start,
+            end,
+            getattr(op, "step", None),
+            getattr(op, "layer", None),
+            getattr(op, "batch", None),
+        )
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
+
+
+@dataclasses.dataclass(frozen=True)
+class Timeline:
+    """Spans, ordered by their start. ``label`` tells predicted from measured."""
+
+    spans: tuple[Span, ...]
+    label: str = "timeline"
+
+    @property
+    def seconds(self) -> float:
+        """From the run's start to the last end."""
+        return max((s.end for s in self.spans), default=0.0)
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Streams with spans, in the order of ``Stream``."""
+        present = {s.stream for s in self.spans}
+        known = [s.value for s in Stream if s.value in present]
+        return (*known, *sorted(present - set(known)))
+
+    def by_stream(self) -> dict[str, tuple[Span, ...]]:
+        """The spans of each stream, in order."""
+        return {name: tuple(s for s in self.spans if s.stream == name) for name in self.streams}
+
+    def busy(self, stream: str) -> float:
+        """Seconds that ``stream`` worked."""
+        return sum(s.seconds for s in self.spans if s.stream == stream)
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Per stream: busy seconds, and their share of the whole."""
+        total = self.seconds
+        return {
+            name: {
+                "busy_seconds": self.busy(name),
+                "share": self.busy(name) / total if total else 0.0,
+            }
+            for name in self.streams
+        }
+
+    @classmethod
+    def concatenate(
+        cls, parts: Iterable[tuple[float, Timeline]], *, label: str = "timeline"
+    ) -> Timeline:
+        """One timeline of several, each moved by its offset in seconds."""
+        spans = [
+            dataclasses.replace(s, start=s.start + offset, end=s.end + offset)
+            for offset, part in parts
+            for s in part.spans
+        ]
+        return cls(tuple(sorted(spans, key=lambda s: s.start)), label)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"label": self.label, "spans": [dataclasses.asdict(s) for s in self.spans]}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Timeline:
+        return cls(tuple(Span(**s) for s in values["spans"]), values["label"])
+
+
+def to_perfetto(*timelines: Timeline) -> dict[str, Any]:
+    """Chrome's trace format, which Perfetto opens: a process a timeline, a thread a stream."""
+    events: list[dict[str, Any]] = []
+    for process, timeline in enumerate(timelines, 1):
+        events.append(_named("process_name", timeline.label, process, 0))
+        for thread, (stream, spans) in enumerate(timeline.by_stream().items(), 1):
+            events.append(_named("thread_name", stream, process, thread))
+            events.extend(
+                {
+                    "ph": "X",
+                    "name": s.op if s.layer is None else f"{s.op} {s.layer}",
+                    "cat": stream,
+                    "pid": process,
+                    "tid": thread,
+                    "ts": s.start * 1e6,
+                    "dur": s.seconds * 1e6,
+                    "args": {
+                        k: v
+                        for k, v in (("step", s.step), ("layer", s.layer), ("batch", s.batch))
+                        if v is not None
+                    },
+                }
+                for s in spans
+            )
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def _named(kind: str, name: str, process: int, thread: int) -> dict[str, Any]:
+    return {"ph": "M", "name": kind, "pid": process, "tid": thread, "args": {"name": name}}
+
+
+def write_trace(path: str | Path, *timelines: Timeline) -> None:
+    """Writes :func:`to_perfetto` to ``path``."""
+    Path(path).write_text(json.dumps(to_perfetto(*timelines)), encoding="utf-8")

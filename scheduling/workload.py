@@ -1,0 +1,51 @@
+"""What a schedule has to order: one block of work."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workload:
+    """The shape of a block.
+
+    Attributes:
+        num_steps: Generated tokens; step 0 is prefill.
+        num_layers: Units of the model: embedding, decoder layers, head.
+        num_batches: Device batches that share each pass over the weights.
+        cached_layers: Layers that keep a KV cache; None: all but the first and the last.
+        weight_slots: How many layers' weights may be held at a time.
+        device_batch_size: Requests of a batch. Descriptive, as ``prompt_len`` (tokens) is.
+    """
+
+    num_steps: int
+    num_layers: int
+    num_batches: int
+    cached_layers: frozenset[int] | None = None
+    weight_slots: int = 2
+    device_batch_size: int = 1
+    prompt_len: int = 1
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name != "cached_layers" and (
+                not isinstance(value, int) or isinstance(value, bool) or value < 1
+            ):
+                raise ValueError(f"{field.name} must be an integer of at least 1, got {value!r}")
+        if self.cached_layers is None:
+            object.__setattr__(self, "cached_layers", frozenset(range(1, self.num_layers - 1)))
+        outside = sorted(i for i in self.cached_layers or () if not 0 <= i < self.num_layers)
+        if outside:
+            raise ValueError(
+                f"cached_layers must lie in 0..{self.num_layers - 1}, got {outside}"
+            )
+
+    @property
+    def gen_len(self) -> int:
+        """Generated tokens: ``num_steps``."""
+        return self.num_steps
+
+    def has_cache(self, layer: int) -> bool:
+        """Whether ``layer`` keeps a KV cache."""
+        return self.cached_layers is not None and layer in self.cached_layers

@@ -1,0 +1,1 @@
+"""Where bytes live and how they travel. Knows no layer, no policy and no schedule."""

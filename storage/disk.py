@@ -1,0 +1,200 @@
+"""The disk tier: tensors read from their files each time a layer needs them.
+
+Three ways to read, because no one of them is best everywhere:
+
+- **mapped**: the page cache already holds the bytes (or can: they fit in spare memory). They are
+  mapped and aliased, no copy is made, and a warm read costs nothing.
+- **direct**: they do not fit. ``O_DIRECT`` into a ring of buffers takes nearly no CPU time, so it
+  overlaps with computation, which filling the page cache does not.
+- **tensorstore**: the array is not one raw chunk; TensorStore decodes it into the ring.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import mmap
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import jax
+import numpy as np
+
+from storage.array_file import ArrayFile
+from storage.memory import available_memory, populate, resident_fraction, round_up
+from storage.slots import Slot
+from storage.store import StorageError
+
+ReadMode = Literal["auto", "mapped", "direct", "tensorstore"]
+
+# Below this a read is all latency, and the page cache keeps the few bytes anyway.
+SMALL_NBYTES = 1 << 20
+RESIDENT = 0.95
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiskContext:
+    """How the disk is read; the defaults are what measured best (``benchmarks/read_modes.py``).
+
+    Attributes:
+        mode: ``auto`` maps a tensor that lies in the page cache, and all tensors if together they
+            fill at most ``cache_share`` of the available memory; it reads the others directly.
+        direct_nbytes: Bytes of one direct read call.
+        cache_share: Share of available memory that ``auto`` lets the page cache take.
+    """
+
+    mode: ReadMode = "auto"
+    direct_nbytes: int = 32 << 20
+    cache_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(ReadMode):
+            raise ValueError(f"mode must be one of {', '.join(get_args(ReadMode))}: {self.mode!r}")
+        if self.direct_nbytes < mmap.PAGESIZE or self.direct_nbytes % mmap.PAGESIZE:
+            raise ValueError(f"direct_nbytes must be whole pages, got {self.direct_nbytes}")
+        if not 0 <= self.cache_share <= 1:
+            raise ValueError(f"cache_share must lie in [0, 1], got {self.cache_share}")
+
+
+class _OpenTensor:
+    """One array file with its handles held open: opening costs as much as a small read."""
+
+    def __init__(self, name: str, file: ArrayFile) -> None:
+        self.name = name
+        self.file = file
+        self._direct: int | None = None
+        self._view: np.ndarray | None = None
+        self._tensorstore: Any = None
+
+    def typed(self, block: np.ndarray) -> np.ndarray:
+        return block[: self.file.nbytes].view(self.file.dtype).reshape(self.file.shape)
+
+    def mapping(self) -> np.ndarray:
+        """The file's bytes as a read-only view (uint8); nothing is read yet."""
+        if self._view is None:
+            with open(self.file.chunk, "rb") as f:
+                size = os.fstat(f.fileno()).st_size
+                if size != self.file.nbytes:
+                    raise self._short(size)
+                region = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ)
+            self._view = np.frombuffer(region, np.uint8)
+        return self._view
+
+    def read_direct(self, block: np.ndarray, call_nbytes: int) -> None:
+        """Fills ``block`` (page-aligned, whole pages) past the page cache where the system can."""
+        if self._direct is None:
+            flags = os.O_RDONLY | os.O_CLOEXEC
+            try:
+                self._direct = os.open(self.file.chunk, flags | getattr(os, "O_DIRECT", 0))
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self._direct = os.open(self.file.chunk, flags)  # tmpfs has no direct I/O
+        target, position = memoryview(block), 0
+        while position < self.file.nbytes:
+            got = os.preadv(self._direct, [target[position : position + call_nbytes]], position)
+            position += got
+            # A direct read stops at the file's end, which need not be a page's end.
+            if got == 0 or (got % mmap.PAGESIZE and position < self.file.nbytes):
+                raise self._short(position)
+
+    def read_tensorstore(self, block: np.ndarray) -> None:
+        import tensorstore as ts
+
+        if self._tensorstore is None:
+            kvstore = {"driver": "file", "path": f"{self.file.directory}/"}
+            self._tensorstore = ts.open({"driver": "zarr3", "kvstore": kvstore}, read=True).result()
+        target = ts.array(self.typed(block), write=True, copy=False)
+        target.write(self._tensorstore).result()
+
+    def _short(self, size: int) -> StorageError:
+        return StorageError(
+            f"short read of {self.name}: {self.file.chunk} gave {size} bytes, expected "
+            f"{self.file.nbytes}; the store is damaged, convert the model again"
+        )
+
+    def close(self) -> None:
+        self._view = None
+        self._tensorstore = None
+        if self._direct is not None:
+            os.close(self._direct)
+            self._direct = None
+
+
+class DiskStore:
+    """Tensors in array files, read anew at every load."""
+
+    def __init__(
+        self,
+        files: Mapping[str, ArrayFile],
+        context: DiskContext | None = None,
+        device: Any = None,
+    ) -> None:
+        self._context = context or DiskContext()
+        self._device = device or jax.local_devices()[0]
+        self._tensors = {name: _OpenTensor(name, file) for name, file in files.items()}
+        total = sum(file.nbytes for file in files.values())
+        self._fits = total <= self._context.cache_share * available_memory()
+        self.bytes_read = 0
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def slot_nbytes(self, names: Sequence[str]) -> int:
+        sizes = [self._tensors[name].file for name in names]
+        return sum(round_up(f.nbytes) for f in sizes if not self._always_mapped(f))
+
+    def load(self, names: Sequence[str], slot: Slot) -> dict[str, jax.Array]:
+        views = {}
+        for name in names:
+            tensor = self._tensors[name]
+            try:
+                views[name] = self._read(tensor, slot)
+            except OSError as error:
+                raise StorageError(
+                    f"cannot read {name} from {tensor.file.chunk}: {error.strerror or error}"
+                ) from error
+        # The consumer's result, not this transfer, tells when the slot may be refilled; waiting
+        # here makes the copy to an accelerator count as loading, which it is.
+        return jax.block_until_ready(jax.device_put(views, self._device))
+
+    def read_into(self, name: str, block: np.ndarray) -> np.ndarray:
+        """Reads ``name`` once into ``block`` (page-aligned whole pages) that the caller keeps."""
+        tensor = self._tensors[name]
+        try:
+            if tensor.file.raw:
+                tensor.read_direct(block, self._context.direct_nbytes)
+            else:
+                tensor.read_tensorstore(block)
+        except OSError as error:
+            raise StorageError(
+                f"cannot read {name} from {tensor.file.chunk}: {error.strerror or error}"
+            ) from error
+        return tensor.typed(block)
+
+    def _always_mapped(self, file: ArrayFile) -> bool:
+        return file.raw and (
+            file.nbytes < SMALL_NBYTES
+            or self._context.mode == "mapped"
+            or (self._context.mode == "auto" and self._fits)
+        )
+
+    def _read(self, tensor: _OpenTensor, slot: Slot) -> np.ndarray:
+        file = tensor.file
+        self.bytes_read += file.nbytes
+        if not file.raw or self._context.mode == "tensorstore":
+            block = slot.take(file.nbytes)
+            tensor.read_tensorstore(block)
+            return tensor.typed(block)
+        cached = self._context.mode == "auto" and resident_fraction(tensor.mapping()) >= RESIDENT
+        if cached or self._always_mapped(file):
+            populate(tensor.mapping())
+            return tensor.typed(tensor.mapping())
+        block = slot.take(file.nbytes)
+        tensor.read_direct(block, self._context.direct_nbytes)
+        return tensor.typed(block)
+
+    def close(self) -> None:
+        for tensor in self._tensors.values():
+            tensor.close()

@@ -1,0 +1,118 @@
+"""Host memory: aligned allocation, and how much of it this process may still take.
+
+Alignment matters: ``jax.device_put`` aliases a NumPy array on the CPU only if its data start on a
+64-byte boundary; direct I/O wants whole pages.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from pathlib import Path
+
+import numpy as np
+
+PAGE = mmap.PAGESIZE
+_MAPPED_FROM = 1 << 20
+
+
+def round_up(nbytes: int, multiple: int = PAGE) -> int:
+    """The least multiple of ``multiple`` that is not below ``nbytes``."""
+    return -(-nbytes // multiple) * multiple
+
+
+def aligned_bytes(nbytes: int, *, touch: bool = False) -> np.ndarray:
+    """Uninitialised ``uint8`` memory of ``nbytes`` bytes, page-aligned when large.
+
+    Large blocks are their own anonymous mapping, so that freeing them returns them to the system,
+    with huge pages where the system has them.
+
+    Args:
+        touch: Write every page now: the first write to a fresh page costs eight times a later one.
+    """
+    if nbytes >= _MAPPED_FROM:
+        region = mmap.mmap(-1, round_up(nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            try:
+                region.madvise(mmap.MADV_HUGEPAGE)
+            except OSError:
+                pass  # a kernel without transparent huge pages
+        block = np.frombuffer(region, np.uint8)[:nbytes]
+    else:
+        raw = np.empty(nbytes + PAGE, np.uint8)
+        start = -raw.ctypes.data % PAGE
+        block = raw[start : start + nbytes]
+    if touch:
+        block[:] = 0
+    return block
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_MADV_POPULATE_READ = 22  # Linux 5.14; not in Python's mmap module
+
+
+def populate(block: np.ndarray) -> None:
+    """Brings the pages of a file mapping into memory; waits for the disk without holding the GIL."""
+    if block.nbytes == 0:
+        return
+    address = ctypes.c_void_p(block.ctypes.data)
+    if _libc.madvise(address, ctypes.c_size_t(block.nbytes), _MADV_POPULATE_READ) != 0:
+        block[::PAGE].max()  # an older kernel: touch a byte of each page
+
+
+def resident_fraction(block: np.ndarray) -> float:
+    """The share of a page-aligned file mapping that already lies in the page cache, in [0, 1]."""
+    pages = -(-block.nbytes // PAGE)
+    if pages == 0:
+        return 1.0
+    flags = np.zeros(pages, np.uint8)
+    failed = _libc.mincore(
+        ctypes.c_void_p(block.ctypes.data),
+        ctypes.c_size_t(block.nbytes),
+        flags.ctypes.data_as(ctypes.c_void_p),
+    )
+    return 0.0 if failed else float((flags & 1).mean())
+
+
+def _meminfo(field: str) -> int | None:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def _cgroup_file(name: str) -> int | None:
+    """A value of this process's memory cgroup (v2, then v1); None where there is no limit."""
+    v1 = {"memory.max": "memory.limit_in_bytes", "memory.current": "memory.usage_in_bytes"}
+    try:
+        own = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    groups = [line.split(":", 2) for line in own]
+    candidates = [f"/sys/fs/cgroup{path}/{name}" for n, _, path in groups if n == "0"]
+    candidates += [f"/sys/fs/cgroup/{name}", f"/sys/fs/cgroup/memory/{v1[name]}"]
+    for candidate in candidates:
+        try:
+            text = Path(candidate).read_text().strip()
+        except OSError:
+            continue
+        if text == "max" or int(text) > 1 << 60:
+            return None
+        return int(text)
+    return None
+
+
+def available_memory() -> int:
+    """Bytes this process can take without swapping: the system's estimate, cgroup limit respected.
+
+    Page cache counts as available: the kernel gives it up on demand.
+    """
+    system = _meminfo("MemAvailable")
+    if system is None:
+        system = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    limit, used = _cgroup_file("memory.max"), _cgroup_file("memory.current")
+    return system if limit is None else max(0, min(system, limit - (used or 0)))

@@ -1,0 +1,35 @@
+"""Every test runs with shapes and dtypes checked, and with JAX's strict dtype promotion."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["HF_HUB_OFFLINE"] = "1"
+# No test may touch the user's own cache of converted models.
+os.environ["FLEXGEN_JAX_CACHE"] = "/nonexistent/flexgen-jax-tests-must-pass-offload-dir"
+
+from jaxtyping import install_import_hook
+
+install_import_hook(
+    ["flexgen_jax.opt", "flexgen_jax.kv_cache", "flexgen_jax.kernels", "flexgen_jax.sampling"],
+    "beartype.beartype",
+)
+
+import jax
+import pytest
+from hypothesis import settings
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# Machines are shared and noisy: what matters is that the property holds, not how fast it is shown.
+settings.register_profile("default", deadline=None, max_examples=50)
+settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_left():
+    """An executor that leaks a stream's thread fails the test that leaked it."""
+    import threading
+
+    yield
+    left = [t.name for t in threading.enumerate() if t.name.startswith("flexgen-")]
+    assert not left, f"threads left behind: {left}"
