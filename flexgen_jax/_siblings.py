@@ -1,4 +1,4 @@
-"""Notices a user's own ``storage.py`` or ``scheduling.py`` that shadows our package of that name."""
+"""Notices a user's own ``storage.py`` or ``scheduling.py`` that shadows our package."""
 
 from __future__ import annotations
 

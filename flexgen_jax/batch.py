@@ -81,7 +81,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 class Results:
-    """Collects the records of a job. A context manager: opening it proves that ``path`` is writable.
+    """Collects the records of a job. A context manager: entering proves ``path`` writable.
 
     Raises:
         JobError: the output cannot be written.

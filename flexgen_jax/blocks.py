@@ -83,9 +83,9 @@ class Block:
 
 
 def padded_length(length: int) -> int:
-    """The bucket of a prompt length: multiples of 16, from 64 of an eighth to a quarter of it."""
+    """The bucket of a prompt length: a multiple of 16, 32, 64 or 128, at most a quarter longer."""
     step = 16
-    while length > 4 * step and step < 128:
+    while length > 8 * step and step < 128:
         step *= 2
     return -(-length // step) * step
 

@@ -25,9 +25,11 @@ DTYPES = click.Choice(["float32", "bfloat16"])
 class Failure(click.ClickException):
     """One line for a person, and an exit code: 2 for what the user can mend, 1 for the rest."""
 
+    exit_code = 2
+
     def __init__(self, message: str, code: int = 2) -> None:
         super().__init__(message)
-        self.exit_code = code
+        self.exit_code = code  # type: ignore[misc] # click declares it for the class
 
 
 @contextlib.contextmanager
@@ -263,13 +265,12 @@ def generate(
 
 def _before(llm: LLM, job: Job) -> str:
     policy = llm.policy
-    lines = [
+    return (
         f"{len(job.requests)} requests, {len(job.errors)} bad lines; "
         f"blocks of {policy.device_batch_size} x {policy.num_device_batches}, "
-        f"schedule {llm.schedule_name}, overlap {'on' if policy.overlap else 'off'}",
-        llm.placement.describe("weights"),
-    ]
-    return "\n".join(lines)
+        f"schedule {llm.schedule_name}, overlap {'on' if policy.overlap else 'off'}\n"
+        f"{llm.placement.describe('weights')}"
+    )
 
 
 def _after(job: Job, report: Report | None, output_path: Path) -> str:

@@ -17,7 +17,9 @@ def run_demo(output_dir: Path, max_tokens: int, say: Callable[[str], None]) -> N
     output_dir.mkdir(parents=True, exist_ok=True)
     completions = output_dir / "completions.jsonl"
     files = resources.files("flexgen_jax") / "demo_model"
-    policy = fg.Policy(device_batch_size=4, num_device_batches=3, weights=fg.Split(device=0, disk=100))
+    policy = fg.Policy(
+        device_batch_size=4, num_device_batches=3, weights=fg.Split(device=0, disk=100)
+    )
     # The demo converts the model anew each time: it is part of what there is to see.
     with (
         resources.as_file(files) as model,

@@ -21,7 +21,7 @@ _OPENAI_OFF = {"stream": False, "echo": False, "best_of": 1, "suffix": None, "st
 
 
 class LineError(ValueError):
-    """A line that is no request; ``kind`` classes the mistake, ``id`` is the line's, if it has one."""
+    """A line that is no request; ``kind`` classes the mistake, ``id`` is the line's, if any."""
 
     def __init__(self, kind: str, message: str, line_id: Any = None, openai: bool = False) -> None:
         super().__init__(message)
@@ -52,10 +52,10 @@ def parse_line(raw: bytes, line: int) -> Asked:
     except ValueError as error:
         raise LineError("invalid_json", f"not JSON: {error}") from error
     if not isinstance(values, dict):
-        raise LineError(
-            "invalid_request", f"expected a JSON object, got {type(values).__name__}"
-        )
-    return _openai(values, line) if "custom_id" in values or "body" in values else _plain(values, line)
+        raise LineError("invalid_request", f"expected a JSON object, got {type(values).__name__}")
+    return (
+        _openai(values, line) if "custom_id" in values or "body" in values else _plain(values, line)
+    )
 
 
 def _plain(values: dict[str, Any], line: int) -> Asked:

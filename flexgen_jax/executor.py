@@ -30,6 +30,10 @@ from scheduling.workload import Workload
 class Effects(Protocol):
     """What the ops of a schedule do. Each method is called on the thread of the op's stream."""
 
+    def make_room(self, issue: Issue) -> None:
+        """Waits until what the op overwrites is no longer read; not counted as its work."""
+        ...
+
     def perform(self, issue: Issue) -> Any:
         """Does the op; returns JAX arrays that are ready when its work is, or None: done now."""
         ...
@@ -116,6 +120,7 @@ class _Worker(threading.Thread):
             try:
                 run.wait_until_done(places)
                 if run.effects.wanted(issue.op):
+                    run.effects.make_room(issue)
                     start = run.now()
                     ready = run.effects.perform(issue)
                     if ready is None:
@@ -223,10 +228,10 @@ def execute(
         run.cancel()
         raise
     finally:
-        for thread in (*workers.values(), watch):
-            thread.queue.put(None)
-            if thread is not watch:
-                thread.join()
+        for worker in workers.values():
+            worker.queue.put(None)
+            worker.join()
+        watch.queue.put(None)
         watch.join()
     if run.failure is not None:
         op, error = run.failure

@@ -157,14 +157,17 @@ class BlockEffects:
     def finished(self) -> bool:
         return self._finished
 
+    def make_room(self, issue: Issue) -> None:
+        if isinstance(issue.op, LoadWeights):
+            assert issue.slot is not None
+            self._ring[issue.slot].begin()
+
     def perform(self, issue: Issue) -> Any:
         op = issue.op
         match op:
             case LoadWeights():
                 assert issue.slot is not None
-                slot = self._ring[issue.slot]
-                slot.begin()
-                self._loaded[op.layer] = self._weights.load(op.layer, slot)
+                self._loaded[op.layer] = self._weights.load(op.layer, self._ring[issue.slot])
                 self._readers[op.layer] = []
             case FreeWeights():
                 assert issue.slot is not None
@@ -221,9 +224,7 @@ class BlockEffects:
             logits = kernels.head(weights.params, weights.token_table, state.hidden, config=config)
             if self._on_logits is not None:
                 self._on_logits(op.step, op.batch, logits)
-            state.sampled = sample(
-                logits, state.arrays, np.int32(op.step), features=state.features
-            )
+            state.sampled = sample(logits, state.arrays, np.int32(op.step), features=state.features)
             marker = state.sampled.token
         elif op.step == 0:
             state.hidden, state.caches[op.layer], marker = kernels.prefill_layer(

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from flexgen_jax import opt
@@ -101,4 +100,5 @@ def head(
 
 def compilations() -> int:
     """How many programs these functions have compiled so far in this process."""
-    return sum(f._cache_size() for f in (embed, prefill_layer, decode_layer, head))
+    functions: tuple[Any, ...] = (embed, prefill_layer, decode_layer, head)
+    return sum(f._cache_size() for f in functions)

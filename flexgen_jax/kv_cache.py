@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 
 class LayerCache(NamedTuple):
-    """Keys and values, ``(batch, heads, seq, head_dim)``: the layout that decodes fastest on a CPU."""
+    """Keys and values, ``(batch, heads, seq, head_dim)``: what decodes fastest on a CPU."""
 
     key: Float[Array, "batch heads seq head_dim"]
     value: Float[Array, "batch heads seq head_dim"]

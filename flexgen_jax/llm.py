@@ -110,10 +110,7 @@ class LLM:
             RequestError: prompts that cannot be run, all of them named; nothing has run.
             ExecutionError: an op failed.
         """
-        if isinstance(prompts, (str, Mapping)) or (
-            isinstance(prompts, Sequence) and prompts and isinstance(prompts[0], int)
-        ):
-            prompts = [prompts]  # type: ignore[list-item]
+        prompts = _as_list(prompts)
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params or SamplingParams()] * len(prompts)
         if len(sampling_params) != len(prompts):
@@ -245,9 +242,7 @@ class LLM:
             logprobs=logprobs,
             cumulative_logprob=cumulative,
         )
-        return RequestOutput(
-            str(request.index), request.prompt, request.token_ids, (completion,)
-        )
+        return RequestOutput(str(request.index), request.prompt, request.token_ids, (completion,))
 
     def _decoded(self, entry: dict[int, Logprob]) -> dict[int, Logprob]:
         if self.tokenizer is None:
@@ -295,6 +290,13 @@ def _refuse_unbuilt(policy: Policy) -> None:
     asked = [name for name, given in unbuilt.items() if given]
     if asked:
         raise ValueError(f"not supported yet: {', '.join(asked)}; leave them at their defaults")
+
+
+def _as_list(prompts: Any) -> list[Any]:
+    one = isinstance(prompts, (str, Mapping))
+    if one or (len(prompts) and all(isinstance(i, int) for i in prompts)):
+        return [prompts]
+    return list(prompts)
 
 
 def _parse_prompt(prompt: Prompt) -> tuple[str | None, list[int] | None]:

@@ -38,7 +38,9 @@ def init_params(key: Array, config: OPTConfig, dtype: Any = jnp.float32) -> Para
     """
     shapes = param_shapes(config)
     flat = {}
-    for subkey, (name, shape) in zip(jax.random.split(key, len(shapes)), shapes.items(), strict=True):
+    for subkey, (name, shape) in zip(
+        jax.random.split(key, len(shapes)), shapes.items(), strict=True
+    ):
         if name.endswith(".scale"):
             flat[name] = jnp.ones(shape, dtype)
         elif name.endswith(".bias"):
@@ -49,7 +51,7 @@ def init_params(key: Array, config: OPTConfig, dtype: Any = jnp.float32) -> Para
 
 
 def layer_norm(params: Params, x: Float[Array, "*dims hidden"]) -> Float[Array, "*dims hidden"]:
-    """Layer norm over the last axis, in float32; ``params`` is empty in models without affine norms."""
+    """Layer norm over the last axis, in float32; ``params`` is empty where norms are not affine."""
     x32 = x.astype(jnp.float32)
     centred = x32 - x32.mean(axis=-1, keepdims=True)
     variance = jnp.square(centred).mean(axis=-1, keepdims=True)
@@ -156,7 +158,7 @@ def prefill_layer(
     Float[Array, "batch seq hidden"],
     tuple[Float[Array, "batch heads seq head_dim"], Float[Array, "batch heads seq head_dim"]],
 ]:
-    """One decoder layer over whole prompts; returns the keys and values of all positions as well."""
+    """One decoder layer over whole prompts; returns all positions' keys and values as well."""
     q, k, v = _project_qkv(params, _pre_norm(params, "attention_norm", hidden, config), config)
     attended = attend(q, k, v, causal_visibility(padding, hidden.shape[1]))
     return mlp(params, _residual_attention(params, hidden, attended, config), config), (k, v)

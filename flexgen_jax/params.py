@@ -33,7 +33,7 @@ def _linear(name: str, n_in: int, n_out: int, config: OPTConfig) -> Shapes:
 
 
 def unit_shapes(config: OPTConfig, unit: str) -> Shapes:
-    """Flat name -> shape of the parameters that ``unit`` owns (shared ones only with their owner)."""
+    """Flat name -> shape of what ``unit`` owns; a shared parameter has one owner."""
     hidden, embed, ffn = config.hidden_size, config.word_embed_proj_dim, config.ffn_dim
     if unit == "embed":
         shapes: Shapes = {

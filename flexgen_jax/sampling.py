@@ -101,7 +101,7 @@ def batch_arrays(
 def truncate(
     logits: Float[Array, "vocab"], top_k: Array, top_p: Array, min_p: Array
 ) -> Float[Array, "vocab"]:
-    """Masks what min-p, top-k and top-p exclude, in that order; the likeliest token always stays."""
+    """Masks what min-p, top-k and top-p exclude, in that order; the likeliest always stays."""
     vocab = logits.shape[0]
     logits = jnp.where(
         (min_p > 0) & (logits < logits.max() + jnp.log(jnp.maximum(min_p, 1e-30))), _MASKED, logits
@@ -154,7 +154,9 @@ def sample(
     k = features.num_logprobs
     if k is None:
         none = jnp.zeros(0, jnp.float32)
-        return Sampled(token, none, none.astype(jnp.int32), jnp.zeros((0, 0), jnp.int32), none[None])
+        return Sampled(
+            token, none, none.astype(jnp.int32), jnp.zeros((0, 0), jnp.int32), none[None]
+        )
     logprobs = jax.nn.log_softmax(raw, axis=-1)
     chosen = jnp.take_along_axis(logprobs, token[:, None], axis=1)
     rank = 1 + jnp.sum(logprobs > chosen, axis=1, dtype=jnp.int32)

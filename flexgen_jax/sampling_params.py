@@ -97,7 +97,10 @@ class SamplingParams:
             self.temperature,
         )
         _require(
-            _is_int(self.top_k) and self.top_k >= -1, "top_k", "an integer of at least -1", self.top_k
+            _is_int(self.top_k) and self.top_k >= -1,
+            "top_k",
+            "an integer of at least -1",
+            self.top_k,
         )
         _require(
             number(self.top_p) and 0 < self.top_p <= 1, "top_p", "a number in (0, 1]", self.top_p
@@ -106,9 +109,7 @@ class SamplingParams:
             number(self.min_p) and 0 <= self.min_p <= 1, "min_p", "a number in [0, 1]", self.min_p
         )
         _require(self.seed is None or _is_int(self.seed), "seed", "an integer or null", self.seed)
-        _require(
-            isinstance(self.ignore_eos, bool), "ignore_eos", "true or false", self.ignore_eos
-        )
+        _require(isinstance(self.ignore_eos, bool), "ignore_eos", "true or false", self.ignore_eos)
         _require(
             _is_int(self.max_tokens) and self.max_tokens >= 1,
             "max_tokens",
@@ -123,13 +124,15 @@ class SamplingParams:
         )
         ids = self.stop_token_ids
         _require(
-            ids is None or (isinstance(ids, (list, tuple)) and all(_is_int(i) and i >= 0 for i in ids)),
+            ids is None
+            or (isinstance(ids, (list, tuple)) and all(_is_int(i) and i >= 0 for i in ids)),
             "stop_token_ids",
             "a list of token ids",
             ids,
         )
         _require(
-            self.logprobs is None or (_is_int(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS),
+            self.logprobs is None
+            or (_is_int(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS),
             "logprobs",
             f"null or an integer from 0 to {MAX_LOGPROBS}",
             self.logprobs,

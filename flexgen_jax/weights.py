@@ -1,4 +1,4 @@
-"""The weights of a model over the three tiers: who lies where, and how a layer is brought together."""
+"""The weights of a model over the three tiers, and how a layer is brought together."""
 
 from __future__ import annotations
 
@@ -69,8 +69,9 @@ class Weights:
             names = unit_names(self.config, unit)
             by_tier = {t: tuple(n for n in names if tier_of[n] is t) for t in Tier}
             self._plan.append([(stores[t], group) for t, group in by_tier.items() if group])
+        no_slot = Slot(0)  # what is resident takes no transient room
         self._resident = {
-            i: self._assemble(i, device.load(unit_names(self.config, unit), None))
+            i: self._assemble(i, device.load(unit_names(self.config, unit), no_slot))
             for i, (unit, layer) in enumerate(zip(self.config.units, self._plan, strict=True))
             if all(store is stores[Tier.DEVICE] for store, _ in layer)
         }

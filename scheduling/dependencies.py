@@ -126,7 +126,10 @@ class ScheduleError(ValueError):
     ) -> None:
         text = reason
         if op is not None and index is not None:
-            context = [*(f"    {i}: {o}" for i, o in _numbered(before, index)), f"--> {index}: {op}"]
+            context = [
+                *(f"    {i}: {o}" for i, o in _numbered(before, index)),
+                f"--> {index}: {op}",
+            ]
             text = f"op {index}, {op}: {reason}\n" + "\n".join(context)
         super().__init__(text)
         self.op, self.missing, self.index = op, missing, index
@@ -158,9 +161,7 @@ class _Binder:
         self.free: deque[tuple[int, int | None]] = deque(
             (slot, None) for slot in range(workload.weight_slots)
         )
-        self.computed = bytearray(
-            workload.num_steps * workload.num_layers * workload.num_batches
-        )
+        self.computed = bytearray(workload.num_steps * workload.num_layers * workload.num_batches)
         self.recent: deque[Op] = deque(maxlen=4)
         self.barrier: int | None = None
         self.since_barrier: dict[Stream, int] = {}
@@ -275,6 +276,4 @@ class _Binder:
                 raise self._error(op, "step 0 makes the cache: there is none to load")
 
     def _error(self, op: Op, reason: str, missing: Op | None = None) -> ScheduleError:
-        return ScheduleError(
-            reason, op=op, missing=missing, index=self.index, before=self.recent
-        )
+        return ScheduleError(reason, op=op, missing=missing, index=self.index, before=self.recent)

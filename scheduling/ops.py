@@ -35,9 +35,7 @@ class _Cell:
     batch: int
 
     def __str__(self) -> str:
-        return (
-            f"{type(self).__name__}(step={self.step}, layer={self.layer}, batch={self.batch})"
-        )
+        return f"{type(self).__name__}(step={self.step}, layer={self.layer}, batch={self.batch})"
 
 
 class LoadCache(_Cell):

@@ -37,9 +37,7 @@ class Workload:
             object.__setattr__(self, "cached_layers", frozenset(range(1, self.num_layers - 1)))
         outside = sorted(i for i in self.cached_layers or () if not 0 <= i < self.num_layers)
         if outside:
-            raise ValueError(
-                f"cached_layers must lie in 0..{self.num_layers - 1}, got {outside}"
-            )
+            raise ValueError(f"cached_layers must lie in 0..{self.num_layers - 1}, got {outside}")
 
     @property
     def gen_len(self) -> int:

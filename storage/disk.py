@@ -28,8 +28,6 @@ from storage.store import StorageError
 
 ReadMode = Literal["auto", "mapped", "direct", "tensorstore"]
 
-# Below this a read is all latency, and the page cache keeps the few bytes anyway.
-SMALL_NBYTES = 1 << 20
 RESIDENT = 0.95
 
 
@@ -42,11 +40,14 @@ class DiskContext:
             fill at most ``cache_share`` of the available memory; it reads the others directly.
         direct_nbytes: Bytes of one direct read call.
         cache_share: Share of available memory that ``auto`` lets the page cache take.
+        small_nbytes: Tensors below this are always mapped: reading them is all latency, and the
+            page cache keeps the few bytes anyway.
     """
 
     mode: ReadMode = "auto"
     direct_nbytes: int = 32 << 20
     cache_share: float = 0.5
+    small_nbytes: int = 1 << 20
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(ReadMode):
@@ -174,11 +175,11 @@ class DiskStore:
         return tensor.typed(block)
 
     def _always_mapped(self, file: ArrayFile) -> bool:
-        return file.raw and (
-            file.nbytes < SMALL_NBYTES
-            or self._context.mode == "mapped"
-            or (self._context.mode == "auto" and self._fits)
-        )
+        mode = self._context.mode
+        if not file.raw or mode == "tensorstore":
+            return False
+        small = file.nbytes < self._context.small_nbytes
+        return small or mode == "mapped" or (mode == "auto" and self._fits)
 
     def _read(self, tensor: _OpenTensor, slot: Slot) -> np.ndarray:
         file = tensor.file

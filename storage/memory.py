@@ -6,6 +6,7 @@ Alignment matters: ``jax.device_put`` aliases a NumPy array on the CPU only if i
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -34,10 +35,8 @@ def aligned_bytes(nbytes: int, *, touch: bool = False) -> np.ndarray:
     if nbytes >= _MAPPED_FROM:
         region = mmap.mmap(-1, round_up(nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            try:
+            with contextlib.suppress(OSError):  # a kernel without transparent huge pages
                 region.madvise(mmap.MADV_HUGEPAGE)
-            except OSError:
-                pass  # a kernel without transparent huge pages
         block = np.frombuffer(region, np.uint8)[:nbytes]
     else:
         raw = np.empty(nbytes + PAGE, np.uint8)
@@ -53,7 +52,7 @@ _MADV_POPULATE_READ = 22  # Linux 5.14; not in Python's mmap module
 
 
 def populate(block: np.ndarray) -> None:
-    """Brings the pages of a file mapping into memory; waits for the disk without holding the GIL."""
+    """Brings a file mapping's pages into memory; waits for the disk without holding the GIL."""
     if block.nbytes == 0:
         return
     address = ctypes.c_void_p(block.ctypes.data)

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flexgen_jax.sampling import batch_arrays, sample, seed_words, truncate
-from flexgen_jax.sampling_params import SamplingParams
 from hypothesis import given
 from hypothesis import strategies as st
+
+from flexgen_jax.sampling import batch_arrays, sample, seed_words, truncate
+from flexgen_jax.sampling_params import SamplingParams
 
 VOCAB = 40
 
@@ -98,7 +99,9 @@ def test_truncation_by_hand():
 
 
 @given(
-    st.lists(st.floats(-8, 8, width=32, allow_subnormal=False), min_size=2, max_size=30, unique=True),
+    st.lists(
+        st.floats(-8, 8, width=32, allow_subnormal=False), min_size=2, max_size=30, unique=True
+    ),
     st.integers(0, 40),
     st.floats(1 / 64, 1.0, width=32),
     st.sampled_from([0.0, 0.01, 0.1, 0.5, 0.9, 1.0]),

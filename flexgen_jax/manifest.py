@@ -1,0 +1,142 @@
+"""What a weight store says about itself: ``flexgen_manifest.json``.
+
+It is written last, so a directory that has one is complete. Owns the format's version; knows how
+neither to make nor to read the arrays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from storage.array_file import StoreError, dtype_of
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "flexgen_manifest.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorEntry:
+    """One stored tensor; ``dtype`` is a name such as ``bfloat16``."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], dtype: str) -> TensorEntry:
+        return cls(tuple(shape), dtype, math.prod(shape) * dtype_of(dtype).itemsize)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where the weights came from.
+
+    Attributes:
+        name: For people: a hub name, a directory's name, or what made the weights.
+        fingerprint: Hexadecimal; the same source has the same one.
+    """
+
+    name: str
+    fingerprint: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The content of a weight store.
+
+    Attributes:
+        dtype: Of the weights as they are computed with.
+        weight_bits: 4 if the weights are quantised, None if they are stored in ``dtype``.
+        source: Where they came from.
+        tensors: Flat name -> what is stored, in layer order.
+        format_version: Of the directory's layout.
+    """
+
+    dtype: str
+    source: Source
+    tensors: Mapping[str, TensorEntry]
+    weight_bits: int | None = None
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors together."""
+        return sum(entry.nbytes for entry in self.tensors.values())
+
+    def save(self, directory: Path) -> None:
+        """Writes the manifest so that it is there either whole or not at all."""
+        values = {
+            "format_version": self.format_version,
+            "dtype": self.dtype,
+            "weight_bits": self.weight_bits,
+            "source": dataclasses.asdict(self.source),
+            "tensors": {name: dataclasses.asdict(e) for name, e in self.tensors.items()},
+        }
+        write_durably(directory / MANIFEST_NAME, json.dumps(values, indent=1).encode() + b"\n")
+
+    @classmethod
+    def load(cls, directory: Path) -> Manifest:
+        """Reads the manifest of the store at ``directory``.
+
+        Raises:
+            StoreError: none there, another version, or not what a manifest contains.
+        """
+        file = directory / MANIFEST_NAME
+        try:
+            values = json.loads(file.read_bytes())
+        except OSError as error:
+            raise StoreError(
+                f"{directory} is no weight store: cannot read {file} ({error.strerror}); make one "
+                "with 'flexgen-jax convert MODEL STORE'"
+            ) from error
+        except ValueError as error:
+            raise StoreError(
+                f"{file} is not valid JSON ({error}): the store is damaged, remove it and convert "
+                "the model again"
+            ) from error
+        version = values.get("format_version") if isinstance(values, dict) else None
+        if version != FORMAT_VERSION:
+            newer = isinstance(version, int) and version > FORMAT_VERSION
+            cure = "upgrade flexgen-jax, or convert" if newer else "convert"
+            raise StoreError(
+                f"{file}: the store has format version {version!r}, this flexgen-jax reads version "
+                f"{FORMAT_VERSION}; {cure} the model again"
+            )
+        try:
+            return cls._from_json(values)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StoreError(
+                f"{file}: missing or wrong entry ({type(error).__name__}: {error}); the store is "
+                "damaged, remove it and convert the model again"
+            ) from error
+
+    @classmethod
+    def _from_json(cls, values: Mapping[str, Any]) -> Manifest:
+        tensors = {}
+        for name, entry in values["tensors"].items():
+            tensors[name] = TensorEntry.of(tuple(map(int, entry["shape"])), entry["dtype"])
+            if entry["nbytes"] != tensors[name].nbytes:
+                raise ValueError(f"{name}: nbytes {entry['nbytes']} do not fit its shape")
+        source = Source(str(values["source"]["name"]), str(values["source"]["fingerprint"]))
+        return cls(
+            dtype=dtype_of(values["dtype"]).name,
+            source=source,
+            tensors=tensors,
+            weight_bits=values["weight_bits"],
+        )
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Replaces ``path`` by ``content``, atomically, and waits until the disk has it."""
+    temporary = path.with_name(f".{path.name}.new")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,369 @@
+"""The main path: greedy tokens equal Hugging Face's, whatever the schedule and the placement."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import flexgen_jax as fg
+from flexgen_jax.blocks import padded_length, padded_rows
+from scheduling import FreeWeights, LoadWeights, ScheduleError, zigzag
+
+GOLDENS = Path(__file__).parent / "goldens"
+EXPECTED = json.loads((GOLDENS / "expected.json").read_text())
+PROMPTS = EXPECTED["prompts"]
+NEW = 12
+GREEDY = fg.SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True)
+
+SPLITS = {
+    "device": fg.Split(),
+    "host": fg.Split(device=0, host=100),
+    "disk": fg.Split(device=0, disk=100),
+    "mixed": fg.Split(device=30, host=30, disk=40),
+}
+
+
+def policy(**changes):
+    return fg.Policy(**{"device_batch_size": 4, "num_device_batches": 2} | changes)
+
+
+@pytest.fixture(scope="module")
+def offload(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("offload"))
+
+
+def generate(variant, offload, prompts=PROMPTS, params=GREEDY, **options):
+    """Token ids of every prompt, logits by (step, batch), and the report."""
+    logits = {}
+
+    def keep(step, batch, values):
+        logits[step, batch] = np.asarray(values)
+
+    options = {"policy": policy(), "offload_dir": offload} | options
+    with fg.LLM(str(GOLDENS / variant), **options) as llm:
+        outputs = llm.generate(prompts, params, on_logits=keep)
+        assert [o.request_id for o in outputs] == [str(i) for i in range(len(prompts))]
+        return [list(o.outputs[0].token_ids) for o in outputs], logits, llm.report
+
+
+@pytest.mark.parametrize("variant", sorted(EXPECTED["variants"]))
+def test_tokens_equal_transformers_and_logits_are_bit_equal(variant, offload):
+    """Unequal prompts, one of length 1, one with the pad token inside; every placement and order."""
+    expected = [tokens[:NEW] for tokens in EXPECTED["variants"][variant]["tokens"]]
+    reference = None
+    for split in SPLITS.values():
+        for schedule in fg.SCHEDULES:
+            for overlap in (True, False):
+                tokens, logits, _ = generate(
+                    variant,
+                    offload,
+                    policy=policy(weights=split, overlap=overlap),
+                    schedule=schedule,
+                )
+                assert tokens == expected
+                reference = reference or logits
+                assert logits.keys() == reference.keys()
+                for place, values in logits.items():
+                    np.testing.assert_array_equal(values, reference[place])
+
+
+@given(
+    device=st.integers(0, 100),
+    host=st.integers(0, 100),
+    schedule=st.sampled_from(sorted(fg.SCHEDULES)),
+    overlap=st.booleans(),
+    mode=st.sampled_from(["auto", "mapped", "direct", "tensorstore"]),
+    small=st.sampled_from([0, 2048]),
+    batches=st.integers(1, 3),
+)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_policy_gives_the_same_bits(
+    offload, device, host, schedule, overlap, mode, small, batches
+):
+    host = min(host, 100 - device)
+    split = fg.Split(device=device, host=host, disk=100 - device - host)
+    _, logits, report = generate(
+        "pre_norm",
+        offload,
+        policy=policy(weights=split, overlap=overlap, num_device_batches=batches),
+        schedule=schedule,
+        disk=fg.DiskContext(mode=mode, small_nbytes=small, cache_share=0.5 if small else 0.0),
+    )
+    _, reference, _ = generate("pre_norm", offload, policy=policy(num_device_batches=batches))
+    assert all(np.array_equal(values, reference[place]) for place, values in logits.items())
+    assert logits.keys() == reference.keys()
+    placed = report.placement
+    total = placed.nbytes()
+    assert sum(placed.nbytes(tier) for tier in fg.Tier) == total
+    # whole tensors: off by no more than the largest, and reported as it really is
+    largest = max(cell.nbytes for cell in placed.cells)
+    for tier, share in split.shares().items():
+        assert abs(placed.nbytes(tier) - share / 100 * total) <= 2 * largest
+
+
+def test_bfloat16_is_bit_equal_among_placements(offload):
+    runs = [
+        generate("pre_norm", offload, policy=policy(weights=split), dtype="bfloat16")[1]
+        for split in SPLITS.values()
+    ]
+    for run in runs[1:]:
+        assert all(np.array_equal(run[place], runs[0][place]) for place in runs[0])
+
+
+def test_what_is_on_disk_is_read_once_per_pass(offload):
+    _, _, report = generate("untied_projected", offload, policy=policy(weights=SPLITS["disk"]))
+    assert report.placement.percent(fg.Tier.DISK) == 100
+    # two batches share each pass of zig-zag; an untied model reads no tensor twice in a pass
+    assert report.disk_bytes == NEW * report.placement.nbytes()
+    _, _, report = generate(
+        "untied_projected", offload, policy=policy(weights=SPLITS["disk"]), schedule="row_by_row"
+    )
+    assert report.disk_bytes == 2 * NEW * report.placement.nbytes()
+    _, _, report = generate("untied_projected", offload)
+    assert report.disk_bytes == 0
+
+
+def test_requests_stop_by_themselves_and_the_block_stops_with_them(offload):
+    """Token 12 ends most sequences early: what comes after it is neither returned nor computed."""
+    expected = EXPECTED["variants"]["pre_norm"]["tokens"]
+    params = fg.SamplingParams(
+        temperature=0.0, max_tokens=24, ignore_eos=True, stop_token_ids=[12, 61]
+    )
+    steps = []
+    with fg.LLM(str(GOLDENS / "pre_norm"), policy=policy(), offload_dir=offload) as llm:
+        outputs = llm.generate(PROMPTS, params, on_logits=lambda s, b, _: steps.append((s, b)))
+    for output, tokens in zip(outputs, expected, strict=True):
+        ends = [i for i, t in enumerate(tokens) if t in (12, 61)]
+        got = output.outputs[0]
+        assert list(got.token_ids) == tokens[: ends[0] + 1]
+        assert got.finish_reason == "stop"
+        assert got.stop_reason == tokens[ends[0]]
+    # batches of 4, longest prompts first: the batch of 3 short ones comes second
+    order = sorted(range(len(PROMPTS)), key=lambda i: -len(PROMPTS[i]))
+    for batch, members in enumerate((order[:4], order[4:])):
+        longest = max(len(outputs[i].outputs[0].token_ids) for i in members)
+        assert max(s for s, b in steps if b == batch) == longest - 1
+
+
+def test_requests_of_one_batch_have_their_own_parameters(offload):
+    expected = EXPECTED["variants"]["pre_norm"]["tokens"]
+    params = [
+        fg.SamplingParams(temperature=0.0, max_tokens=1 + 3 * i, ignore_eos=True)
+        for i in range(len(PROMPTS))
+    ]
+    tokens, _, report = generate("pre_norm", offload, params=params)
+    assert tokens == [e[: 1 + 3 * i] for i, e in enumerate(expected)]
+    assert report.generated_tokens == sum(map(len, tokens))
+
+
+def test_min_tokens_and_eos(offload):
+    """The model's end-of-text token ends a request unless it is ignored or comes too early."""
+    config = json.loads((GOLDENS / "pre_norm" / "config.json").read_text())
+    eos = config["eos_token_id"]
+    prompt = PROMPTS[0]
+    room = config["max_position_embeddings"] - 1
+    free = fg.SamplingParams(temperature=9.0, seed=3, max_tokens=min(200, room), ignore_eos=True)
+    ((tokens,), _, _) = generate("pre_norm", offload, prompts=[prompt], params=free)
+    assert eos in tokens, "choose another seed"
+    place = tokens.index(eos)
+    stopping = fg.SamplingParams(temperature=9.0, seed=3, max_tokens=len(tokens))
+    ((stopped,), _, _) = generate("pre_norm", offload, prompts=[prompt], params=stopping)
+    assert stopped == tokens[: place + 1]
+    held = fg.SamplingParams(temperature=9.0, seed=3, max_tokens=len(tokens), min_tokens=place + 3)
+    ((later,), _, _) = generate("pre_norm", offload, prompts=[prompt], params=held)
+    assert len(later) >= place + 3
+    assert eos not in later[: place + 2]
+
+
+def test_sampled_tokens_do_not_depend_on_neighbours_or_schedule(offload):
+    params = fg.SamplingParams(temperature=1.0, seed=11, max_tokens=NEW, ignore_eos=True)
+    together, _, _ = generate("pre_norm", offload, params=params)
+    disk = policy(weights=SPLITS["disk"])
+    again, _, _ = generate("pre_norm", offload, params=params, schedule="row_by_row", policy=disk)
+    assert together == again
+    for i, prompt in enumerate(PROMPTS):
+        alone, _, _ = generate("pre_norm", offload, prompts=[prompt], params=params)
+        assert alone == [together[i]]
+    unseeded = fg.SamplingParams(temperature=1.0, max_tokens=NEW, ignore_eos=True)
+    first, _, _ = generate("pre_norm", offload, params=unseeded)
+    assert first == generate("pre_norm", offload, params=unseeded)[0]
+    assert first != generate("pre_norm", offload, params=unseeded, seed=1)[0]
+
+
+def test_logprobs(offload):
+    params = [
+        fg.SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True, logprobs=k)
+        for k in (None, 0, 2, None, 5, 0, 1)
+    ]
+    with fg.LLM(str(GOLDENS / "pre_norm"), policy=policy(), offload_dir=offload) as llm:
+        outputs = llm.generate(PROMPTS, params)
+    for output, p in zip(outputs, params, strict=True):
+        got = output.outputs[0]
+        if p.logprobs is None:
+            assert got.logprobs is None
+            assert got.cumulative_logprob is None
+            continue
+        assert len(got.logprobs) == 3
+        total = 0.0
+        for token, entry in zip(got.token_ids, got.logprobs, strict=True):
+            assert len(entry) == max(1, p.logprobs)  # greedy: the chosen one is the likeliest
+            assert entry[token].rank == 1
+            assert sorted(e.rank for e in entry.values()) == list(range(1, len(entry) + 1))
+            assert all(e.logprob < 0 for e in entry.values())
+            total += entry[token].logprob
+        assert got.cumulative_logprob == pytest.approx(total)
+
+
+def test_blocks_and_padding_are_reported(offload):
+    prompts = [[5] * n for n in (3, 30, 17, 4, 5, 16, 2, 1, 1)]
+    params = fg.SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+    small = policy(device_batch_size=2, num_device_batches=2)
+    _, _, report = generate("pre_norm", offload, prompts=prompts, params=params, policy=small)
+    assert report.requests == 9
+    assert report.batches == 5
+    assert report.blocks == 3
+    assert report.prompt_tokens == 79
+    # sorted by length: (30, 17) in 32, then pairs in 16, and one alone
+    assert report.padded_tokens == 2 * 32 + 3 * 2 * 16 + 16
+    assert report.padding == pytest.approx(1 - 79 / 176)
+    assert report.generated_tokens == 18
+    again = generate("pre_norm", offload, prompts=prompts, params=params, policy=small)[2]
+    assert again.compilations == 0
+
+
+def test_bucketed_lengths():
+    lengths = (1, 16, 17, 64, 65, 128, 129, 256, 257, 512, 600, 2000)
+    expected = [16, 16, 32, 64, 80, 128, 160, 256, 320, 512, 640, 2048]
+    assert [padded_length(n) for n in lengths] == expected
+    for n in range(1, 2049):
+        assert n <= padded_length(n) <= n + max(15, n / 4)
+    assert len({padded_length(n) for n in range(1, 2049)}) <= 32
+    assert [padded_rows(n, 6) for n in range(1, 7)] == [1, 2, 4, 4, 6, 6]
+
+
+def test_a_users_own_schedule(offload):
+    def all_at_once(w):
+        """Zig-zag with the steps' loads first: any function from a workload to ops will do."""
+        yield from zigzag(w)
+
+    tokens, _, report = generate("pre_norm", offload, schedule=all_at_once)
+    assert tokens == [t[:NEW] for t in EXPECTED["variants"]["pre_norm"]["tokens"]]
+    assert report.schedule == "all_at_once"
+
+
+def test_an_invalid_schedule_is_refused_before_anything_runs(offload):
+    def forgetful(w):
+        return (op for op in zigzag(w) if op != LoadWeights(w.num_steps - 1, 2))
+
+    def greedy(w):
+        return (op for op in zigzag(w) if not isinstance(op, FreeWeights))
+
+    ran = []
+    for schedule, missing in ((forgetful, LoadWeights(NEW - 1, 2)), (greedy, FreeWeights(0))):
+        with (
+            fg.LLM(
+                str(GOLDENS / "pre_norm"), policy=policy(), offload_dir=offload, schedule=schedule
+            ) as llm,
+            pytest.raises(ScheduleError) as caught,
+        ):
+            llm.generate(PROMPTS, GREEDY, on_logits=lambda *a: ran.append(a))
+        assert caught.value.missing == missing
+        assert str(missing) in str(caught.value)
+        assert str(caught.value.op) in str(caught.value)
+    assert not ran
+
+
+def test_prompts_come_in_several_forms(offload):
+    with fg.LLM(str(GOLDENS / "pre_norm"), policy=policy(), offload_dir=offload) as llm:
+        several = llm.generate([PROMPTS[2], {"prompt_token_ids": PROMPTS[2]}], GREEDY)
+        (one,) = llm.generate(PROMPTS[2], GREEDY)
+        (as_dict,) = llm.generate({"prompt_token_ids": PROMPTS[2]}, GREEDY)
+        assert llm.generate([], GREEDY) == []
+    tokens = {o.outputs[0].token_ids for o in (*several, one, as_dict)}
+    assert len(tokens) == 1
+    assert one.prompt_token_ids == tuple(PROMPTS[2])
+    assert one.outputs[0].text == ""  # no tokenizer
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "words"),
+    [
+        ([], {}, "no tokens"),
+        ([1, 9999], {}, "token id 9999 is outside the vocabulary"),
+        ([1, -1], {}, "token id -1"),
+        ([1] * 5000, {}, "too long: 5000 prompt tokens"),
+        ([1], {"max_tokens": 5000}, "max_tokens 5000"),
+        ([1], {"stop_token_ids": [9999]}, "stop token id 9999"),
+        ("text", {}, "no tokenizer"),
+        ({"text": "x"}, {}, "neither"),
+        ({"prompt": 3}, {}, "a text or a list of token ids, got 3"),
+        ({"prompt_token_ids": ["a"]}, {}, "list of token ids"),
+        (None, {}, "got None"),
+    ],
+)
+def test_bad_prompts_are_named_all_at_once(offload, prompt, params, words):
+    with fg.LLM(str(GOLDENS / "pre_norm"), policy=policy(), offload_dir=offload) as llm:
+        with pytest.raises(fg.RequestError, match="prompt 1: ") as caught:
+            llm.generate([PROMPTS[0], prompt, prompt], fg.SamplingParams(**params))
+        assert words in str(caught.value)
+        assert "prompt 2: " in str(caught.value)
+
+
+def test_parameters_must_match_the_prompts(offload):
+    with fg.LLM(str(GOLDENS / "pre_norm"), policy=policy(), offload_dir=offload) as llm:
+        with pytest.raises(fg.RequestError, match="7 prompts but 2"):
+            llm.generate(PROMPTS, [GREEDY, GREEDY])
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"cache": fg.Split(device=0, host=100)}, "cache off the device"),
+        ({"hidden": fg.Split(device=0, disk=100)}, "hidden off the device"),
+        ({"host_attention": True}, "host_attention"),
+        ({"weight_bits": 4}, "weight_bits"),
+        ({"cache_bits": 8}, "cache_bits"),
+        ({"attention_sparsity": 0.1}, "attention_sparsity"),
+        ({"num_stages": 2}, "num_stages"),
+    ],
+)
+def test_what_is_not_built_yet_is_refused(offload, changes, word):
+    with pytest.raises(ValueError, match=f"not supported yet: {word}"):
+        fg.LLM(str(GOLDENS / "pre_norm"), policy=policy(**changes), offload_dir=offload)
+
+
+def test_wrong_schedule_and_model_names(offload, tmp_path):
+    with pytest.raises(ValueError, match="no schedule 'zigzga'; known: lock_step, row_by_row"):
+        fg.LLM(str(GOLDENS / "pre_norm"), schedule="zigzga", offload_dir=offload)
+    with pytest.raises(ValueError, match="nowhere"):
+        fg.LLM(str(tmp_path / "nowhere"), offload_dir=offload)
+
+
+def test_the_automatic_policy_fills_device_then_host_then_disk(offload):
+    with fg.LLM(str(GOLDENS / "pre_norm"), offload_dir=offload) as llm:
+        assert llm.policy.weights == fg.Split()
+        total = llm.placement.nbytes()
+    with fg.LLM(
+        str(GOLDENS / "pre_norm"),
+        offload_dir=offload,
+        device_memory=total // 2,
+        host_memory=f"{total / 2 / 1024}KiB",
+    ) as llm:
+        assert llm.policy.weights.device == pytest.approx(30, abs=0.1)
+        assert llm.policy.weights.host == pytest.approx(30, abs=0.1)
+        assert 0 < llm.placement.percent(fg.Tier.DISK) < 60
+        tokens = [list(o.outputs[0].token_ids) for o in llm.generate(PROMPTS, GREEDY)]
+    assert tokens == [t[:NEW] for t in EXPECTED["variants"]["pre_norm"]["tokens"]]
+    with pytest.raises(ValueError, match="such as '12GiB'"):
+        fg.LLM(str(GOLDENS / "pre_norm"), device_memory="lots", offload_dir=offload)
+
+
+def test_conversion_is_announced_once_and_reused(tmp_path):
+    said = []
+    for _ in range(2):
+        fg.LLM(str(GOLDENS / "pre_norm"), offload_dir=str(tmp_path), say=said.append).close()
+    assert len(said) == 1
+    assert "pre_norm" in said[0]
