@@ -1,3 +1,3 @@
 from flexgen_jax.cli import main
 
-main()
+main(prog_name="flexgen-jax")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from flexgen_jax.llm import LLM
     from flexgen_jax.report import Report
     from scheduling.policy import Policy
+    from storage.disk import ReadMode
 
 DTYPES = click.Choice(["float32", "bfloat16"])
 
@@ -62,14 +63,13 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("model", required=False)
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("model_and_store", nargs=-1, metavar="[MODEL] STORE")
 @click.option("--dummy", metavar="PRESET", help="Random weights of this preset; needs no MODEL.")
 @click.option("--dtype", type=DTYPES, default="float32", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random weights.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def convert(
-    model: str | None, store: Path, dummy: str | None, dtype: str, seed: int, quiet: bool
+    model_and_store: tuple[str, ...], dummy: str | None, dtype: str, seed: int, quiet: bool
 ) -> None:
     """Convert MODEL (a Hugging Face directory or hub name) into the weight store STORE.
 
@@ -83,17 +83,18 @@ def convert(
     with _plain_errors():
         from flexgen_jax import checkpoint, progress
 
-        if (model is None) == (dummy is None):
+        if len(model_and_store) != (2 if dummy is None else 1):
             raise click.UsageError("give either MODEL and STORE, or --dummy PRESET and STORE")
+        store = Path(model_and_store[-1])
         with progress.transfer("converting", quiet=quiet) as update:
             if dummy is not None:
                 path = checkpoint.convert_dummy(
                     dummy, store, dtype=dtype, seed=seed, progress=update
                 )
             else:
-                assert model is not None
-                path = checkpoint.convert(model, store, dtype=dtype, progress=update)
-        _say(f"weight store ready: {path}")
+                path = checkpoint.convert(model_and_store[0], store, dtype=dtype, progress=update)
+        if not quiet:
+            _say(f"weight store ready: {path}")
 
 
 def _policy_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -173,6 +174,13 @@ def _policy(
 @click.option("--device-memory", metavar="SIZE", help="What 'auto' may use, such as 12GiB.")
 @click.option("--host-memory", metavar="SIZE", help="Likewise, in host memory.")
 @click.option("--offload-dir", type=click.Path(), help="Where converted models are kept.")
+@click.option(
+    "--disk-mode",
+    type=click.Choice(["auto", "mapped", "direct", "tensorstore"]),
+    default="auto",
+    show_default=True,
+    help="How weights are read from disk: through the page cache, past it, or by TensorStore.",
+)
 @click.option("--max-tokens", type=int, default=32, show_default=True)
 @click.option("--min-tokens", type=int, default=0, show_default=True)
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
@@ -201,6 +209,7 @@ def generate(
     device_memory: str | None,
     host_memory: str | None,
     offload_dir: str | None,
+    disk_mode: ReadMode,
     seed: int,
     trace: Path | None,
     plot: Path | None,
@@ -223,6 +232,7 @@ def generate(
         from flexgen_jax import batch, progress
         from flexgen_jax.llm import LLM
         from flexgen_jax.sampling_params import SamplingParams
+        from storage.disk import DiskContext
 
         chosen, changes = _policy(policy, percent, device_batch_size, num_device_batches, overlap)
         defaults = SamplingParams(**sampling)
@@ -239,6 +249,7 @@ def generate(
                 offload_dir=offload_dir,
                 dtype=dtype,
                 seed=seed,
+                disk=DiskContext(mode=disk_mode),
                 say=say,
             )
             with llm:

@@ -87,7 +87,7 @@ class ArrayWriter:
                 f"{self.file.chunk}: more than the {self.file.nbytes} bytes that shape "
                 f"{self.file.shape} takes"
             )
-        left = memoryview(np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
+        left = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
         while left:  # one write call takes at most 2 GiB
             count = self._chunk.write(left)
             self._written += count

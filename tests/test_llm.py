@@ -51,7 +51,7 @@ def generate(variant, offload, prompts=PROMPTS, params=GREEDY, **options):
 
 @pytest.mark.parametrize("variant", sorted(EXPECTED["variants"]))
 def test_tokens_equal_transformers_and_logits_are_bit_equal(variant, offload):
-    """Unequal prompts, one of length 1, one with the pad token inside; every placement and order."""
+    """Unequal prompts, of length 1 and with the pad token too; every placement and order."""
     expected = [tokens[:NEW] for tokens in EXPECTED["variants"][variant]["tokens"]]
     reference = None
     for split in SPLITS.values():
@@ -161,19 +161,19 @@ def test_requests_of_one_batch_have_their_own_parameters(offload):
 
 def test_min_tokens_and_eos(offload):
     """The model's end-of-text token ends a request unless it is ignored or comes too early."""
-    config = json.loads((GOLDENS / "pre_norm" / "config.json").read_text())
-    eos = config["eos_token_id"]
-    prompt = PROMPTS[0]
-    room = config["max_position_embeddings"] - 1
-    free = fg.SamplingParams(temperature=9.0, seed=3, max_tokens=min(200, room), ignore_eos=True)
-    ((tokens,), _, _) = generate("pre_norm", offload, prompts=[prompt], params=free)
-    assert eos in tokens, "choose another seed"
-    place = tokens.index(eos)
-    stopping = fg.SamplingParams(temperature=9.0, seed=3, max_tokens=len(tokens))
-    ((stopped,), _, _) = generate("pre_norm", offload, prompts=[prompt], params=stopping)
-    assert stopped == tokens[: place + 1]
-    held = fg.SamplingParams(temperature=9.0, seed=3, max_tokens=len(tokens), min_tokens=place + 3)
-    ((later,), _, _) = generate("pre_norm", offload, prompts=[prompt], params=held)
+    eos, room = 2, 40
+    hot = {"temperature": 9.0, "max_tokens": room}
+    seeds = [fg.SamplingParams(**hot, seed=i, ignore_eos=True) for i in range(16)]
+    tokens, _, _ = generate("pre_norm", offload, prompts=[PROMPTS[0]] * 16, params=seeds)
+    seed = next(i for i, t in enumerate(tokens) if eos in t[: room - 5])
+    place = tokens[seed].index(eos)
+    stopping = fg.SamplingParams(**hot, seed=seed)
+    held = fg.SamplingParams(**hot, seed=seed, min_tokens=place + 3)
+    (stopped, later), _, _ = generate(
+        "pre_norm", offload, prompts=[PROMPTS[0]] * 2, params=[stopping, held]
+    )
+    assert stopped == tokens[seed][: place + 1]
+    assert later[:place] == tokens[seed][:place]
     assert len(later) >= place + 3
     assert eos not in later[: place + 2]
 
@@ -313,9 +313,11 @@ def test_bad_prompts_are_named_all_at_once(offload, prompt, params, words):
 
 
 def test_parameters_must_match_the_prompts(offload):
-    with fg.LLM(str(GOLDENS / "pre_norm"), policy=policy(), offload_dir=offload) as llm:
-        with pytest.raises(fg.RequestError, match="7 prompts but 2"):
-            llm.generate(PROMPTS, [GREEDY, GREEDY])
+    with (
+        fg.LLM(str(GOLDENS / "pre_norm"), policy=policy(), offload_dir=offload) as llm,
+        pytest.raises(fg.RequestError, match="7 prompts but 2"),
+    ):
+        llm.generate(PROMPTS, [GREEDY, GREEDY])
 
 
 @pytest.mark.parametrize(

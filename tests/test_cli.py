@@ -1,0 +1,341 @@
+"""The command line as a user meets it: files, flags, mistakes, exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import flexgen_jax as fg
+from flexgen_jax.cli import main
+
+GOLDENS = Path(__file__).parent / "goldens"
+MODEL = str(GOLDENS / "pre_norm")
+EXPECTED = json.loads((GOLDENS / "expected.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def offload(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("offload"))
+
+
+@pytest.fixture
+def job(tmp_path, offload):
+    """Writes lines, runs ``generate``, returns the result and the output records."""
+
+    def run(lines, *options, model=MODEL):
+        source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+        texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+        source.write_bytes("\n".join(texts).encode("utf-8", "surrogateescape"))
+        arguments = ["generate", "--model", model, "-i", source, "-o", target]
+        arguments += ["--offload-dir", offload, *options]
+        result = CliRunner().invoke(main, [str(a) for a in arguments])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        records = None
+        if target.exists():
+            records = [json.loads(r) for r in target.read_text(encoding="utf-8").splitlines()]
+        return result, records
+
+    return run
+
+
+def test_a_job_streams_its_weights_from_disk(job):
+    lines = [{"id": f"r{i}", "prompt_token_ids": p} for i, p in enumerate(EXPECTED["prompts"])]
+    result, records = job(
+        lines,
+        *("--percent", 0, 0, 100, 0, 100, 0),
+        *("--max-tokens", 24, "--ignore-eos", "--json", "--disk-mode", "direct"),
+    )
+    assert result.exit_code == 0, result.output
+    assert [r["id"] for r in records] == [f"r{i}" for i in range(len(lines))]
+    assert [r["token_ids"] for r in records] == EXPECTED["variants"]["pre_norm"]["tokens"]
+    assert {r["finish_reason"] for r in records} == {"length"}
+    report = json.loads(result.stdout)
+    assert report["placement"]["weights"]["disk"]["percent"] == 100
+    assert report["disk_bytes"] > 0
+    assert report["requests"] == len(lines)
+    assert report["errors"] == 0
+    assert "disk 100.0%" in result.stderr
+    assert "7 succeeded, 0 failed" in result.stderr
+    assert "tokens/s" in result.stderr
+
+
+def test_bad_lines_become_records_and_the_others_run(job):
+    good = {"prompt_token_ids": [5, 6]}
+    lines = [
+        '{"prompt": ',
+        good,
+        "[1, 2]",
+        {"prompt_token_ids": [5], "id": "x", "temperature": -1},
+        "",
+        {"id": "nothing"},
+        {"prompt_token_ids": [1] * 9999, "id": "long"},
+        {"prompt": "text but no tokenizer", "id": "text"},
+        {"prompt_token_ids": [5], "wurst": 1},
+        '{"prompt_token_ids": [5], "id": "\udcff"}',
+        {"prompt_token_ids": [7], "id": "x2"},
+        {"prompt_token_ids": [7], "id": "x2"},
+    ]
+    result, records = job(lines)
+    assert result.exit_code == 0
+    errors = {r["error"]["line"]: r["error"] for r in records if "error" in r}
+    assert sorted(errors) == [1, 3, 4, 6, 7, 8, 9, 10, 12]
+    for line, word in {
+        1: "not JSON",
+        3: "JSON object",
+        4: "temperature must be",
+        6: "neither",
+        7: "too long",
+        8: "no tokenizer",
+        9: "unknown sampling field 'wurst'",
+        10: "UTF-8",
+        12: "used on line 11",
+    }.items():
+        assert word in errors[line]["message"]
+        assert errors[line]["type"] in ("invalid_json", "invalid_request")
+    assert [r["id"] for r in records] == [
+        1,
+        2,
+        3,
+        "x",
+        "nothing",
+        "long",
+        "text",
+        9,
+        10,
+        "x2",
+        "x2",
+    ]
+    assert [len(r["token_ids"]) for r in records if "error" not in r] == [32, 32]
+    assert "2 succeeded, 9 failed" in result.stderr
+
+
+def test_if_no_line_is_good_the_exit_code_says_so(job):
+    result, records = job(["nonsense"])
+    assert result.exit_code == 1
+    assert len(records) == 1
+
+
+def test_an_empty_file_is_an_empty_job(job):
+    result, records = job([])
+    assert result.exit_code == 0
+    assert records == []
+    assert "0 succeeded, 0 failed" in result.stderr
+
+
+def test_sampling_fields_of_a_line_win(job):
+    prompt = EXPECTED["prompts"][2]
+    lines = [
+        {"prompt_token_ids": prompt, "max_tokens": 3, "logprobs": 2},
+        {"prompt_token_ids": prompt, "temperature": 1.0, "seed": 4},
+        {
+            "prompt_token_ids": prompt,
+            "stop_token_ids": [EXPECTED["variants"]["pre_norm"]["tokens"][2][2]],
+        },
+    ]
+    result, records = job(lines, "--max-tokens", 5, "--ignore-eos")
+    assert result.exit_code == 0
+    assert records[0]["token_ids"] == EXPECTED["variants"]["pre_norm"]["tokens"][2][:3]
+    assert len(records[0]["logprobs"]) == 3
+    assert records[0]["cumulative_logprob"] < 0
+    assert len(records[1]["token_ids"]) == 5
+    assert records[2]["finish_reason"] == "stop"
+    assert records[2]["stop_reason"] == records[2]["token_ids"][-1]
+
+
+def test_openai_lines_are_answered_in_their_dialect(job):
+    body = {"model": "any", "prompt": [5, 6, 7], "max_tokens": 4, "temperature": 0}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
+    lines = [
+        line,
+        {**line, "custom_id": "b", "url": "/v1/chat/completions"},
+        {**line, "custom_id": "c", "body": {**body, "n": 3}},
+        {**line, "custom_id": "d", "body": {**body, "echo": True}},
+    ]
+    result, records = job(lines, "--ignore-eos")
+    assert result.exit_code == 0
+    good = records[0]
+    assert good["custom_id"] == "a"
+    assert good["error"] is None
+    assert good["response"]["status_code"] == 200
+    assert good["response"]["body"]["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": 4,
+        "total_tokens": 7,
+    }
+    assert good["response"]["body"]["choices"][0]["finish_reason"] == "length"
+    for record, word in zip(records[1:], ("/v1/completions", "n=3", "echo"), strict=True):
+        assert record["response"] is None
+        assert word in record["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--percent", "80", "30", "100", "0", "100", "0"], "exceed 100"),
+        (["--percent", "0", "0", "0", "100", "100", "0"], "cache off the device"),
+        (["--schedule", "zagzig"], "no schedule 'zagzig'"),
+        (["--temperature", "-1"], "temperature must be"),
+        (["--policy", "missing.json"], "cannot read the policy missing.json"),
+        (["--policy", "auto", "--percent", "0", "0", "100", "0", "100", "0"], "exclude each other"),
+        (["--gpu-batch-size", "0"], "device_batch_size must be"),
+        (["--device-memory", "much"], "such as '12GiB'"),
+        (["--dtype", "int8"], "int8"),
+        (["--percent", "0", "0"], "requires 6 arguments"),
+        (["--frobnicate"], "No such option"),
+    ],
+)
+def test_wrong_options_are_one_clear_error(job, options, words):
+    result, records = job([{"prompt_token_ids": [5]}], *options)
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+    assert records is None
+
+
+def test_missing_model_input_and_output(job, tmp_path, offload):
+    result, records = job([{"prompt_token_ids": [5]}], model=str(tmp_path / "no-model"))
+    assert result.exit_code == 2
+    assert "no-model" in result.stderr
+    assert records is None
+    base = ["generate", "--model", MODEL, "--offload-dir", offload]
+    source = tmp_path / "in.jsonl"
+    for arguments, words in (
+        (["-i", tmp_path / "none.jsonl", "-o", tmp_path / "o.jsonl"], "none.jsonl"),
+        (["-i", source, "-o", tmp_path / "no" / "dir" / "o.jsonl"], "cannot write"),
+        (["-i", source, "-o", tmp_path], "is a directory"),
+    ):
+        result = CliRunner().invoke(main, [*base, *map(str, arguments)])
+        assert result.exit_code == 2
+        assert words in result.stderr
+        assert result.stderr.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl"]
+
+
+def test_a_policy_file(job, tmp_path):
+    policy = fg.Policy(device_batch_size=2, weights=fg.Split(device=0, host=50, disk=50))
+    file = tmp_path / "policy.json"
+    file.write_text(json.dumps(policy.to_json()))
+    result, _ = job([{"prompt_token_ids": [5]}], "--policy", file, "--no-overlap", "--json")
+    assert result.exit_code == 0, result.output
+    used = json.loads(result.stdout)["policy"]
+    assert used == {**policy.to_json(), "overlap": False}
+
+
+def test_trace_and_picture(job, tmp_path):
+    trace, picture = tmp_path / "trace.json", tmp_path / "picture.svg"
+    result, _ = job([{"prompt_token_ids": [5]}], "--trace", trace, "--plot", picture)
+    assert result.exit_code == 0
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert any(e["name"].startswith("Compute") for e in events)
+    assert picture.read_text().startswith("<?xml")
+
+
+def test_a_failing_read_keeps_what_was_finished(tmp_path, offload, monkeypatch):
+    """The disk dies in the second block: one error, the first block's results are kept."""
+    import storage.disk
+
+    original = storage.disk.DiskStore.load
+    calls = 0
+
+    def dying(self, names, slot):
+        nonlocal calls
+        calls += 1
+        if calls > 25:
+            raise OSError(5, "Input/output error")
+        return original(self, names, slot)
+
+    monkeypatch.setattr(storage.disk.DiskStore, "load", dying)
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps({"prompt_token_ids": [i + 3]}) + "\n" for i in range(9)))
+    arguments = ["generate", "--model", MODEL, "-i", source, "-o", target, "--max-tokens", 4]
+    arguments += ["--offload-dir", offload, "--percent", 0, 0, 100, 0, 100, 0]
+    arguments += ["--device-batch-size", 2, "--num-device-batches", 1]
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == 1
+    assert "LoadWeights" in result.stderr
+    assert "Input/output error" in result.stderr
+    assert not target.exists()
+    kept = (tmp_path / "out.jsonl.partial").read_text().splitlines()
+    assert len(kept) == 2
+    assert "2 of 9 requests were finished" in result.stderr
+
+
+def test_convert_and_run_the_store(job, tmp_path):
+    store = tmp_path / "store"
+    result = CliRunner().invoke(main, ["convert", MODEL, str(store), "--dtype", "bfloat16"])
+    assert result.exit_code == 0, result.output
+    result, _ = job([{"prompt_token_ids": [5]}], model=str(store))
+    assert result.exit_code == 2
+    assert "--dtype" in result.stderr
+    assert "bfloat16" in result.stderr
+    result, records = job([{"prompt_token_ids": [5]}], "--dtype", "bfloat16", model=str(store))
+    assert result.exit_code == 0
+    assert len(records[0]["token_ids"]) > 0
+
+
+def test_convert_needs_one_source(tmp_path):
+    for arguments, words in (
+        (["x", "y", "--dummy", "125m"], "give either MODEL and STORE, or --dummy"),
+        (["x"], "give either MODEL and STORE"),
+        (["--dummy", "11b", "x"], "no preset '11b'"),
+    ):
+        result = CliRunner().invoke(main, ["convert", *arguments])
+        assert result.exit_code == 2
+        assert words in result.stderr
+
+
+def test_demo(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, ["demo", "--max-tokens", "4"])
+    assert result.exit_code == 0, result.output
+    assert "disk 100.0%" in result.stderr
+    assert "tokens/s" in result.stderr
+    names = {p.name for p in (tmp_path / "demo-output").iterdir()}
+    assert names == {"completions.jsonl", "timeline.json", "timeline.png"}
+    records = [
+        json.loads(r)
+        for r in (tmp_path / "demo-output" / "completions.jsonl").read_text().splitlines()
+    ]
+    assert len(records) >= 10
+    assert all(r["text"] for r in records)
+
+
+@pytest.mark.parametrize("arguments", [[], ["generate"], ["convert"], ["demo"]])
+def test_help(arguments):
+    result = CliRunner().invoke(main, [*arguments, "--help"])
+    assert result.exit_code == 0
+    assert "Usage: " in result.output
+
+
+def python(*arguments, **options):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        **options,
+    )
+
+
+def test_module_and_version():
+    result = python("-m", "flexgen_jax", "--version")
+    assert result.stdout.strip() == f"flexgen-jax, version {fg.__version__}"
+
+
+def test_importing_and_helping_stay_light():
+    """Neither may import JAX or anything as heavy; ``benchmarks/startup.py`` has the seconds."""
+    heavy = "{'jax', 'numpy', 'scipy', 'tensorstore', 'rich', 'matplotlib', 'huggingface_hub'}"
+    result = python("-c", f"import flexgen_jax, sys; print(sorted({heavy} & set(sys.modules)))")
+    assert result.stdout.strip() == "[]", result.stderr
+    code = (
+        "import sys; from flexgen_jax.cli import main; main(['--help'], standalone_mode=False);"
+        f"print(sorted({heavy} & set(sys.modules)))"
+    )
+    assert python("-c", code).stdout.strip().endswith("[]")
