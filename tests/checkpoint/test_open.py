@@ -1,0 +1,142 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flexgen_jax.checkpoint import StoreError, convert, is_store, open_store
+from flexgen_jax.config import ConfigError
+from flexgen_jax.manifest import Manifest
+from flexgen_jax.params import param_shapes
+
+
+@pytest.fixture
+def store(model, tmp_path):
+    return convert(model, tmp_path / "store", dtype="bfloat16")
+
+
+def edit(file, **changes):
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps({**values, **changes}))
+
+
+def test_a_sound_store(store, tiny):
+    model = open_store(store, dtype="bfloat16")
+    assert model.path == store
+    assert model.config == tiny.config
+    assert list(model.arrays) == list(param_shapes(tiny.config))
+    assert all(array.raw for array in model.arrays.values())
+    assert model.manifest == Manifest.load(store)
+    assert model.manifest.nbytes == sum(array.nbytes for array in model.arrays.values())
+
+
+def test_another_dtype_names_both_cures(store):
+    with pytest.raises(StoreError) as caught:
+        open_store(store, dtype="float32")
+    for words in ("holds bfloat16", "asked for was float32", "--dtype float32", "dtype='bfloat16'"):
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [lambda b: b[:-2], lambda b: b + b"\0", lambda b: b""])
+def test_a_chunk_of_another_size(store, change):
+    chunk = store / "layer_1.v.kernel" / "c" / "0" / "0"
+    chunk.write_bytes(change(chunk.read_bytes()))
+    with pytest.raises(StoreError, match=r"layer_1\.v\.kernel/c/0/0 is (truncated|too long).*512"):
+        open_store(store)
+
+
+def test_a_missing_array(store):
+    (store / "layer_0.k.bias" / "zarr.json").unlink()
+    with pytest.raises(StoreError, match=r"layer_0\.k\.bias/zarr\.json: No such file.*convert"):
+        open_store(store)
+
+
+def test_an_array_of_another_shape(store):
+    edit(store / "layer_0.fc1.kernel" / "zarr.json", shape=[24, 16])
+    with pytest.raises(StoreError, match=r"expected bfloat16 \[16, 24\].* is bfloat16 \[24, 16\]"):
+        open_store(store)
+
+
+@pytest.mark.parametrize(
+    ("version", "cure"), [(2, "upgrade flexgen-jax, or convert"), (0, "; convert"), (None, "conv")]
+)
+def test_another_version(store, version, cure):
+    edit(store / "flexgen_manifest.json", format_version=version)
+    with pytest.raises(StoreError, match=f"format version {version}, .*version 1.*{cure}"):
+        open_store(store)
+
+
+def test_quantised_weights_are_not_mistaken(store):
+    edit(store / "flexgen_manifest.json", weight_bits=4)
+    with pytest.raises(StoreError, match="quantised to 4 bits"):
+        open_store(store)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "7"])
+def test_a_manifest_that_is_none(store, content):
+    (store / "flexgen_manifest.json").write_text(content)
+    with pytest.raises(StoreError, match=r"flexgen_manifest\.json.*(not valid JSON|version None)"):
+        open_store(store)
+
+
+@pytest.mark.parametrize("key", ["dtype", "weight_bits", "source", "tensors"])
+def test_a_manifest_without_an_entry(store, key):
+    file = store / "flexgen_manifest.json"
+    values = json.loads(file.read_text())
+    del values[key]
+    file.write_text(json.dumps(values))
+    with pytest.raises(StoreError, match=f"missing or wrong entry.*{key}"):
+        open_store(store)
+    edit(file, **{key: [3]})
+    with pytest.raises(StoreError):
+        open_store(store)
+
+
+def test_a_manifest_and_a_config_of_different_models(store):
+    edit(store / "config.json", num_hidden_layers=3)
+    with pytest.raises(StoreError, match=r"expected layer_2\..*no such tensor"):
+        open_store(store)
+    (store / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        open_store(store)
+
+
+def test_what_is_no_store(tmp_path):
+    assert not is_store(tmp_path)
+    for path in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(StoreError, match=r"is no weight store.*flexgen-jax convert"):
+            open_store(path)
+
+
+def test_a_tree_that_orbax_saved_in_its_own_layout_is_read_too(store, tiny, model):
+    """Not raw, but arrays all the same: the disk tier falls back to TensorStore."""
+    import tensorstore as ts
+
+    old = store / "layer_0.q.kernel"
+    values = tiny.read(store)["layer_0.q.kernel"]
+    (old / "c" / "0" / "0").unlink()
+    spec = {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": f"{old}/"},
+        "metadata": {
+            "shape": [16, 16],
+            "data_type": "bfloat16",
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [8, 16]}},
+        },
+    }
+    ts.open(spec, create=True, delete_existing=True).result().write(values).result()
+    array = open_store(store).arrays["layer_0.q.kernel"]
+    assert not array.raw
+    np.testing.assert_array_equal(tiny.read(store)["layer_0.q.kernel"], values)
+
+
+def test_importing_costs_no_heavy_library():
+    heavy = ("jax", "tensorstore", "orbax", "torch", "safetensors", "huggingface_hub", "scipy")
+    code = f"import sys, flexgen_jax.checkpoint; print(*({heavy} & sys.modules.keys()))"
+    code = code.replace(str(heavy), repr(set(heavy)))
+    root = Path(__file__).parents[2]
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == []
