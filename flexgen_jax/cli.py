@@ -50,6 +50,10 @@ def _say(message: str) -> None:
     click.echo(message, err=True)
 
 
+def _silent(message: str) -> None:
+    """Takes the place of ``_say`` where nothing is to be said."""
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="flexgen-jax")
 def main() -> None:
@@ -86,15 +90,17 @@ def convert(
         if len(model_and_store) != (2 if dummy is None else 1):
             raise click.UsageError("give either MODEL and STORE, or --dummy PRESET and STORE")
         store = Path(model_and_store[-1])
+        say = _silent if quiet else _say
         with progress.transfer("converting", quiet=quiet) as update:
             if dummy is not None:
                 path = checkpoint.convert_dummy(
-                    dummy, store, dtype=dtype, seed=seed, progress=update
+                    dummy, store, dtype=dtype, seed=seed, progress=update, say=say
                 )
             else:
-                path = checkpoint.convert(model_and_store[0], store, dtype=dtype, progress=update)
-        if not quiet:
-            _say(f"weight store ready: {path}")
+                path = checkpoint.convert(
+                    model_and_store[0], store, dtype=dtype, progress=update, say=say
+                )
+        say(f"weight store ready: {path}")
 
 
 def _policy_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -230,6 +236,7 @@ def generate(
         import dataclasses
 
         from flexgen_jax import batch, progress
+        from flexgen_jax.checkpoint import resolve
         from flexgen_jax.llm import LLM
         from flexgen_jax.sampling_params import SamplingParams
         from storage.disk import DiskContext
@@ -238,19 +245,21 @@ def generate(
         defaults = SamplingParams(**sampling)
         if not input_path.is_file():
             raise Failure(f"no input file {input_path}")
-        say = (lambda _: None) if quiet else _say
+        say = _silent if quiet else _say
         with batch.Results(output_path) as results:
+            with progress.transfer("converting", quiet=quiet) as update:
+                store = resolve(
+                    model, dtype=dtype, offload_dir=offload_dir, say=say, progress=update
+                )
             llm = LLM(
-                model,
+                str(store),
                 policy=chosen,
                 schedule=schedule,
                 device_memory=device_memory,
                 host_memory=host_memory,
-                offload_dir=offload_dir,
                 dtype=dtype,
                 seed=seed,
                 disk=DiskContext(mode=disk_mode),
-                say=say,
             )
             with llm:
                 llm.policy = dataclasses.replace(llm.policy, **changes)

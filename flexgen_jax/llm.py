@@ -26,6 +26,7 @@ from scheduling.transforms import serialized
 from scheduling.validate import validate
 from scheduling.workload import Workload
 from storage.disk import DiskContext
+from storage.slots import Ring
 
 Schedule = Callable[[Workload], Iterable[Op]]
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -87,6 +88,7 @@ class LLM:
         self.seed = seed
         self.report: Report | None = None
         self._weights = Weights(self._model, self.placement, context=disk, wrap=wrap_store)
+        self._ring: Ring | None = None
 
     def generate(
         self,
@@ -213,12 +215,14 @@ class LLM:
     ) -> tuple[BlockEffects, Timeline]:
         workload = block.workload(self._weights.num_layers)
         schedule = self._schedule if self.policy.overlap else serialized(self._schedule)
-        ring = self._weights.ring(workload.weight_slots)
+        # One ring for all blocks: making it costs as much as reading a layer.
+        ring = self._ring or self._weights.ring(workload.weight_slots)
+        self._ring = None  # after a failure something may still be reading it
         effects = BlockEffects(
             block, self._weights, ring, seed=self.seed, on_tokens=progress, on_logits=on_logits
         )
         timeline = execute(schedule(workload), workload, effects)
-        ring.close()
+        self._ring = ring
         return effects, timeline
 
     def _output(self, generated: Generated) -> RequestOutput:
@@ -254,6 +258,9 @@ class LLM:
 
     def close(self) -> None:
         """Gives back the weights' memory and file handles."""
+        if self._ring is not None:
+            self._ring.close()
+            self._ring = None
         self._weights.close()
 
     def __enter__(self) -> LLM:

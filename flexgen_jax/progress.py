@@ -61,9 +61,10 @@ def transfer(what: str, *, quiet: bool = False) -> Iterator[Callable[[int, int, 
         TextColumn("{task.fields[name]}"),
     )
     with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None, name="")
+        # Nothing shows until there is something to transfer.
+        task = bar.add_task(what, total=None, visible=False, name="")
 
         def update(done: int, total: int, name: str) -> None:
-            bar.update(task, completed=done, total=total, name=name)
+            bar.update(task, completed=done, total=total, visible=True, name=name)
 
         yield update
