@@ -66,6 +66,8 @@ class _OpenTensor:
         self.file = file
         self._direct: int | None = None
         self._view: np.ndarray | None = None
+        self._populated = False
+        self._alias: jax.Array | None = None
         self._tensorstore: Any = None
 
     def typed(self, block: np.ndarray) -> np.ndarray:
@@ -81,6 +83,22 @@ class _OpenTensor:
                 region = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ)
             self._view = np.frombuffer(region, np.uint8)
         return self._view
+
+    def mapped(self) -> np.ndarray:
+        """The tensor in the page cache, every page of it present."""
+        view = self.mapping()
+        # Asking is 40 times cheaper than populating again what is there.
+        if not (self._populated and resident_fraction(view) == 1.0):
+            populate(view)
+            self._populated = True
+        return self.typed(view)
+
+    def alias(self, device: Any) -> jax.Array:
+        """:meth:`mapped` as an array of the CPU ``device``, made once: it *is* the mapping."""
+        view = self.mapped()
+        if self._alias is None:
+            self._alias = jax.device_put(view, device)
+        return self._alias
 
     def read_direct(self, block: np.ndarray, call_nbytes: int) -> None:
         """Fills ``block`` (page-aligned, whole pages) past the page cache where the system can."""
@@ -116,7 +134,7 @@ class _OpenTensor:
         )
 
     def close(self) -> None:
-        self._view = None
+        self._view = self._alias = None
         self._tensorstore = None
         if self._direct is not None:
             os.close(self._direct)
@@ -137,6 +155,7 @@ class DiskStore:
         self._tensors = {name: _OpenTensor(name, file) for name, file in files.items()}
         total = sum(file.nbytes for file in files.values())
         self._fits = total <= self._context.cache_share * available_memory()
+        self._aliases = self._device.platform == "cpu"
         self.bytes_read = 0
 
     def __contains__(self, name: str) -> bool:
@@ -147,18 +166,18 @@ class DiskStore:
         return sum(round_up(f.nbytes) for f in sizes if not self._always_mapped(f))
 
     def load(self, names: Sequence[str], slot: Slot) -> dict[str, jax.Array]:
-        views = {}
+        views: dict[str, Any] = {}
         for name in names:
             tensor = self._tensors[name]
             try:
                 views[name] = self._read(tensor, slot)
             except OSError as error:
-                raise StorageError(
-                    f"cannot read {name} from {tensor.file.chunk}: {error.strerror or error}"
-                ) from error
+                raise _failed(tensor, error) from error
         # The consumer's result, not this transfer, tells when the slot may be refilled; waiting
         # here makes the copy to an accelerator count as loading, which it is.
-        return jax.block_until_ready(jax.device_put(views, self._device))
+        moved = {n: v for n, v in views.items() if not isinstance(v, jax.Array)}
+        views.update(jax.block_until_ready(jax.device_put(moved, self._device)))
+        return views
 
     def read_into(self, name: str, block: np.ndarray) -> np.ndarray:
         """Reads ``name`` once into ``block`` (page-aligned whole pages) that the caller keeps."""
@@ -169,9 +188,7 @@ class DiskStore:
             else:
                 tensor.read_tensorstore(block)
         except OSError as error:
-            raise StorageError(
-                f"cannot read {name} from {tensor.file.chunk}: {error.strerror or error}"
-            ) from error
+            raise _failed(tensor, error) from error
         return tensor.typed(block)
 
     def _always_mapped(self, file: ArrayFile) -> bool:
@@ -181,21 +198,30 @@ class DiskStore:
         small = file.nbytes < self._context.small_nbytes
         return small or mode == "mapped" or (mode == "auto" and self._fits)
 
-    def _read(self, tensor: _OpenTensor, slot: Slot) -> np.ndarray:
+    def _read(self, tensor: _OpenTensor, slot: Slot) -> np.ndarray | jax.Array:
         file = tensor.file
         self.bytes_read += file.nbytes
-        if not file.raw or self._context.mode == "tensorstore":
-            block = slot.take(file.nbytes)
-            tensor.read_tensorstore(block)
-            return tensor.typed(block)
-        cached = self._context.mode == "auto" and resident_fraction(tensor.mapping()) >= RESIDENT
-        if cached or self._always_mapped(file):
-            populate(tensor.mapping())
-            return tensor.typed(tensor.mapping())
+        if self._mapped(tensor):
+            return tensor.alias(self._device) if self._aliases else tensor.mapped()
         block = slot.take(file.nbytes)
-        tensor.read_direct(block, self._context.direct_nbytes)
+        if file.raw and self._context.mode != "tensorstore":
+            tensor.read_direct(block, self._context.direct_nbytes)
+        else:
+            tensor.read_tensorstore(block)
         return tensor.typed(block)
+
+    def _mapped(self, tensor: _OpenTensor) -> bool:
+        if self._always_mapped(tensor.file):
+            return True
+        cacheable = tensor.file.raw and self._context.mode == "auto"
+        return cacheable and resident_fraction(tensor.mapping()) >= RESIDENT
 
     def close(self) -> None:
         for tensor in self._tensors.values():
             tensor.close()
+
+
+def _failed(tensor: _OpenTensor, error: OSError) -> StorageError:
+    return StorageError(
+        f"cannot read {tensor.name} from {tensor.file.chunk}: {error.strerror or error}"
+    )

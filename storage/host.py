@@ -22,18 +22,14 @@ class HostStore:
     def __init__(self, device: Any = None) -> None:
         self._device = device or jax.local_devices()[0]
         self._on_device = jax.sharding.SingleDeviceSharding(self._device)
-        self._pinned = (
-            None
-            if self._device.platform == "cpu"
-            else jax.sharding.SingleDeviceSharding(self._device, memory_kind="pinned_host")
-        )
-        self._arrays: dict[str, Any] = {}
+        self._shared = self._device.platform == "cpu"
+        kind = None if self._shared else "pinned_host"
+        self._home = jax.sharding.SingleDeviceSharding(self._device, memory_kind=kind)
+        self._arrays: dict[str, jax.Array] = {}
 
     def put(self, name: str, array: np.ndarray) -> None:
-        """Keeps ``array``: as it is on the CPU backend, as a pinned copy on an accelerator."""
-        if self._pinned is not None:
-            array = jax.block_until_ready(jax.device_put(array, self._pinned))
-        self._arrays[name] = array
+        """Keeps ``array``: aliased if aligned on the CPU backend, else as a pinned copy."""
+        self._arrays[name] = jax.block_until_ready(jax.device_put(array, self._home))
 
     def __contains__(self, name: str) -> bool:
         return name in self._arrays
@@ -43,6 +39,8 @@ class HostStore:
 
     def load(self, names: Sequence[str], slot: Slot) -> dict[str, jax.Array]:
         chosen = {name: self._arrays[name] for name in names}
+        if self._shared:
+            return chosen
         # One call for the whole layer: every transfer pays a fixed price.
         return jax.block_until_ready(jax.device_put(chosen, self._on_device))
 
