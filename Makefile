@@ -18,7 +18,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/stream_weights.py
+	for name in startup memory stream_weights; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flexgen-jax needs Python 3.11 or later; set PYTHON=")'

@@ -29,6 +29,7 @@ from storage.store import StorageError
 ReadMode = Literal["auto", "mapped", "direct", "tensorstore"]
 
 RESIDENT = 0.95
+_FEW_BYTES = 1 << 18
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,8 +88,10 @@ class _OpenTensor:
     def mapped(self) -> np.ndarray:
         """The tensor in the page cache, every page of it present."""
         view = self.mapping()
-        # Asking is 40 times cheaper than populating again what is there.
-        if not (self._populated and resident_fraction(view) == 1.0):
+        # Asking is 40 times cheaper than populating again what is there; for a few pages that
+        # were evicted, the fault of whoever reads them is cheaper still.
+        small = self._populated and self.file.nbytes < _FEW_BYTES
+        if not (small or (self._populated and resident_fraction(view) == 1.0)):
             populate(view)
             self._populated = True
         return self.typed(view)
