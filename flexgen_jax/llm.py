@@ -33,6 +33,10 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 OnBlock = Callable[[list[RequestOutput]], None]
 
 
+# What a report keeps of a long job's timeline: about 100 MB.
+MAX_SPANS = 500_000
+
+
 class RequestError(ValueError):
     """A prompt that cannot be run, or sampling parameters that do not fit it."""
 
@@ -169,17 +173,21 @@ class LLM:
     ) -> list[RequestOutput]:
         """Completes checked requests; results in their order. Sets :attr:`report`."""
         blocks = self.blocks(requests)
-        for block in blocks:  # refuse a bad schedule before anything runs
-            workload = block.workload(self._weights.num_layers)
+        # Refuse a bad schedule before anything runs; most blocks of a job are alike.
+        for workload in {block.workload(self._weights.num_layers) for block in blocks}:
             validate(self._schedule(workload), workload)
         compiled, bytes_read = compilations(), self._weights.disk_bytes
         started = time.perf_counter()
         outputs: dict[int, RequestOutput] = {}
-        timelines = []
+        timelines: list[tuple[float, Timeline]] = []
+        spans = 0
         for block in blocks:
+            begun = time.perf_counter() - started
             effects, timeline = self._run_block(block, progress, on_logits)
             finished = [self._output(g) for g in effects.results()]
-            timelines.append((time.perf_counter() - started - timeline.seconds, timeline))
+            spans += len(timeline.spans)
+            if spans <= MAX_SPANS or not timelines:
+                timelines.append((begun, timeline))
             outputs.update(zip((r.index for r in block.requests), finished, strict=True))
             if on_block is not None:
                 on_block(finished)

@@ -23,7 +23,7 @@ class Report:
         blocks: How many blocks the requests made; ``batches``: how many device batches.
         compilations: Programs compiled for layers and heads during this run.
         disk_bytes: Weight bytes read from the disk tier.
-        timeline: Measured spans of all blocks, one after another.
+        timeline: Measured spans of the blocks, one after another; of a long job, of its first.
     """
 
     policy: Policy

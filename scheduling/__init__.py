@@ -3,7 +3,16 @@
 Knows no array, no file and no device: the standard library and NumPy only.
 """
 
-from scheduling.dependencies import Issue, ScheduleError, Stream, Weights, bind, needs, stream_of
+from scheduling.dependencies import (
+    Issue,
+    Need,
+    ScheduleError,
+    Stream,
+    Weights,
+    bind,
+    needs,
+    stream_of,
+)
 from scheduling.ops import (
     Barrier,
     Compute,
@@ -21,7 +30,7 @@ from scheduling.ops import (
 from scheduling.placement import Cell, Placement, place
 from scheduling.policy import Policy, Split, Tier
 from scheduling.schedules import SCHEDULES, lock_step, row_by_row, zigzag
-from scheduling.timeline import Span, Timeline, to_perfetto, write_trace
+from scheduling.timeline import Span, Timeline, compare, to_perfetto, write_trace
 from scheduling.transforms import first_n, serialize, serialized
 from scheduling.validate import validate
 from scheduling.workload import Workload
@@ -36,6 +45,7 @@ __all__ = [
     "LoadCache",
     "LoadHidden",
     "LoadWeights",
+    "Need",
     "Op",
     "Placement",
     "Policy",
@@ -50,6 +60,7 @@ __all__ = [
     "Weights",
     "Workload",
     "bind",
+    "compare",
     "first_n",
     "format_schedule",
     "lock_step",

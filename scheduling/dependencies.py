@@ -3,14 +3,20 @@
 ``needs`` says it of one op; ``bind`` follows a whole schedule and numbers everything. An issue's
 needs all have smaller numbers and streams run in order, so no schedule that ``bind`` accepts can
 deadlock: of the issues that are not done, the one with the smallest number can always run.
+
+A batch goes through step and layer in one order only, since each layer needs the hidden states of
+the one before. So one number per batch tells how far it is, and tells late ops from early ones.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 from collections import deque
 from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
 
 from scheduling.ops import (
     Barrier,
@@ -63,29 +69,45 @@ class Weights:
 
 Need = Weights | Op
 
+# A need as a plain tuple (kind, step, layer, batch), which hashes many times faster than an op.
+_Key = tuple[type, int, int, int]
+
 
 def needs(op: Op, workload: Workload) -> tuple[Need, ...]:
     """What must be done before ``op`` starts, beside a free slot and its place in its stream.
 
-    Weights are known by their layer alone: batches at different steps may share one load.
+    Weights are known by their layer alone: batches at different steps may share one load. A
+    FreeWeights waits for every Compute that used its load, too; ``bind`` knows which those are.
     """
-    match op:
-        case Compute(step, layer, batch):
-            wanted: tuple[Need, ...] = (Weights(layer), LoadHidden(step, layer, batch))
-            if step > 0 and workload.has_cache(layer):
-                wanted += (LoadCache(step, layer, batch),)
-            return wanted
-        case LoadHidden(step, layer, batch):
-            if layer > 0:
-                return (StoreHidden(step, layer - 1, batch),)
+    return tuple(map(_need_of, _keys(op, workload)))
+
+
+def _need_of(key: _Key) -> Need:
+    kind, step, layer, batch = key
+    return Weights(layer) if kind is Weights else kind(step, layer, batch)
+
+
+def _keys(op: Any, workload: Workload) -> tuple[_Key, ...]:
+    kind = type(op)
+    if kind is Compute:
+        step, layer, batch = op.step, op.layer, op.batch
+        weights, hidden = (Weights, 0, layer, 0), (LoadHidden, step, layer, batch)
+        if step > 0 and workload.has_cache(layer):
+            return weights, hidden, (LoadCache, step, layer, batch)
+        return weights, hidden
+    if kind is LoadHidden:
+        if op.layer > 0:
+            return ((StoreHidden, op.step, op.layer - 1, op.batch),)
+        if op.step > 0:
             # The last layer's "hidden" is the new token, which the next step begins with.
-            return (StoreHidden(step - 1, workload.num_layers - 1, batch),) if step > 0 else ()
-        case LoadCache(step, layer, batch):
-            return (StoreCache(step - 1, layer, batch),)
-        case StoreHidden(step, layer, batch) | StoreCache(step, layer, batch):
-            return (Compute(step, layer, batch),)
-        case FreeWeights(layer):
-            return (Weights(layer),)
+            return ((StoreHidden, op.step - 1, workload.num_layers - 1, op.batch),)
+        return ()
+    if kind is StoreHidden or kind is StoreCache:
+        return ((Compute, op.step, op.layer, op.batch),)
+    if kind is LoadCache:
+        return ((StoreCache, op.step - 1, op.layer, op.batch),)
+    if kind is FreeWeights:
+        return ((Weights, 0, op.layer, 0),)
     return ()
 
 
@@ -95,7 +117,8 @@ class Issue:
 
     Attributes:
         index: Position in the schedule, from 0.
-        needs: Indices of earlier issues that must be done before this one starts.
+        needs: Indices of earlier issues that must be done before this one starts; of several on
+            one stream, only the last.
         slot: The weight slot that a LoadWeights fills or a FreeWeights gives back.
     """
 
@@ -112,7 +135,8 @@ class ScheduleError(ValueError):
     Attributes:
         op: The offending op, or None where the fault is an op that is not there.
         missing: What should have come before (or at all), or None.
-        index: Position of ``op`` in the schedule, from 0.
+        index: Position of ``op`` in the schedule, from 0; where it ends, for an op that is not
+            there.
     """
 
     def __init__(
@@ -123,21 +147,19 @@ class ScheduleError(ValueError):
         missing: Op | None = None,
         index: int | None = None,
         before: Iterable[Op] = (),
+        after: Iterable[Op] = (),
     ) -> None:
         text = reason
         if op is not None and index is not None:
-            context = [
-                *(f"    {i}: {o}" for i, o in _numbered(before, index)),
-                f"--> {index}: {op}",
-            ]
-            text = f"op {index}, {op}: {reason}\n" + "\n".join(context)
+            text = f"op {index}, {op}: {reason}\n{_context(op, index, [*before], [*after])}"
         super().__init__(text)
         self.op, self.missing, self.index = op, missing, index
 
 
-def _numbered(before: Iterable[Op], index: int) -> list[tuple[int, Op]]:
-    ops = list(before)
-    return list(zip(range(index - len(ops), index), ops, strict=True))
+def _context(op: Op, index: int, before: list[Op], after: list[Op]) -> str:
+    ops = [*before, op, *after]
+    numbered = enumerate(ops, index - len(before))
+    return "\n".join(f"{'-->' if i == index else '   '} {i}: {o}" for i, o in numbered)
 
 
 def bind(ops: Iterable[Op], workload: Workload) -> Iterator[Issue]:
@@ -145,83 +167,77 @@ def bind(ops: Iterable[Op], workload: Workload) -> Iterator[Issue]:
 
     Slots are a first-in first-out list: a LoadWeights takes the one that was given back longest
     ago, and waits for the FreeWeights that gave it. An op issued again binds what comes later to
-    its latest issue.
+    its latest issue. What is remembered grows with layers and batches, not with steps or ops.
 
     Raises:
         ScheduleError: at the first op that breaks a rule.
     """
-    return _Binder(workload).run(ops)
+    return _Binder(ops, workload).run()
 
 
 class _Binder:
-    def __init__(self, workload: Workload) -> None:
+    def __init__(self, ops: Iterable[Op], workload: Workload) -> None:
+        self.ops = iter(ops)
         self.workload = workload
-        self.latest: dict[Op, int] = {}
-        self.held: dict[int, tuple[int, int, list[int]]] = {}  # layer -> load, slot, readers
+        self.latest: dict[_Key, int] = {}
+        self.slots: dict[int, int] = {}  # of the layers that are held
+        self.reader: dict[int, int] = {}  # the last Compute that uses the layer
         self.free: deque[tuple[int, int | None]] = deque(
             (slot, None) for slot in range(workload.weight_slots)
         )
-        self.computed = bytearray(workload.num_steps * workload.num_layers * workload.num_batches)
+        self.reached = [-1] * workload.num_batches  # step * num_layers + layer last computed
         self.recent: deque[Op] = deque(maxlen=4)
-        self.barrier: int | None = None
-        self.since_barrier: dict[Stream, int] = {}
         self.index = 0
 
-    def run(self, ops: Iterable[Op]) -> Iterator[Issue]:
-        for index, op in enumerate(ops):
+    def run(self) -> Iterator[Issue]:
+        workload, latest, recent = self.workload, self.latest, self.recent
+        barrier: int | None = None
+        since_barrier: dict[str, int] = {}
+        for index, op in enumerate(self.ops):
             self.index = index
-            self._check_range(op)
-            found, slot = self._find(op)
-            if self.barrier is not None:
-                found.append(self.barrier)
-            stream = _STREAMS[type(op)]
-            yield Issue(index, op, stream, tuple(found), slot)
-            if isinstance(op, Barrier):
-                self.barrier, self.since_barrier = index, {}
-            else:
-                self.since_barrier[stream] = index
-            self.recent.append(op)
-
-    def _find(self, op: Op) -> tuple[list[int], int | None]:
-        match op:
-            case LoadWeights():
-                return self._load(op)
-            case FreeWeights():
-                return self._free(op)
-            case Barrier():
+            kind = type(op)
+            stream = _STREAMS.get(kind)
+            if stream is None:
+                raise self._error(op, "is no op; see scheduling.ops for those there are")
+            self._check(op)
+            found = []
+            for key in _keys(op, workload):
+                need = latest.get(key)
+                if need is None:
+                    raise self._unmet(op, key)
+                found.append(need)
+            slot = None
+            if kind is LoadWeights:
+                slot = self._load(op, found)
+            elif kind is FreeWeights:
+                slot = self._free(op, found)
+            elif kind is Barrier:
                 # Streams are in order, so the last of each stands for all of it.
-                return list(self.since_barrier.values()), None
-        found = []
-        for need in needs(op, self.workload):
-            if isinstance(need, Weights):
-                load, _, readers = self._holding(op, need.layer)
-                readers.append(self.index)
-                found.append(load)
-            elif need in self.latest:
-                found.append(self.latest[need])
+                found.extend(since_barrier.values())
             else:
-                raise self._error(op, f"needs {need} before it, which has not come", need)
-        if isinstance(op, Compute):
-            self._once(op)
-        self._remember(op)
-        return found, None
+                self._remember(op)
+            if barrier is not None:
+                found.append(barrier)
+            yield Issue(index, op, stream, tuple(found), slot)
+            if kind is Barrier:
+                barrier = index
+                since_barrier.clear()
+            else:
+                since_barrier[stream.value] = index
+            recent.append(op)
 
-    def _holding(self, op: Op, layer: int) -> tuple[int, int, list[int]]:
-        if layer not in self.held:
-            step = getattr(op, "step", 0)
-            missing = LoadWeights(step, layer)
-            raise self._error(
-                op, f"needs {missing} before it: the layer's weights are not held here", missing
-            )
-        return self.held[layer]
-
-    def _load(self, op: LoadWeights) -> tuple[list[int], int]:
-        if op.layer in self.held:
+    def _load(self, op: Any, found: list[int]) -> int:
+        if op.layer in self.slots:
             missing = FreeWeights(op.layer)
-            raise self._error(op, f"needs {missing} before it: the layer is held already", missing)
+            raise self._error(
+                op,
+                f"needs {missing} before it: the layer is held already; free it first, or leave "
+                "the second load out",
+                missing,
+            )
         if not self.free:
-            held = ", ".join(map(str, self.held))
-            missing = FreeWeights(next(iter(self.held)))
+            held = ", ".join(map(str, self.slots))
+            missing = FreeWeights(next(iter(self.slots)))
             raise self._error(
                 op,
                 f"all {self.workload.weight_slots} weight slots are held (layers {held}); "
@@ -229,51 +245,105 @@ class _Binder:
                 missing,
             )
         slot, freed_by = self.free.popleft()
-        self.held[op.layer] = (self.index, slot, [])
-        return ([] if freed_by is None else [freed_by]), slot
+        self.slots[op.layer] = slot
+        self.latest[Weights, 0, op.layer, 0] = self.index
+        if freed_by is not None:
+            found.append(freed_by)
+        return slot
 
-    def _free(self, op: FreeWeights) -> tuple[list[int], int]:
-        load, slot, readers = self._holding(op, op.layer)
-        del self.held[op.layer]
+    def _free(self, op: Any, found: list[int]) -> int:
+        slot = self.slots.pop(op.layer)
+        del self.latest[Weights, 0, op.layer, 0]
         self.free.append((slot, self.index))
-        return [load, *readers[-1:]], slot  # computing is one stream: the last reader is enough
+        reader = self.reader.pop(op.layer, None)
+        if reader is not None:
+            found.append(reader)  # computing is one stream: the last reader is enough
+        return slot
 
-    def _once(self, op: Compute) -> None:
-        w = self.workload
-        place = (op.step * w.num_layers + op.layer) * w.num_batches + op.batch
-        if self.computed[place]:
-            raise self._error(op, "was computed before; each step, layer and batch comes once")
-        self.computed[place] = 1
+    def _check(self, op: Any) -> None:
+        """What can be said of an op by itself and by how far its batch is."""
+        w, kind = self.workload, type(op)
+        if kind is Barrier:
+            return
+        layer = op.layer
+        if not 0 <= layer < w.num_layers:
+            raise self._outside(op, "layer", w.num_layers)
+        if kind is FreeWeights:
+            return
+        step = op.step
+        if not 0 <= step < w.num_steps:
+            raise self._outside(op, "step", w.num_steps)
+        if kind is LoadWeights:
+            return
+        if not 0 <= op.batch < w.num_batches:
+            raise self._outside(op, "batch", w.num_batches)
+        if kind is LoadCache or kind is StoreCache:
+            if not w.has_cache(layer):
+                raise self._error(op, f"layer {layer} keeps no cache; leave the op out")
+            if kind is LoadCache and step == 0:
+                raise self._error(op, "step 0 makes the cache: there is none to load; leave it out")
+        reached, place = self.reached[op.batch], self._place(op)
+        if kind is StoreHidden:
+            if place < reached:
+                then = Compute(reached // w.num_layers, reached % w.num_layers, op.batch)
+                raise self._error(op, f"is late: {then} came before it; issue it before {then}")
+        elif kind is not StoreCache and place <= reached:
+            this = Compute(step, layer, op.batch)
+            if kind is Compute:
+                reason = "was computed before; each step, layer and batch comes once"
+            else:
+                reason = f"is late: {this}, which it is for, came before it; issue it before that"
+            raise self._error(op, reason)
 
-    def _remember(self, op: Op) -> None:
+    def _place(self, op: Any) -> int:
+        return op.step * self.workload.num_layers + op.layer
+
+    def _remember(self, op: Any) -> None:
         """Only what later ops can still need is kept: memory does not grow with the steps."""
-        self.latest[op] = self.index
-        match op:
-            case Compute(step, layer, batch):
-                self.latest.pop(Compute(step - 1, layer, batch), None)
-            case StoreCache(step, layer, batch):
-                self.latest.pop(LoadCache(step, layer, batch), None)
-                self.latest.pop(StoreCache(step - 1, layer, batch), None)
-            case StoreHidden(step, layer, batch):
-                self.latest.pop(LoadHidden(step, layer, batch), None)
-                before = (step, layer - 1) if layer else (step - 1, self.workload.num_layers - 1)
-                self.latest.pop(StoreHidden(*before, batch), None)
+        latest, kind, step, layer, batch = self.latest, type(op), op.step, op.layer, op.batch
+        latest[kind, step, layer, batch] = self.index
+        if kind is Compute:
+            self.reader[layer] = self.index
+            layers = self.workload.num_layers
+            self.reached[batch] = self._place(op)
+            latest.pop((LoadHidden, step, layer, batch), None)
+            latest.pop((LoadCache, step, layer, batch), None)
+            latest.pop((StoreCache, step - 1, layer, batch), None)
+            latest.pop((Compute, step - 1, layer, batch), None)
+            if layer:
+                latest.pop((StoreHidden, step, layer - 1, batch), None)
+            else:
+                latest.pop((StoreHidden, step - 1, layers - 1, batch), None)
 
-    def _check_range(self, op: Op) -> None:
-        w = self.workload
-        for name, limit in (
-            ("step", w.num_steps),
-            ("layer", w.num_layers),
-            ("batch", w.num_batches),
-        ):
-            value = getattr(op, name, 0)
-            if not 0 <= value < limit:
-                raise self._error(op, f"{name} must lie in 0..{limit - 1} for this workload")
-        if isinstance(op, (LoadCache, StoreCache)):
-            if not w.has_cache(op.layer):
-                raise self._error(op, f"layer {op.layer} keeps no cache")
-            if isinstance(op, LoadCache) and op.step == 0:
-                raise self._error(op, "step 0 makes the cache: there is none to load")
+    def _unmet(self, op: Any, key: _Key) -> ScheduleError:
+        if isinstance(op, StoreCache) and self._place(op) <= self.reached[op.batch]:
+            then = Compute(op.step + 1, op.layer, op.batch)
+            return self._error(op, f"is late: {then} came before it; issue it before {then}")
+        if key[0] is not Weights:
+            missing = _need_of(key)
+            assert not isinstance(missing, Weights)
+            return self._error(
+                op,
+                f"needs {missing} before it, which has not come; issue that earlier or this later",
+                missing,
+            )
+        steps = [getattr(o, "step", None) for o in (*self.recent, op)]
+        load = LoadWeights(next((s for s in reversed(steps) if s is not None), 0), op.layer)
+        return self._error(
+            op,
+            f"needs {load} before it: the layer's weights are not held here; load them earlier, "
+            "or free them later",
+            load,
+        )
+
+    def _outside(self, op: Op, name: str, limit: int) -> ScheduleError:
+        return self._error(op, f"{name} must lie in 0..{limit - 1} for this workload")
 
     def _error(self, op: Op, reason: str, missing: Op | None = None) -> ScheduleError:
-        return ScheduleError(reason, op=op, missing=missing, index=self.index, before=self.recent)
+        after: list[Op] = []
+        # What follows is shown if it can be had; a fault in it must not hide this one.
+        with contextlib.suppress(Exception):
+            after.extend(islice(self.ops, 2))
+        return ScheduleError(
+            reason, op=op, missing=missing, index=self.index, before=self.recent, after=after
+        )

@@ -100,7 +100,8 @@ _KINDS = {
         (Barrier, ()),
     )
 }
-_CALL = re.compile(r"(\w+)\((.*)\)")
+_CALL = re.compile(r"(\w+)\s*\((.*)\)")
+_FIELD = re.compile(r"(\w+)\s*=\s*(-?[0-9]+)")
 
 
 def parse_op(text: str) -> Op:
@@ -113,12 +114,13 @@ def parse_op(text: str) -> Op:
     if call is None or call[1] not in _KINDS:
         raise ValueError(f"expected an op ({', '.join(_KINDS)}) with its fields, got {text!r}")
     kind, fields = _KINDS[call[1]]
-    pairs = [part.partition("=") for part in call[2].split(",") if part.strip()]
-    values = {key.strip(): value.strip() for key, _, value in pairs}
-    if tuple(values) != fields or not all(v.isdecimal() for v in values.values()):
+    parts = call[2].split(",") if call[2].strip() else []
+    found = [_FIELD.fullmatch(part.strip()) for part in parts]
+    values = {field[1]: int(field[2]) for field in found if field is not None}
+    if len(found) != len(fields) or tuple(values) != fields:
         wanted = ", ".join(f"{name}=<number>" for name in fields)
         raise ValueError(f"expected {call[1]}({wanted}), got {text!r}")
-    return kind(**{key: int(value) for key, value in values.items()})
+    return kind(**values)
 
 
 def format_schedule(ops: Iterable[Op]) -> str:

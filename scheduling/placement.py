@@ -15,7 +15,19 @@ def place(sizes: Sequence[int], split: Split) -> list[Tier]:
     Each cell goes to the tier that is furthest behind its share of the bytes so far, this cell
     included, so that the percentages hold over any stretch of layers and traffic is even. A tier
     of 0 percent gets nothing.
+
+    After any prefix, no tier of three is more than 2/3 of the largest cell above its share, nor
+    more than 5/6 below it; of two tiers, more than 1/2 either way. (In general (n - 1)/n above:
+    the largest of n deficits, which sum to the cell, is at least their mean. And 1/2 + ... + 1/n
+    below: the mean of the k largest deficits exceeds that of the k + 1 largest by at most
+    1/(k + 1) of a cell.)
+
+    Raises:
+        ValueError: a negative size.
     """
+    for nbytes in sizes:
+        if nbytes < 0:
+            raise ValueError(f"a cell cannot have {nbytes} bytes")
     shares = {tier: share / 100 for tier, share in split.shares().items() if share > 0}
     given = dict.fromkeys(shares, 0)
     total = 0
@@ -61,22 +73,21 @@ class Placement:
         """Tensors in ``tier``."""
         return sum(c.tier is tier for c in self.cells)
 
+    def table(self) -> list[tuple[str, int, int, float]]:
+        """A row per tier, for printing: tier, cells, bytes, percent."""
+        return [(t.value, self.count(t), self.nbytes(t), self.percent(t)) for t in Tier]
+
     def to_json(self) -> dict[str, Any]:
         """Per tier: cells, bytes, percent."""
         return {
-            t.value: {
-                "cells": self.count(t),
-                "nbytes": self.nbytes(t),
-                "percent": round(self.percent(t), 3),
-            }
-            for t in Tier
+            tier: {"cells": cells, "nbytes": nbytes, "percent": round(percent, 3)}
+            for tier, cells, nbytes, percent in self.table()
         }
 
     def describe(self, what: str) -> str:
         """One line for a person."""
         parts = [
-            f"{t.value} {self.percent(t):.1f}% ({self.nbytes(t) / 1e9:.3f} GB, "
-            f"{self.count(t)} tensors)"
-            for t in Tier
+            f"{tier} {percent:.1f}% ({nbytes / 1e9:.3f} GB, {cells} tensors)"
+            for tier, cells, nbytes, percent in self.table()
         ]
         return f"{what}: " + ", ".join(parts)

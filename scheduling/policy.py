@@ -21,6 +21,10 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Split:
     """Shares of one kind of tensor per tier, in percent, summing to 100.
@@ -35,8 +39,7 @@ class Split:
 
     def __post_init__(self) -> None:
         for tier, share in self.shares().items():
-            number = isinstance(share, (int, float)) and not isinstance(share, bool)
-            if not (number and 0 <= share <= 100):
+            if not (_is_number(share) and 0 <= share <= 100):
                 raise ValueError(f"{tier.value} must be a percentage in [0, 100], got {share!r}")
         total = sum(self.shares().values())
         if not math.isclose(total, 100, abs_tol=1e-6):
@@ -94,12 +97,12 @@ class Policy:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name in ("weight_bits", "cache_bits"):
-            if getattr(self, name) not in (None, 4, 8):
-                raise ValueError(f"{name} must be None, 4 or 8, got {getattr(self, name)!r}")
-        if not 0 < self.attention_sparsity <= 1:
-            raise ValueError(
-                f"attention_sparsity must lie in (0, 1], got {self.attention_sparsity!r}"
-            )
+            bits = getattr(self, name)
+            if bits is not None and not (_is_int(bits) and bits in (4, 8)):
+                raise ValueError(f"{name} must be None, 4 or 8, got {bits!r}")
+        sparsity = self.attention_sparsity
+        if not (_is_number(sparsity) and 0 < sparsity <= 1):
+            raise ValueError(f"attention_sparsity must be a number in (0, 1], got {sparsity!r}")
 
     @property
     def block_size(self) -> int:
@@ -110,14 +113,23 @@ class Policy:
     def from_percent(
         cls, wd: float, wh: float, cd: float, ch: float, hd: float, hh: float, **choices: Any
     ) -> Policy:
-        """FlexGen's six numbers: weights, cache, hidden on device and on host; the rest on disk."""
+        """FlexGen's six numbers: weights, cache, hidden on device and on host; the rest on disk.
+
+        Raises:
+            ValueError: shares that exceed 100 or leave [0, 100], with their name.
+        """
 
         def split(name: str, device: float, host: float) -> Split:
-            if device + host > 100:
+            disk = 100 - device - host
+            if disk < -1e-6:
                 raise ValueError(
                     f"{name}: {device} percent on the device and {host} on the host exceed 100"
                 )
-            return Split(device=device, host=host, disk=100 - device - host)
+            try:
+                # 100 - 85.8 - 14.2 is a little less than nothing
+                return Split(device=device, host=host, disk=max(disk, 0))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
 
         return cls(
             weights=split("weights", wd, wh),

@@ -47,48 +47,71 @@ def row_by_row(w: Workload) -> Iterator[Op]:
 def lock_step(w: Workload) -> Iterator[Op]:
     """FlexGen's released loop: zig-zag order, one load ahead, and all wait after each batch.
 
-    While a batch is computed, the next layer's weights and the next batch's cache are loaded and
-    the batch before is stored; then comes a device-wide barrier. Hidden states of the next batch
-    are loaded ahead where they are ready: with one batch they are what is just being computed.
+    While a batch is computed, the next layer's weights are loaded, and so are the cache and the
+    hidden states of the next batch, while those of the batch before are stored; then comes a
+    device-wide barrier. With one batch, the next hidden states are what is just being computed:
+    then only the cache is a layer ahead.
     """
     if w.weight_slots < 2:
-        raise ScheduleError("lock_step loads one layer ahead: it needs weight_slots of at least 2")
-    cells = [
-        (step, layer, batch)
-        for step in range(w.num_steps)
-        for layer in range(w.num_layers)
-        for batch in range(w.num_batches)
-    ]
-    ahead = w.num_batches > 1
+        raise ScheduleError(
+            "lock_step loads one layer ahead: it needs weight_slots of at least 2, "
+            f"and this workload has {w.weight_slots}; raise it, or use zigzag"
+        )
+    passes = w.num_steps * w.num_layers
+    last = passes * w.num_batches - 1
+    several = w.num_batches > 1
+    ahead = passes > 1 and (several or w.num_layers > 1)
+
+    def cell(place: int) -> tuple[int, int, int]:
+        rest, batch = divmod(place, w.num_batches)
+        return *divmod(rest, w.num_layers), batch
+
     yield LoadWeights(0, 0)
-    for place, (step, layer, batch) in enumerate(cells):
-        following = step * w.num_layers + layer + 1
-        if batch == 0 and following < w.num_steps * w.num_layers and w.num_layers > 1:
+    for place in range(last + 1):
+        step, layer, batch = cell(place)
+        following = place // w.num_batches + 1
+        if batch == 0 and following < passes and w.num_layers > 1:
             yield LoadWeights(*divmod(following, w.num_layers))
+        if place == 0 or not several:
+            yield LoadHidden(step, layer, batch)
         if place == 0 or not ahead:
-            yield from _load(w, step, layer, batch)
+            yield from _load_cache(w, step, layer, batch)
+        if place > 0 and several:
+            yield StoreHidden(*cell(place - 1))
         if place > 0 and ahead:
-            yield from _store(w, *cells[place - 1])
-        if place + 1 < len(cells) and ahead:
-            yield from _load(w, *cells[place + 1])
+            yield from _store_cache(w, *cell(place - 1))
+        if place < last and ahead:
+            yield from _load_cache(w, *cell(place + 1))
+        if place < last and several:
+            yield LoadHidden(*cell(place + 1))
         yield Compute(step, layer, batch)
-        if not ahead or place + 1 == len(cells):
-            yield from _store(w, step, layer, batch)
+        if place == last or not several:
+            yield StoreHidden(step, layer, batch)
+        if place == last or not ahead:
+            yield from _store_cache(w, step, layer, batch)
         if batch == w.num_batches - 1:
             yield FreeWeights(layer)
-            if w.num_layers == 1 and step + 1 < w.num_steps:
-                yield LoadWeights(step + 1, layer)
+            if w.num_layers == 1 and following < passes:
+                yield LoadWeights(following, layer)  # the same layer again: nothing to be ahead of
         yield Barrier()
 
 
 def _load(w: Workload, step: int, layer: int, batch: int) -> Iterator[Op]:
-    if step > 0 and w.has_cache(layer):
-        yield LoadCache(step, layer, batch)
+    yield from _load_cache(w, step, layer, batch)
     yield LoadHidden(step, layer, batch)
 
 
 def _store(w: Workload, step: int, layer: int, batch: int) -> Iterator[Op]:
     yield StoreHidden(step, layer, batch)
+    yield from _store_cache(w, step, layer, batch)
+
+
+def _load_cache(w: Workload, step: int, layer: int, batch: int) -> Iterator[Op]:
+    if step > 0 and w.has_cache(layer):
+        yield LoadCache(step, layer, batch)
+
+
+def _store_cache(w: Workload, step: int, layer: int, batch: int) -> Iterator[Op]:
     if w.has_cache(layer) and step + 1 < w.num_steps:  # the last step's cache is not read again
         yield StoreCache(step, layer, batch)
 

@@ -14,7 +14,12 @@ from scheduling.ops import Op
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Span:
-    """One op on its stream; seconds from the run's start."""
+    """One op on its stream; seconds from the run's start.
+
+    Attributes:
+        op: The name of its kind, such as ``Compute``.
+        wait: What it started late for, if that is known.
+    """
 
     op: str
     stream: str
@@ -23,9 +28,10 @@ class Span:
     step: int | None = None
     layer: int | None = None
     batch: int | None = None
+    wait: str | None = None
 
     @classmethod
-    def of(cls, op: Op, stream: Stream, start: float, end: float) -> Span:
+    def of(cls, op: Op, stream: Stream, start: float, end: float, wait: str | None = None) -> Span:
         """The span of ``op``."""
         return cls(
             type(op).__name__,
@@ -35,6 +41,7 @@ class Span:
             getattr(op, "step", None),
             getattr(op, "layer", None),
             getattr(op, "batch", None),
+            wait,
         )
 
     @property
@@ -66,8 +73,8 @@ class Timeline:
         return {name: tuple(s for s in self.spans if s.stream == name) for name in self.streams}
 
     def busy(self, stream: str) -> float:
-        """Seconds that ``stream`` worked."""
-        return sum(s.seconds for s in self.spans if s.stream == stream)
+        """Seconds that ``stream`` worked. A Barrier waits for others, which is no work."""
+        return sum(s.seconds for s in self.spans if s.stream == stream and s.op != "Barrier")
 
     def summary(self) -> dict[str, dict[str, float]]:
         """Per stream: busy seconds, and their share of the whole."""
@@ -93,20 +100,42 @@ class Timeline:
         return cls(tuple(sorted(spans, key=lambda s: s.start)), label)
 
     def to_json(self) -> dict[str, Any]:
+        """Plain dicts and lists."""
         return {"label": self.label, "spans": [dataclasses.asdict(s) for s in self.spans]}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Timeline:
+        """The inverse of :meth:`to_json`."""
         return cls(tuple(Span(**s) for s in values["spans"]), values["label"])
+
+
+def compare(predicted: Timeline, measured: Timeline) -> dict[str, dict[str, float | None]]:
+    """Per stream, and for the whole as ``makespan``: seconds in both, and measured / predicted.
+
+    The ratio is None where nothing was predicted.
+    """
+
+    def row(expected: float, actual: float) -> dict[str, float | None]:
+        return {
+            "predicted_seconds": expected,
+            "measured_seconds": actual,
+            "ratio": actual / expected if expected else None,
+        }
+
+    streams = dict.fromkeys((*predicted.streams, *measured.streams))
+    rows = {name: row(predicted.busy(name), measured.busy(name)) for name in streams}
+    return rows | {"makespan": row(predicted.seconds, measured.seconds)}
 
 
 def to_perfetto(*timelines: Timeline) -> dict[str, Any]:
     """Chrome's trace format, which Perfetto opens: a process a timeline, a thread a stream."""
     events: list[dict[str, Any]] = []
     for process, timeline in enumerate(timelines, 1):
-        events.append(_named("process_name", timeline.label, process, 0))
+        events.append(_about("process_name", {"name": timeline.label}, process))
+        events.append(_about("process_sort_index", {"sort_index": process}, process))
         for thread, (stream, spans) in enumerate(timeline.by_stream().items(), 1):
-            events.append(_named("thread_name", stream, process, thread))
+            events.append(_about("thread_name", {"name": stream}, process, thread))
+            events.append(_about("thread_sort_index", {"sort_index": thread}, process, thread))
             events.extend(
                 {
                     "ph": "X",
@@ -117,9 +146,9 @@ def to_perfetto(*timelines: Timeline) -> dict[str, Any]:
                     "ts": s.start * 1e6,
                     "dur": s.seconds * 1e6,
                     "args": {
-                        k: v
-                        for k, v in (("step", s.step), ("layer", s.layer), ("batch", s.batch))
-                        if v is not None
+                        name: value
+                        for name in ("step", "layer", "batch", "wait")
+                        if (value := getattr(s, name)) is not None
                     },
                 }
                 for s in spans
@@ -127,8 +156,8 @@ def to_perfetto(*timelines: Timeline) -> dict[str, Any]:
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
-def _named(kind: str, name: str, process: int, thread: int) -> dict[str, Any]:
-    return {"ph": "M", "name": kind, "pid": process, "tid": thread, "args": {"name": name}}
+def _about(kind: str, args: dict[str, Any], process: int, thread: int = 0) -> dict[str, Any]:
+    return {"ph": "M", "name": kind, "pid": process, "tid": thread, "args": args}
 
 
 def write_trace(path: str | Path, *timelines: Timeline) -> None:

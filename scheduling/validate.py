@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from scheduling.dependencies import ScheduleError, bind
-from scheduling.ops import Compute, FreeWeights, LoadWeights, Op
+from scheduling.ops import Compute, FreeWeights, LoadWeights, Op, StoreHidden
 from scheduling.workload import Workload
 
 __all__ = ["ScheduleError", "validate"]
@@ -14,34 +14,48 @@ __all__ = ["ScheduleError", "validate"]
 def validate(ops: Iterable[Op], workload: Workload) -> None:
     """Checks that every op has what it needs, and that everything is computed and given back.
 
+    A StoreCache that nothing loads later, as in the last step, may be there or not.
+
     Raises:
         ScheduleError: with the op, its missing predecessor and the place; or, at the end, with
-            the first computation that never comes, or the weights that are never freed.
+            the first computation that never comes, the batch whose last token is never stored,
+            or the weights that are never freed.
     """
     w = workload
-    computed = bytearray(w.num_steps * w.num_layers * w.num_batches)
+    reached = [0] * w.num_batches  # a batch's computations come in one order: bind sees to it
     held: dict[int, LoadWeights] = {}
+    stored = set()
+    count = 0
     for issue in bind(ops, workload):
+        count += 1
         match issue.op:
-            case Compute(step, layer, batch):
-                computed[(step * w.num_layers + layer) * w.num_batches + batch] = 1
+            case Compute(_, _, batch):
+                reached[batch] += 1
+            case StoreHidden(step, layer, batch) if layer == w.num_layers - 1:
+                if step == w.num_steps - 1:
+                    stored.add(batch)
             case LoadWeights(_, layer):
                 held[layer] = issue.op
             case FreeWeights(layer):
                 del held[layer]
-    place = computed.find(0)
-    if place >= 0:
-        rest, batch = divmod(place, w.num_batches)
-        missing = Compute(*divmod(rest, w.num_layers), batch)
-        count = computed.count(0)
-        raise ScheduleError(
-            f"the schedule ends without {missing} ({count} of {len(computed)} computations are "
-            "missing)",
-            missing=missing,
+    total = w.num_steps * w.num_layers
+    least = min(reached)
+    if least < total:
+        missing: Op = Compute(*divmod(least, w.num_layers), reached.index(least))
+        lacking = total * w.num_batches - sum(reached)
+        raise _ends(
+            count, missing, f" ({lacking} of {total * w.num_batches} computations are missing)"
         )
-    if held:
-        layer, load = next(iter(held.items()))
-        raise ScheduleError(
-            f"the schedule ends without {FreeWeights(layer)} for {load}",
-            missing=FreeWeights(layer),
-        )
+    for batch in range(w.num_batches):
+        if batch not in stored:
+            raise _ends(count, StoreHidden(w.num_steps - 1, w.num_layers - 1, batch))
+    for layer, load in held.items():
+        raise _ends(count, FreeWeights(layer), f" for {load}")
+
+
+def _ends(count: int, missing: Op, more: str = "") -> ScheduleError:
+    return ScheduleError(
+        f"the schedule ends after {count} ops without {missing}{more}; add it",
+        missing=missing,
+        index=count,
+    )

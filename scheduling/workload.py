@@ -34,10 +34,19 @@ class Workload:
             ):
                 raise ValueError(f"{field.name} must be an integer of at least 1, got {value!r}")
         if self.cached_layers is None:
-            object.__setattr__(self, "cached_layers", frozenset(range(1, self.num_layers - 1)))
-        outside = sorted(i for i in self.cached_layers or () if not 0 <= i < self.num_layers)
+            return
+        try:
+            cached = frozenset(self.cached_layers)
+        except TypeError:
+            cached = None
+        if cached is None or not all(type(i) is int for i in cached):
+            raise ValueError(
+                f"cached_layers must be None or a set of layer numbers, got {self.cached_layers!r}"
+            )
+        outside = sorted(i for i in cached if not 0 <= i < self.num_layers)
         if outside:
             raise ValueError(f"cached_layers must lie in 0..{self.num_layers - 1}, got {outside}")
+        object.__setattr__(self, "cached_layers", cached)
 
     @property
     def gen_len(self) -> int:
@@ -46,4 +55,6 @@ class Workload:
 
     def has_cache(self, layer: int) -> bool:
         """Whether ``layer`` keeps a KV cache."""
-        return self.cached_layers is not None and layer in self.cached_layers
+        if self.cached_layers is None:
+            return 0 < layer < self.num_layers - 1
+        return layer in self.cached_layers

@@ -1,0 +1,58 @@
+"""What holds the house together: checked shapes, a README that is true, an honest version."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+from jaxtyping import TypeCheckError
+
+import flexgen_jax as fg
+from flexgen_jax import kernels, opt
+from flexgen_jax.kv_cache import write_prompt
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_shapes_and_dtypes_are_checked_in_tests():
+    """If the import hook were gone, wrong shapes would pass unnoticed everywhere."""
+    good = jnp.zeros((2, 3, 4, 5))
+    with pytest.raises(TypeCheckError):
+        write_prompt(good, jnp.zeros((2, 3, 9, 5)), 16)
+    with pytest.raises(TypeCheckError):
+        opt.attend(good, good, good, jnp.zeros((2, 4, 4)))  # floats where booleans belong
+    with pytest.raises(TypeCheckError):
+        kernels.embed({}, jnp.zeros(3, jnp.int32), 0, jnp.zeros(3, jnp.int32), config=None)
+
+
+def test_everything_public_can_be_had():
+    for name in fg.__all__:
+        assert getattr(fg, name) is not None
+    assert set(fg.__all__) == set(dir(fg))
+    with pytest.raises(AttributeError, match="no attribute 'LLMs'"):
+        _ = fg.LLMs
+
+
+def test_packages_are_typed_and_shipped():
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
+    for package in build["targets"]["wheel"]["packages"]:
+        assert (ROOT / package / "py.typed").exists()
+
+
+def test_the_readmes_tables_are_made_from_the_results():
+    script = ROOT / "benchmarks" / "tables.py"
+    result = subprocess.run(
+        [sys.executable, str(script), "--check"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_links_between_the_documents_lead_somewhere():
+    import re
+
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")):
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
