@@ -126,7 +126,7 @@ class Policy:
                     f"{name}: {device} percent on the device and {host} on the host exceed 100"
                 )
             try:
-                # 100 - 85.8 - 14.2 is a little less than nothing
+                # 100 - 64.4 - 35.6 is a little less than nothing
                 return Split(device=device, host=host, disk=max(disk, 0))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error

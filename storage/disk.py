@@ -113,7 +113,7 @@ class _OpenTensor:
                 if error.errno != errno.EINVAL:
                     raise
                 self._direct = os.open(self.file.chunk, flags)  # tmpfs has no direct I/O
-        target, position = memoryview(block), 0
+        target, position = block.data, 0
         while position < self.file.nbytes:
             got = os.preadv(self._direct, [target[position : position + call_nbytes]], position)
             position += got
