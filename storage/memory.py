@@ -71,7 +71,7 @@ def resident_fraction(block: np.ndarray) -> float:
         ctypes.c_size_t(block.nbytes),
         flags.ctypes.data_as(ctypes.c_void_p),
     )
-    return 0.0 if failed else np.count_nonzero(flags & 1) / pages
+    return 0.0 if failed else int(np.count_nonzero(flags & 1)) / pages
 
 
 def _meminfo(field: str) -> int | None:
