@@ -1,0 +1,147 @@
+"""The schedules that come with the package, and their transforms."""
+
+from itertools import islice, pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+
+from scheduling import (
+    SCHEDULES,
+    Barrier,
+    Compute,
+    LoadWeights,
+    ScheduleError,
+    StoreCache,
+    Stream,
+    Workload,
+    bind,
+    first_n,
+    format_schedule,
+    lock_step,
+    parse_schedule,
+    row_by_row,
+    serialize,
+    serialized,
+    validate,
+    zigzag,
+)
+
+from .strategies import schedules, workloads
+
+GOLDENS = Path(__file__).parent / "goldens"
+TWO = Workload(num_steps=2, num_layers=3, num_batches=2)
+ONE = Workload(num_steps=2, num_layers=3, num_batches=1)
+
+
+@pytest.mark.parametrize(
+    ("golden", "schedule", "workload"),
+    [
+        ("zigzag", zigzag, TWO),
+        ("row_by_row", row_by_row, TWO),
+        ("lock_step", lock_step, TWO),
+        ("lock_step_one_batch", lock_step, ONE),
+        ("zigzag_serialized", serialized(zigzag), ONE),
+    ],
+)
+def test_goldens(golden, schedule, workload):
+    text = (GOLDENS / f"{golden}.txt").read_text(encoding="utf-8")
+    assert format_schedule(schedule(workload)) == text.partition("\n")[2]
+    assert parse_schedule(text) == list(schedule(workload))
+
+
+@given(workloads(), schedules)
+def test_every_schedule_is_valid_on_any_workload(workload, schedule):
+    validate(schedule(workload), workload)
+
+
+@given(workloads())
+def test_one_slot_is_enough_for_those_that_do_not_load_ahead(workload):
+    single = Workload(
+        num_steps=workload.num_steps,
+        num_layers=workload.num_layers,
+        num_batches=workload.num_batches,
+        weight_slots=1,
+    )
+    validate(zigzag(single), single)
+    validate(row_by_row(single), single)
+    with pytest.raises(ScheduleError, match="weight_slots of at least 2, and this workload has 1"):
+        list(lock_step(single))
+
+
+@given(workloads())
+def test_how_often_weights_are_loaded(workload):
+    def loads(schedule):
+        return sum(isinstance(op, LoadWeights) for op in schedule(workload))
+
+    passes = workload.num_steps * workload.num_layers
+    assert loads(zigzag) == loads(lock_step) == passes
+    assert loads(row_by_row) == passes * workload.num_batches
+
+
+@given(workloads())
+def test_a_cache_that_nothing_reads_again_may_be_stored_or_not(workload):
+    last = workload.num_steps - 1
+
+    def storing(w):
+        for op in zigzag(w):
+            yield op
+            if isinstance(op, Compute) and op.step == last and w.has_cache(op.layer):
+                yield StoreCache(op.step, op.layer, op.batch)
+
+    assert not any(isinstance(op, StoreCache) and op.step == last for op in zigzag(workload))
+    validate(storing(workload), workload)
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+def test_schedules_are_generators_that_hold_nothing_back(name):
+    endless = Workload(num_steps=10**12, num_layers=98, num_batches=8)
+    assert len(list(islice(SCHEDULES[name](endless), 10))) == 10
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+def test_lock_step_is_one_load_ahead_and_ends_each_batch_with_a_barrier(batches):
+    workload = Workload(num_steps=3, num_layers=5, num_batches=batches)
+    groups, group = [], []
+    for op in lock_step(workload):
+        if op == Barrier():
+            groups.append(group)
+            group = []
+        else:
+            group.append(op)
+    assert group == []
+    assert len(groups) == 3 * 5 * batches
+    for group in groups:
+        (computed,) = (op for op in group if isinstance(op, Compute))
+        loads = [op for op in group if isinstance(op, LoadWeights) and op != LoadWeights(0, 0)]
+        following = divmod(computed.step * 5 + computed.layer + 1, 5)
+        ahead = computed.batch == 0 and following < (3, 0)
+        assert loads == ([LoadWeights(*following)] if ahead else [])
+
+
+def test_the_table_cannot_be_changed():
+    assert set(SCHEDULES) == {"zigzag", "row_by_row", "lock_step"}
+    with pytest.raises(TypeError):
+        SCHEDULES["mine"] = zigzag
+
+
+@given(workloads(), schedules)
+def test_serialize_chains_everything(workload, schedule):
+    """Each op waits, through barriers, for the one before it."""
+    issues = list(bind(serialize(schedule(workload)), workload))
+    for before, issue in pairwise(issues):
+        if issue.op == Barrier() or before.op == Barrier():
+            assert before.index in issue.needs
+
+
+def test_serialized_keeps_the_name_and_transforms_are_lazy():
+    assert serialized(zigzag).__name__ == "zigzag"
+    endless = Workload(num_steps=10**12, num_layers=3, num_batches=1)
+    assert list(first_n(serialized(zigzag)(endless), 4)) == [
+        LoadWeights(0, 0),
+        Barrier(),
+        next(islice(zigzag(endless), 1, None)),
+        Barrier(),
+    ]
+    assert list(first_n(zigzag(endless), 0)) == []
+    assert next(iter(bind(serialize(zigzag(endless)), endless))).stream is Stream.LOAD_WEIGHTS
