@@ -269,9 +269,9 @@ def generate(
                     try:
                         batch.run_job(llm, job, results, model=model, progress=advance)
                     except KeyboardInterrupt:
-                        raise Failure(_interrupted(results, job), code=130) from None
+                        raise Failure(f"interrupted: {_kept(results, job)}", code=130) from None
                     except ExecutionError as error:
-                        raise Failure(f"{error}. {_interrupted(results, job)}", code=1) from error
+                        raise Failure(f"{error}. {_kept(results, job)}", code=1) from error
                 report = llm.report
         say(_after(job, report, output_path))
         if report is not None:
@@ -306,10 +306,10 @@ def _after(job: Job, report: Report | None, output_path: Path) -> str:
     return "\n".join(lines)
 
 
-def _interrupted(results: Results, job: Job) -> str:
+def _kept(results: Results, job: Job) -> str:
     done = len(results) - len(job.errors)
     if done <= 0:
-        return "Interrupted before the first block was finished; nothing was written."
+        return "stopped before the first block was finished; nothing was written"
     return (
         f"{done} of {len(job.requests)} requests were finished; "
         f"their results are in {results.partial}"

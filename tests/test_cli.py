@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -263,6 +264,32 @@ def test_a_failing_read_keeps_what_was_finished(tmp_path, offload, monkeypatch):
     kept = (tmp_path / "out.jsonl.partial").read_text().splitlines()
     assert len(kept) == 2
     assert "2 of 9 requests were finished" in result.stderr
+
+
+def test_an_interrupt_keeps_what_was_finished(tmp_path, offload, monkeypatch):
+    """Ctrl-C in the middle of the third block: the first two blocks' results are kept."""
+    import flexgen_jax.generation
+
+    original = flexgen_jax.generation.BlockEffects._book
+    booked = []
+
+    def pressing(self, state):
+        booked.append(state)
+        if len(booked) == 10:  # four tokens a block, so this is the third
+            os.kill(os.getpid(), signal.SIGINT)
+        original(self, state)
+
+    monkeypatch.setattr(flexgen_jax.generation.BlockEffects, "_book", pressing)
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps({"prompt_token_ids": [i + 3]}) + "\n" for i in range(9)))
+    arguments = ["generate", "--model", MODEL, "-i", source, "-o", target, "--max-tokens", 4]
+    arguments += ["--offload-dir", offload, "--percent", 0, 0, 100, 0, 100, 0, "--ignore-eos"]
+    arguments += ["--device-batch-size", 2, "--num-device-batches", 1]
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == 130
+    assert "interrupted: 4 of 9 requests were finished" in result.stderr
+    assert not target.exists()
+    assert len((tmp_path / "out.jsonl.partial").read_text().splitlines()) == 4
 
 
 def test_convert_and_run_the_store(job, tmp_path):
