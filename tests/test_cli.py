@@ -1,7 +1,9 @@
 """The command line as a user meets it: files, flags, mistakes, exit codes."""
 
+import contextlib
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -13,7 +15,8 @@ from click.testing import CliRunner
 import flexgen_jax as fg
 from flexgen_jax.cli import main
 
-GOLDENS = Path(__file__).parent / "goldens"
+ROOT = Path(__file__).parent.parent
+GOLDENS = ROOT / "tests" / "goldens"
 MODEL = str(GOLDENS / "pre_norm")
 EXPECTED = json.loads((GOLDENS / "expected.json").read_text())
 
@@ -292,6 +295,29 @@ def test_an_interrupt_keeps_what_was_finished(tmp_path, offload, monkeypatch):
     assert len((tmp_path / "out.jsonl.partial").read_text().splitlines()) == 4
 
 
+def test_progress_shows_on_a_terminal_and_not_in_a_pipe(tmp_path, offload):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt_token_ids": [5, 6]}\n' * 6)
+    arguments = ["-m", "flexgen_jax", "generate", "--model", MODEL, "--offload-dir", offload]
+    arguments += ["-i", str(source), "-o", str(target), "--ignore-eos"]
+    quiet = python(*arguments)
+    assert quiet.returncode == 0, quiet.stderr
+    assert "generating" not in quiet.stderr
+    assert "\x1b" not in quiet.stderr
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "120"}
+    process = subprocess.Popen([sys.executable, *arguments], stderr=theirs, env=environment)
+    os.close(theirs)
+    shown = b""
+    # Linux reports a terminal that nobody holds any more as an input/output error.
+    with open(ours, "rb", buffering=0) as terminal, contextlib.suppress(OSError):
+        while chunk := terminal.read(4096):
+            shown += chunk
+    assert process.wait() == 0
+    for word in (b"generating", b"192/192 tokens", b"ETA"):
+        assert word in shown
+
+
 def test_convert_and_run_the_store(job, tmp_path):
     store = tmp_path / "store"
     result = CliRunner().invoke(main, ["convert", MODEL, str(store), "--dtype", "bfloat16"])
@@ -340,7 +366,7 @@ def test_help(arguments):
 
 
 def python(*arguments, **options):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, *arguments],
         capture_output=True,

@@ -1,6 +1,7 @@
 """The main path: greedy tokens equal Hugging Face's, whatever the schedule and the placement."""
 
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,45 @@ def test_what_is_on_disk_is_read_once_per_pass(offload):
     assert report.disk_bytes == 2 * NEW * report.placement.nbytes()
     _, _, report = generate("untied_projected", offload)
     assert report.disk_bytes == 0
+
+
+def test_the_next_layer_is_read_while_this_one_computes(offload, monkeypatch):
+    """Each prefill of a layer waits until the next layer is being read: overlap or a failure."""
+    from flexgen_jax import kernels
+
+    config = fg.OPTConfig.load(GOLDENS / "pre_norm")
+    begun = {unit: threading.Event() for unit in config.units}
+
+    class Announcing:
+        def __init__(self, store):
+            self._store = store
+
+        def __getattr__(self, name):
+            return getattr(self._store, name)
+
+        def load(self, names, slot):
+            begun["head" if "head.norm.scale" in names else names[0].split(".")[0]].set()
+            return self._store.load(names, slot)
+
+    original = kernels.prefill_layer
+    waited = []
+
+    def after_the_next_read_began(*args, **options):
+        following = config.units[len(waited) + 2]
+        waited.append(begun[following].wait(timeout=60))
+        return original(*args, **options)
+
+    after_the_next_read_began._cache_size = original._cache_size  # for the report
+    monkeypatch.setattr(kernels, "prefill_layer", after_the_next_read_began)
+    one_batch = policy(num_device_batches=1, weights=SPLITS["disk"])
+    generate(
+        "pre_norm",
+        offload,
+        prompts=PROMPTS[:2],
+        policy=one_batch,
+        wrap_store=lambda tier, store: Announcing(store),
+    )
+    assert waited == [True] * config.num_hidden_layers
 
 
 def test_requests_stop_by_themselves_and_the_block_stops_with_them(offload):

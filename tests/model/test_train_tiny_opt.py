@@ -5,6 +5,7 @@ import json
 import random
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "train_tiny_opt.py"
 def example():
     pytest.importorskip("optax")
     spec = importlib.util.spec_from_file_location("train_tiny_opt", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
