@@ -249,7 +249,11 @@ def resolve(
     if not is_store(store):
         nbytes = _manifest(source.config, dtype, Source("", "")).nbytes
         say(f"converting {model} to {dtype} weights in {store} ({nbytes / 1e9:.2f} GB), once")
-    return _convert(source, store, dtype, progress, say)
+        return _convert(source, store, dtype, progress, say)
+    try:
+        return _convert(source, store, dtype, progress, say)
+    except StoreError as error:
+        raise StoreError(f"{error}: remove {store}, and it is made anew") from error
 
 
 def cache_directory() -> Path:

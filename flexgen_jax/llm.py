@@ -279,7 +279,8 @@ class LLM:
 
 
 def _log(message: str) -> None:
-    logging.getLogger("flexgen_jax").info(message)
+    # A conversion takes minutes and gigabytes: to be seen without any logging set up.
+    logging.getLogger("flexgen_jax").warning(message)
 
 
 def _schedule(schedule: str | Schedule) -> tuple[str, Schedule]:

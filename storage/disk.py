@@ -65,7 +65,7 @@ class _OpenTensor:
     def __init__(self, name: str, file: ArrayFile) -> None:
         self.name = name
         self.file = file
-        self._direct: int | None = None
+        self._descriptor: int | None = None
         self._view: np.ndarray | None = None
         self._populated = False
         self._alias: jax.Array | None = None
@@ -105,17 +105,20 @@ class _OpenTensor:
 
     def read_direct(self, block: np.ndarray, call_nbytes: int) -> None:
         """Fills ``block`` (page-aligned, whole pages) past the page cache where the system can."""
-        if self._direct is None:
-            flags = os.O_RDONLY | os.O_CLOEXEC
-            try:
-                self._direct = os.open(self.file.chunk, flags | getattr(os, "O_DIRECT", 0))
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                self._direct = os.open(self.file.chunk, flags)  # tmpfs has no direct I/O
-        target, position = block.data, 0
+        try:
+            self._read_calls(block.data, call_nbytes, getattr(os, "O_DIRECT", 0))
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self._close_descriptor()  # not every file system has direct I/O
+            self._read_calls(block.data, call_nbytes, 0)
+
+    def _read_calls(self, target: memoryview, call_nbytes: int, flags: int) -> None:
+        if self._descriptor is None:
+            self._descriptor = os.open(self.file.chunk, os.O_RDONLY | os.O_CLOEXEC | flags)
+        position = 0
         while position < self.file.nbytes:
-            got = os.preadv(self._direct, [target[position : position + call_nbytes]], position)
+            got = os.preadv(self._descriptor, [target[position : position + call_nbytes]], position)
             position += got
             # A direct read stops at the file's end, which need not be a page's end.
             if got == 0 or (got % mmap.PAGESIZE and position < self.file.nbytes):
@@ -139,9 +142,12 @@ class _OpenTensor:
     def close(self) -> None:
         self._view = self._alias = None
         self._tensorstore = None
-        if self._direct is not None:
-            os.close(self._direct)
-            self._direct = None
+        self._close_descriptor()
+
+    def _close_descriptor(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 class DiskStore:
