@@ -43,7 +43,7 @@ def streaming(records: list[dict]) -> str:
     note = (
         f"A decode step with all weights on disk, against computing alone and reading alone "
         f"({first['cores']} CPU cores, jax {first['jax']}, side by side, medians of at least "
-        f"{min(r['repeats'] for r in records)} runs). The ratio is streamed ÷ the larger of the two."
+        f"{min(r['repeats'] for r in records)} runs). Ratio: streamed ÷ the larger of the two."
     )
     header = ("model", "page cache", "compute alone", "read alone", "streamed", "ratio")
     return f"{note}\n\n{table(header, rows)}"

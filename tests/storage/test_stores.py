@@ -1,0 +1,226 @@
+"""What every tier's store must do, and what the disk's must say when it cannot."""
+
+import errno
+import os
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import storage.disk
+from storage.array_file import create_array, describe_array
+from storage.device import DeviceStore
+from storage.disk import DiskContext, DiskStore
+from storage.host import HostStore
+from storage.memory import PAGE, aligned_bytes, round_up
+from storage.slots import Ring, Slot
+from storage.store import StorageError, Store
+
+ARRAYS = {
+    "matrix": np.arange(64 * 96, dtype=np.float32).reshape(64, 96),
+    "half": np.arange(37 * 53).reshape(37, 53).astype(ml_dtypes.bfloat16),
+    "vector": np.linspace(-1, 1, 1025, dtype=np.float32),
+    "single": np.array([3.5], np.float32),
+}
+
+CONTEXTS = {
+    "auto": DiskContext(),
+    "auto without spare memory": DiskContext(small_nbytes=0, cache_share=0.0),
+    "mapped": DiskContext(mode="mapped"),
+    "direct": DiskContext(mode="direct", small_nbytes=0, direct_nbytes=PAGE),
+    "tensorstore": DiskContext(mode="tensorstore"),
+}
+
+
+def aligned(array):
+    block = aligned_bytes(round_up(array.nbytes))
+    copy = block[: array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    root = tmp_path_factory.mktemp("arrays")
+    for name, array in ARRAYS.items():
+        with create_array(root / name, array.shape, array.dtype) as writer:
+            writer.append(array)
+    return {name: describe_array(root / name) for name in ARRAYS}
+
+
+@pytest.fixture(params=["device", "host", *CONTEXTS])
+def store(request, files):
+    if request.param in CONTEXTS:
+        made = DiskStore(files, CONTEXTS[request.param])
+    else:
+        made = DeviceStore() if request.param == "device" else HostStore()
+        for name, array in ARRAYS.items():
+            made.put(name, aligned(array))
+    yield made
+    made.close()
+
+
+def load(store, names):
+    slot = Slot(max(1, store.slot_nbytes(names)))
+    slot.begin()
+    return store.load(names, slot)
+
+
+class TestEveryStore:
+    def test_it_keeps_the_contract(self, store):
+        assert isinstance(store, Store)
+
+    def test_it_gives_back_what_it_holds_bit_by_bit(self, store):
+        loaded = load(store, tuple(ARRAYS))
+        assert set(loaded) == set(ARRAYS)
+        for name, array in ARRAYS.items():
+            assert isinstance(loaded[name], jax.Array)
+            assert loaded[name].dtype == array.dtype
+            assert np.asarray(loaded[name]).tobytes() == array.tobytes()
+
+    def test_it_knows_its_names(self, store):
+        assert "matrix" in store
+        assert "nothing" not in store
+        with pytest.raises(KeyError):
+            load(store, ("nothing",))
+
+    def test_a_slot_of_the_size_it_asks_for_is_enough(self, store):
+        for names in (("matrix",), ("vector", "half"), tuple(ARRAYS)):
+            assert set(load(store, names)) == set(names)
+
+    def test_slots_are_refilled(self, store):
+        ring = Ring(2, max(1, store.slot_nbytes(("matrix",)), store.slot_nbytes(("half",))))
+        for turn in range(6):
+            name = ("matrix", "half")[turn // 2 % 2]
+            slot = ring[turn % 2]
+            slot.begin()
+            (array,) = store.load((name,), slot).values()
+            total = jnp.sum(array.astype(jnp.float32))
+            slot.release([total])
+            assert float(total) == float(ARRAYS[name].astype(np.float32).sum())
+        ring.close()
+
+    def test_results_outlive_the_store(self, store):
+        loaded = load(store, ("matrix",))["matrix"]
+        total = float(jnp.sum(loaded))
+        store.close()
+        assert total == ARRAYS["matrix"].sum()
+
+
+def test_a_slot_waits_for_the_results_of_its_readers():
+    """JAX aliases the slot and computes later: refilling early gives the new values' result."""
+    slot = Slot(1 << 22)
+    slow = jax.jit(lambda x: jax.lax.fori_loop(0, 40, lambda _, y: jnp.sin(y) + x, x).sum())
+    slow(jnp.ones(1 << 20)).block_until_ready()  # compiled before it matters
+    for turn in range(4):
+        slot.begin()
+        block = slot.take(1 << 22).view(np.float32)
+        block[:] = turn
+        result = slow(jax.device_put(block))
+        slot.release([result])
+        slot.begin()  # must wait here
+        slot.take(1 << 22).view(np.float32)[:] = -99
+        expected = slow(jnp.full(1 << 20, turn, jnp.float32))
+        assert float(result) == float(expected)
+
+
+def test_slots_are_page_aligned_and_bounded():
+    ring = Ring(2, 3 * PAGE + 1)
+    assert ring.nbytes == 2 * 4 * PAGE
+    slot = ring[0]
+    slot.begin()
+    first, second = slot.take(10), slot.take(PAGE + 1)
+    assert first.ctypes.data % PAGE == 0
+    assert second.ctypes.data - first.ctypes.data == PAGE
+    assert second.nbytes == 2 * PAGE
+    with pytest.raises(ValueError, match=r"has no room for 8192 more after 12288"):
+        slot.take(2 * PAGE)
+    slot.begin()
+    assert slot.take(4 * PAGE).nbytes == 4 * PAGE
+    with pytest.raises(ValueError, match="at least one slot, got 0"):
+        Ring(0, 1)
+    ring.close()
+
+
+class TestDiskFaults:
+    @pytest.fixture
+    def own(self, tmp_path):
+        with create_array(tmp_path / "a", (100, 100), np.dtype(np.float32)) as writer:
+            writer.append(np.ones((100, 100), np.float32))
+        return describe_array(tmp_path / "a")
+
+    @pytest.mark.parametrize("mode", ["mapped", "direct"])
+    def test_a_file_cut_short_is_named(self, own, mode):
+        os.truncate(own.chunk, 4096)
+        disk = DiskStore({"a": own}, DiskContext(mode=mode, small_nbytes=0))
+        with pytest.raises(StorageError, match="short read of a: ") as caught:
+            load(disk, ("a",))
+        assert str(own.chunk) in str(caught.value)
+        assert "expected 40000" in str(caught.value)
+        assert "convert the model again" in str(caught.value)
+        disk.close()
+
+    @pytest.mark.parametrize("mode", ["mapped", "direct"])
+    def test_a_file_that_is_gone_is_named(self, own, mode):
+        own.chunk.unlink()
+        disk = DiskStore({"a": own}, DiskContext(mode=mode, small_nbytes=0))
+        with pytest.raises(StorageError, match="cannot read a from ") as caught:
+            load(disk, ("a",))
+        assert str(own.chunk) in str(caught.value)
+        assert "No such file" in str(caught.value)
+        disk.close()
+
+    def test_a_read_error_is_named(self, own, monkeypatch):
+        def broken(*_):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        monkeypatch.setattr(storage.disk.os, "preadv", broken)
+        disk = DiskStore({"a": own}, DiskContext(mode="direct", small_nbytes=0))
+        with pytest.raises(StorageError, match=r"cannot read a from .*Input/output error"):
+            load(disk, ("a",))
+        disk.close()
+
+    def test_where_direct_reads_are_refused_it_reads_through_the_cache(self, own, monkeypatch):
+        original, refused = os.preadv, []
+
+        def picky(descriptor, *rest):
+            if not refused:
+                refused.append(descriptor)
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            return original(descriptor, *rest)
+
+        monkeypatch.setattr(storage.disk.os, "preadv", picky)
+        disk = DiskStore({"a": own}, DiskContext(mode="direct", small_nbytes=0))
+        assert float(jnp.sum(load(disk, ("a",))["a"])) == 10_000
+        assert refused
+        disk.close()
+
+    def test_close_closes_every_file(self, files):
+        before = set(os.listdir("/proc/self/fd"))
+        disk = DiskStore(files, DiskContext(mode="direct", small_nbytes=0))
+        load(disk, tuple(ARRAYS))
+        assert len(set(os.listdir("/proc/self/fd"))) >= len(before) + len(ARRAYS)
+        disk.close()
+        assert set(os.listdir("/proc/self/fd")) <= before
+
+    def test_bytes_read_are_counted(self, files):
+        disk = DiskStore(files)
+        load(disk, ("matrix", "half"))
+        load(disk, ("matrix",))
+        assert disk.bytes_read == 2 * ARRAYS["matrix"].nbytes + ARRAYS["half"].nbytes
+        disk.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"mode": "fast"}, "mode must be one of auto, mapped"),
+        ({"direct_nbytes": 1000}, "whole pages"),
+        ({"cache_share": 2}, r"\[0, 1\]"),
+    ],
+)
+def test_a_context_is_checked(options, words):
+    with pytest.raises(ValueError, match=words):
+        DiskContext(**options)
