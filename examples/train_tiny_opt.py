@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from optax import contrib
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -140,15 +141,34 @@ def held_out_nats(
 _jitted_nats = jax.jit(negative_log_likelihood, static_argnames="config")
 
 
+def make_optimizer(weight_decay: float) -> optax.GradientTransformation:
+    """Muon for the kernels and Adam for everything else, at a learning rate of one.
+
+    Muon (Jordan et al. 2024) needs about half of AdamW's steps here, for a tenth more time each.
+    """
+
+    def kernels(params: opt.Params) -> Any:
+        """The axes to orthogonalise over; None where Adam takes over."""
+        marked = {
+            name: contrib.MuonDimensionNumbers() if name.endswith(".kernel") else None
+            for name in flatten(params)
+        }
+        return nest(marked)
+
+    muon = contrib.muon(
+        1.0,
+        adam_b2=0.99,
+        weight_decay=weight_decay,
+        # Updates as large as Adam's, so that one learning rate serves both.
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=kernels,
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), muon)
+
+
 def make_update(config: OPTConfig, options: argparse.Namespace) -> tuple[Any, Any]:
     """``(optimizer, update)``; the learning rate is an argument, for it follows the clock."""
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.scale_by_adam(b1=0.9, b2=0.99),
-        optax.add_decayed_weights(
-            options.weight_decay, mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params)
-        ),
-    )
+    optimizer = make_optimizer(options.weight_decay)
 
     def loss(params: opt.Params, rows: jax.Array, key: jax.Array) -> jax.Array:
         if options.drop:
@@ -161,7 +181,7 @@ def make_update(config: OPTConfig, options: argparse.Namespace) -> tuple[Any, An
     ) -> tuple[opt.Params, Any, jax.Array]:
         nats, gradient = jax.value_and_grad(loss)(params, rows, key)
         step, state = optimizer.update(gradient, state, params)
-        params = jax.tree.map(lambda p, s: p - learning_rate * s, params, step)
+        params = jax.tree.map(lambda p, s: p + learning_rate * s, params, step)
         return params, state, nats
 
     return optimizer, update
@@ -386,8 +406,8 @@ little. It is there to show and to test software; it is good for nothing else.
 {config.num_attention_heads} heads, ffn {config.ffn_dim}, \
 {config.max_position_embeddings} positions; pre-layer-norm,
   ReLU, tied embeddings. Weights in float16.
-- **Training:** `examples/train_tiny_opt.py` of flexgen-jax: AdamW, warm-up and cosine, at each
-  step {options.drop:.0%} of the kernels' entries dropped. {result.steps:,} steps, \
+- **Training:** `examples/train_tiny_opt.py` of flexgen-jax: Muon and Adam, warm-up and
+  cosine, at each step {options.drop:.0%} of the kernels' entries dropped. {result.steps:,} steps, \
 {result.train_tokens / 1e6:.1f} million tokens ({result.epochs:.1f} epochs),
   {result.seconds / 60:.0f} minutes on a CPU. The weights are those of step {result.best_step:,}, \
 the best on the last 5%
@@ -417,7 +437,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default="about 1 MB of the plays of William Shakespeare, which are in the public domain.",
         help="what the card says about the text",
     )
-    add("--steps", type=int, default=2000, help="updates at most")
+    add("--steps", type=int, default=1500, help="updates at most")
     add("--minutes", type=float, default=None, help="stop after this time, annealed")
     add("--vocab", type=int, default=1536, help="tokens in the vocabulary, at least 260")
     add("--hidden", type=int, default=192)
@@ -428,10 +448,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--context", type=int, default=256, help="tokens per row of most batches")
     add("--batch", type=int, default=8, help="rows per batch")
     add("--passage", type=int, default=250, help="mean tokens of a passage before it ends")
-    add("--learning-rate", type=float, default=2e-3)
+    add("--learning-rate", type=float, default=4e-3)
     add("--warmup", type=int, default=100, help="steps of linear warm-up")
     add("--weight-decay", type=float, default=0.1)
-    add("--drop", type=float, default=0.1, help="share of the kernels' entries dropped per step")
+    add("--drop", type=float, default=0.15, help="share of the kernels' entries dropped per step")
     add("--evaluate-every", type=int, default=100, help="steps between looks at the held-out text")
     add("--seed", type=int, default=0)
     options = parser.parse_args(arguments)

@@ -35,21 +35,32 @@ def test_one_left_padded_batch_of_all_prompts(golden, tools):
     np.testing.assert_allclose(logits, golden.logits, **CLOSE)
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_each_prompt_alone(golden, tools, padded):
-    """Unpadded, each length is a program of its own to compile: a few must do."""
-    chosen_ones = range(len(golden.prompts)) if padded else (0, 3)
+def alone(golden, tools, index, length=None):
+    chosen, logits = tools.greedy(
+        golden.params,
+        golden.config,
+        *tools.left_pad([golden.prompts[index]], length),
+        new_tokens=NEW_TOKENS,
+        cache_len=golden.config.max_position_embeddings,
+    )
+    assert chosen == [golden.tokens[index]]
+    np.testing.assert_allclose(logits[0], golden.logits[index], **CLOSE)
+
+
+def test_each_prompt_alone(golden, tools):
     longest = max(map(len, golden.prompts))
-    for i in chosen_ones:
-        chosen, logits = tools.greedy(
-            golden.params,
-            golden.config,
-            *tools.left_pad([golden.prompts[i]], longest if padded else None),
-            new_tokens=NEW_TOKENS,
-            cache_len=golden.config.max_position_embeddings,
-        )
-        assert chosen == [golden.tokens[i]]
-        np.testing.assert_allclose(logits[0], golden.logits[i], **CLOSE)
+    for index in range(len(golden.prompts)):
+        alone(golden, tools, index, longest)
+
+
+@pytest.mark.parametrize("index", [2, 3])
+def test_a_prompt_alone_and_unpadded(pre_norm, tools, index):
+    """Each length is a program of its own to compile, so not for all; these have the pad token."""
+    alone(pre_norm, tools, index)
+
+
+def test_a_prompt_of_one_token_alone_and_unpadded(golden, tools):
+    alone(golden, tools, 0)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
