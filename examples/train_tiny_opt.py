@@ -144,7 +144,7 @@ _jitted_nats = jax.jit(negative_log_likelihood, static_argnames="config")
 def make_optimizer(weight_decay: float) -> optax.GradientTransformation:
     """Muon for the kernels and Adam for everything else, at a learning rate of one.
 
-    Muon (Jordan et al. 2024) needs about half of AdamW's steps here, for a tenth more time each.
+    Muon (Jordan et al. 2024) reaches here in 1,500 steps what AdamW reaches in 2,000.
     """
 
     def kernels(params: opt.Params) -> Any:

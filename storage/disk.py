@@ -34,7 +34,7 @@ _FEW_BYTES = 1 << 18
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiskContext:
-    """How the disk is read; the defaults are what measured best (``benchmarks/read_modes.py``).
+    """How the disk is read; the defaults are what measured best.
 
     Attributes:
         mode: ``auto`` maps a tensor that lies in the page cache, and all tensors if together they
