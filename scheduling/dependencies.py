@@ -119,7 +119,7 @@ class Issue:
         index: Position in the schedule, from 0.
         needs: Indices of earlier issues that must be done before this one starts; of several on
             one stream, only the last.
-        slot: The weight slot that a LoadWeights fills or a FreeWeights gives back.
+        slot: The slot that a load fills or a FreeWeights gives back: 0, 1, ... of its kind.
     """
 
     index: int
@@ -163,16 +163,34 @@ def _context(op: Op, index: int, before: list[Op], after: list[Op]) -> str:
 
 
 def bind(ops: Iterable[Op], workload: Workload) -> Iterator[Issue]:
-    """Numbers ``ops``, finds what each waits for, and deals out weight slots; lazily.
+    """Numbers ``ops``, finds what each waits for, and deals out slots; lazily.
 
-    Slots are a first-in first-out list: a LoadWeights takes the one that was given back longest
-    ago, and waits for the FreeWeights that gave it. An op issued again binds what comes later to
-    its latest issue. What is remembered grows with layers and batches, not with steps or ops.
+    The slots of each kind are a first-in first-out list: a load takes the one that was given back
+    longest ago, and waits for the op that gave it: FreeWeights of a layer's, the Compute that it
+    was for of a cell's cache and hidden states. A Compute waits until fewer than ``store_slots``
+    stores of each kind are under way. An op issued again binds what comes later to its latest
+    issue. What is remembered grows with layers and batches, not with steps or ops.
 
     Raises:
         ScheduleError: at the first op that breaks a rule.
     """
     return _Binder(ops, workload).run()
+
+
+_SLOT_FIELDS: dict[type, str] = {
+    LoadWeights: "weight_slots",
+    LoadCache: "cache_slots",
+    LoadHidden: "hidden_slots",
+}
+
+
+def _slot_counts(workload: Workload) -> dict[type, int]:
+    return {kind: getattr(workload, name) for kind, name in _SLOT_FIELDS.items()}
+
+
+def _free_slots(count: int) -> deque[tuple[int, int | None]]:
+    """(slot, index of the issue that gave it back), the one to take next first."""
+    return deque((slot, None) for slot in range(count))
 
 
 class _Binder:
@@ -182,9 +200,12 @@ class _Binder:
         self.latest: dict[_Key, int] = {}
         self.slots: dict[int, int] = {}  # of the layers that are held
         self.reader: dict[int, int] = {}  # the last Compute that uses the layer
-        self.free: deque[tuple[int, int | None]] = deque(
-            (slot, None) for slot in range(workload.weight_slots)
-        )
+        self.free = {kind: _free_slots(n) for kind, n in _slot_counts(workload).items()}
+        # Slots of the cells that are loaded and not yet computed: (kind, step, layer, batch).
+        self.held: dict[_Key, list[int]] = {}
+        self.stores: dict[type, deque[int]] = {
+            kind: deque(maxlen=workload.store_slots) for kind in (StoreCache, StoreHidden)
+        }
         self.reached = [-1] * workload.num_batches  # step * num_layers + layer last computed
         self.recent: deque[Op] = deque(maxlen=4)
         self.index = 0
@@ -215,6 +236,12 @@ class _Binder:
                 # Streams are in order, so the last of each stands for all of it.
                 found.extend(since_barrier.values())
             else:
+                if kind is Compute:
+                    self._compute(op, found)
+                elif kind in self.stores:
+                    self.stores[kind].append(index)
+                else:
+                    slot = self._load_cell(op, found)
                 self._remember(op)
             if barrier is not None:
                 found.append(barrier)
@@ -235,7 +262,7 @@ class _Binder:
                 "the second load out",
                 missing,
             )
-        if not self.free:
+        if not self.free[LoadWeights]:
             held = ", ".join(map(str, self.slots))
             missing = FreeWeights(next(iter(self.slots)))
             raise self._error(
@@ -244,20 +271,48 @@ class _Binder:
                 f"{missing} has to come before it, or the workload needs more weight_slots",
                 missing,
             )
-        slot, freed_by = self.free.popleft()
-        self.slots[op.layer] = slot
         self.latest[Weights, 0, op.layer, 0] = self.index
-        if freed_by is not None:
-            found.append(freed_by)
+        self.slots[op.layer] = slot = self._take(LoadWeights, found)
         return slot
 
     def _free(self, op: Any, found: list[int]) -> int:
         slot = self.slots.pop(op.layer)
         del self.latest[Weights, 0, op.layer, 0]
-        self.free.append((slot, self.index))
+        self.free[LoadWeights].append((slot, self.index))
         reader = self.reader.pop(op.layer, None)
         if reader is not None:
             found.append(reader)  # computing is one stream: the last reader is enough
+        return slot
+
+    def _load_cell(self, op: Any, found: list[int]) -> int:
+        kind = type(op)
+        if not self.free[kind]:
+            first = next(key for key in self.held if key[0] is kind)
+            missing = Compute(*first[1:])
+            name = _SLOT_FIELDS[kind]
+            raise self._error(
+                op,
+                f"all {getattr(self.workload, name)} {name.replace('_', ' ')} are held; {missing} "
+                f"has to come before it, or the workload needs more {name}",
+                missing,
+            )
+        slot = self._take(kind, found)
+        self.held.setdefault((kind, op.step, op.layer, op.batch), []).append(slot)
+        return slot
+
+    def _compute(self, op: Any, found: list[int]) -> None:
+        """Gives back what was loaded for it; waits for stores that are far behind."""
+        for kind in (LoadCache, LoadHidden):
+            for slot in self.held.pop((kind, op.step, op.layer, op.batch), ()):
+                self.free[kind].append((slot, self.index))
+        for stores in self.stores.values():
+            if len(stores) == stores.maxlen:
+                found.append(stores[0])
+
+    def _take(self, kind: type, found: list[int]) -> int:
+        slot, freed_by = self.free[kind].popleft()
+        if freed_by is not None:
+            found.append(freed_by)
         return slot
 
     def _check(self, op: Any) -> None:

@@ -14,7 +14,11 @@ class Workload:
         num_layers: Units of the model: embedding, decoder layers, head.
         num_batches: Device batches that share each pass over the weights.
         cached_layers: Layers that keep a KV cache; None: all but the first and the last.
-        weight_slots: How many layers' weights may be held at a time.
+        weight_slots: How many layers' weights may be held at a time: one computing, the others
+            loading ahead. ``cache_slots``, ``hidden_slots``: likewise for the cache and the hidden
+            states of (layer, batch) cells.
+        store_slots: How many results may wait to be stored, of each kind; a computation waits
+            until there are fewer.
         device_batch_size: Requests of a batch. Descriptive, as ``prompt_len`` (tokens) is.
     """
 
@@ -23,6 +27,9 @@ class Workload:
     num_batches: int
     cached_layers: frozenset[int] | None = None
     weight_slots: int = 2
+    cache_slots: int = 2
+    hidden_slots: int = 2
+    store_slots: int = 2
     device_batch_size: int = 1
     prompt_len: int = 1
 

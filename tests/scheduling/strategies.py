@@ -38,6 +38,9 @@ def workloads(draw):
         num_batches=draw(st.integers(1, 4)),
         cached_layers=draw(st.none() | st.frozensets(st.integers(0, layers - 1))),
         weight_slots=draw(st.integers(2, 4)),
+        cache_slots=draw(st.integers(2, 4)),
+        hidden_slots=draw(st.integers(2, 4)),
+        store_slots=draw(st.integers(1, 4)),
     )
 
 

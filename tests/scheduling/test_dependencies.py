@@ -72,7 +72,8 @@ def test_issues_follow_the_schedule_and_need_only_what_came_before(workload, sch
     for issue in issues:
         assert issue.stream is stream_of(issue.op)
         assert all(0 <= need < issue.index for need in issue.needs)
-        assert (issue.slot is not None) == isinstance(issue.op, (LoadWeights, FreeWeights))
+        slotted = (LoadWeights, FreeWeights, LoadCache, LoadHidden)
+        assert (issue.slot is not None) == isinstance(issue.op, slotted)
 
 
 @given(workloads(), schedules)
@@ -103,6 +104,46 @@ def test_slots_are_held_by_one_layer_at_a_time(workload, schedule):
         elif isinstance(issue.op, FreeWeights):
             assert held.pop(issue.op.layer) == issue.slot
             given_back.append(issue)
+
+
+@given(workloads(), schedules)
+def test_cell_slots_are_held_from_the_load_to_the_computation(workload, schedule):
+    limits = {LoadCache: workload.cache_slots, LoadHidden: workload.hidden_slots}
+    held = {kind: {} for kind in limits}
+    given_back = {kind: {} for kind in limits}  # slot -> the Compute that was its last reader
+    for issue in bind(schedule(workload), workload):
+        op = issue.op
+        if type(op) in limits:
+            kind, cell = type(op), (op.step, op.layer, op.batch)
+            assert 0 <= issue.slot < limits[kind]
+            assert issue.slot not in held[kind].values()
+            held[kind][cell] = issue.slot
+            if issue.slot in given_back[kind]:
+                assert given_back[kind][issue.slot] in issue.needs
+        elif isinstance(op, Compute):
+            for kind in limits:
+                slot = held[kind].pop((op.step, op.layer, op.batch), None)
+                if slot is not None:
+                    given_back[kind][slot] = issue.index
+
+
+@given(workloads(), schedules)
+def test_computations_do_not_run_ahead_of_the_stores(workload, schedule):
+    stores = {StoreCache: [], StoreHidden: []}
+    for issue in bind(schedule(workload), workload):
+        if type(issue.op) in stores:
+            stores[type(issue.op)].append(issue.index)
+        elif isinstance(issue.op, Compute):
+            for issued in stores.values():
+                if len(issued) >= workload.store_slots:
+                    assert issued[-workload.store_slots] in issue.needs
+
+
+def test_a_cell_loaded_twice_gives_both_slots_back():
+    again = [LoadWeights(0, 0)]
+    for batch in (0, 1):
+        again += [LoadHidden(0, 0, batch), LoadHidden(0, 0, batch), Compute(0, 0, batch)]
+    assert [issue.slot for issue in bind(again, W)] == [0, 0, 1, None, 0, 1, None]
 
 
 def test_slots_alternate():

@@ -62,6 +62,10 @@ def test_an_op_put_before_what_it_needs_is_refused(workload, schedule, data):
         if Barrier() not in (issue.op, issues[need].op)
         # Only what the rules ask: which slot is free is decided by the order itself.
         and not isinstance(issue.op, (LoadWeights, FreeWeights))
+        and (
+            issues[need].op in needs(issue.op, workload)
+            or isinstance(issues[need].op, LoadWeights)
+        )
     ]
     assume(pairs)
     before, after = data.draw(st.sampled_from(pairs))
@@ -115,6 +119,32 @@ def test_more_layers_than_slots_are_refused(workload, extra):
     assert error.missing == FreeWeights(0)
     assert f"all {slots} weight slots are held" in str(error)
     assert "more weight_slots" in str(error)
+
+
+def test_more_cells_than_slots_are_refused():
+    workload = Workload(num_steps=1, num_layers=3, num_batches=4, hidden_slots=3)
+    error = refused([LoadHidden(0, 0, batch) for batch in range(4)], workload)
+    assert error.op == LoadHidden(0, 0, 3)
+    assert error.missing == Compute(0, 0, 0)
+    assert "all 3 hidden slots are held" in str(error)
+    assert "more hidden_slots" in str(error)
+
+    def eager(w):
+        """All caches of a layer first."""
+        for op in zigzag(w):
+            if isinstance(op, LoadCache) and op.batch == 0:
+                yield from (LoadCache(op.step, op.layer, b) for b in range(w.num_batches))
+            elif not isinstance(op, LoadCache):
+                yield op
+
+    for slots in (3, 4):
+        workload = Workload(num_steps=2, num_layers=3, num_batches=4, cache_slots=slots)
+        if slots == 4:
+            validate(eager(workload), workload)
+        else:
+            error = refused(eager(workload), workload)
+            assert error.op == LoadCache(1, 1, 3)
+            assert "all 3 cache slots are held" in str(error)
 
 
 START = [LoadWeights(0, 0), LoadHidden(0, 0, 0), Compute(0, 0, 0), StoreHidden(0, 0, 0)]
