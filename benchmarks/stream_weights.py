@@ -51,7 +51,7 @@ def step_seconds(llm: fg.LLM, args: argparse.Namespace) -> float:
 
 def read_seconds(weights: Weights, prepare: Callable[[], None]) -> float:
     """Seconds to load every layer once, in order, through two slots that are there already."""
-    ring = weights.ring(2)
+    ring = Ring(2)
     _load_all(weights, ring)  # open files, map them, touch the slots: that happens once a job
     prepare()
     started = time.perf_counter()
@@ -64,7 +64,7 @@ def read_seconds(weights: Weights, prepare: Callable[[], None]) -> float:
 def _load_all(weights: Weights, ring: Ring) -> None:
     for layer in range(weights.num_layers):
         slot = ring[layer % 2]
-        slot.begin()
+        slot.begin(weights.slot_nbytes(layer))
         weights.load(layer, slot)
 
 

@@ -8,7 +8,8 @@ a block has its own length; what a block shares is the passes over the weights.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -70,15 +71,19 @@ class Block:
     def requests(self) -> tuple[Request, ...]:
         return tuple(r for batch in self.batches for r in batch.requests)
 
-    def workload(self, num_layers: int, weight_slots: int = 2) -> Workload:
-        """What the schedule has to order; lengths are the longest batch's."""
+    def workload(self, num_layers: int, slots: Mapping[str, Any] | None = None) -> Workload:
+        """What the schedule has to order; lengths are the longest batch's.
+
+        Args:
+            slots: ``weight_slots``, ``cache_slots``, ``hidden_slots``, ``store_slots``.
+        """
         return Workload(
             num_steps=max(b.num_steps for b in self.batches),
             num_layers=num_layers,
             num_batches=len(self.batches),
             device_batch_size=max(b.rows for b in self.batches),
             prompt_len=max(b.prompt_len for b in self.batches),
-            weight_slots=weight_slots,
+            **(slots or {}),
         )
 
 

@@ -31,7 +31,10 @@ class Effects(Protocol):
     """What the ops of a schedule do. Each method is called on the thread of the op's stream."""
 
     def make_room(self, issue: Issue) -> None:
-        """Waits until what the op overwrites is no longer read; not counted as its work."""
+        """Waits until what the op overwrites is no longer read, and what it moves is computed.
+
+        Not counted as its work.
+        """
         ...
 
     def perform(self, issue: Issue) -> Any:

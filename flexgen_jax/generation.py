@@ -1,14 +1,14 @@
 """What the ops of a schedule do for one block: the state of its batches, and their results.
 
-The executor says when; :mod:`flexgen_jax.kernels` compute; :mod:`flexgen_jax.weights` fetch. The
-cache and the hidden states stay on the device here, so moving them is no work.
+The executor says when; :mod:`flexgen_jax.kernels` compute; :mod:`flexgen_jax.weights` and the
+stores of :mod:`flexgen_jax.cells` fetch and keep.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,27 @@ import numpy as np
 
 from flexgen_jax import kernels
 from flexgen_jax.blocks import Batch, Block, Request
+from flexgen_jax.cells import Cells, cache_name, cache_sizes, hidden_name, hidden_nbytes
 from flexgen_jax.kv_cache import LayerCache
 from flexgen_jax.outputs import Logprob
 from flexgen_jax.sampling import Sampled, batch_arrays, sample, seed_words
 from flexgen_jax.weights import LayerWeights, Weights
 from scheduling.dependencies import Issue
-from scheduling.ops import Barrier, Compute, FreeWeights, LoadWeights, Op
-from storage.slots import Ring
+from scheduling.ops import (
+    Barrier,
+    Compute,
+    FreeWeights,
+    LoadCache,
+    LoadHidden,
+    LoadWeights,
+    Op,
+    StoreCache,
+    StoreHidden,
+)
+from scheduling.policy import Tier
+from scheduling.workload import Workload
+from storage.slots import Ring, Slot
+from storage.store import SequenceStore, StorageError
 
 OnLogits = Callable[[int, int, jax.Array], None]
 OnTokens = Callable[[int], None]
@@ -52,8 +66,8 @@ class _BatchState:
     def __init__(self, batch: Batch, seed: int, eos_token_id: int | None) -> None:
         self.batch = batch
         self.padding = jnp.asarray(batch.padding())
-        self.hidden: jax.Array | None = None
-        self.caches: dict[int, LayerCache] = {}
+        self.tokens = batch.tokens()  # what the embedding takes next, on the host
+        self.hidden: jax.Array | None = None  # where they stay on the device, and for the head
         self.sampled: Sampled | None = None
         self.left = False
         stops = [_stop_ids(r, eos_token_id) for r in batch.requests]
@@ -70,6 +84,7 @@ class _BatchState:
             return 0
         sampled = jax.device_get(self.sampled)
         self.sampled = None
+        self.tokens = sampled.token[:, None]
         count = 0
         for row, result in enumerate(self.results):
             if result.finish_reason is None:
@@ -83,12 +98,6 @@ class _BatchState:
     @property
     def finished(self) -> bool:
         return all(result.finish_reason is not None for result in self.results)
-
-    def leave(self) -> None:
-        """Drops the batch's arrays: its cache makes room at once."""
-        self.left = True
-        self.hidden = None
-        self.caches.clear()
 
 
 def _stop_ids(request: Request, eos_token_id: int | None) -> frozenset[int]:
@@ -110,10 +119,41 @@ def _logprobs(sampled: Sampled, row: int, wanted: int) -> dict[int, Logprob]:
     return found
 
 
+class _Cell(NamedTuple):
+    """What moves at once, and the store that keeps it."""
+
+    name: str
+    store: SequenceStore
+    sizes: list[int]
+    hosted: bool = False  # attention to it is computed on the host
+
+
+class Rings(NamedTuple):
+    """The slots that loads fill; kept from block to block, since making them is expensive."""
+
+    weights: Ring
+    cache: Ring
+    hidden: Ring
+
+    @classmethod
+    def of(cls, workload: Workload) -> Rings:
+        """As many slots as the workload says; they take no memory until used."""
+        w = workload
+        return cls(Ring(w.weight_slots), Ring(w.cache_slots), Ring(w.hidden_slots))
+
+    def close(self) -> None:
+        for ring in self:
+            ring.close()
+
+
+_NO_SLOT = Slot()
+
+
 class BlockEffects:
     """The ``Effects`` of one block. Use :meth:`results` after the schedule has run.
 
     Args:
+        number: Which block of ``cells`` it is.
         seed: The ``LLM``'s seed, for requests without their own.
         on_tokens: Told how many new tokens were booked, at each step border of a batch.
         on_logits: Given (step, batch, logits) of every head computation: for tests and research.
@@ -122,30 +162,72 @@ class BlockEffects:
     def __init__(
         self,
         block: Block,
+        number: int,
         weights: Weights,
-        ring: Ring,
+        cells: Cells,
+        rings: Rings,
         *,
         seed: int,
         on_tokens: OnTokens | None = None,
         on_logits: OnLogits | None = None,
     ) -> None:
-        self._config = weights.config
+        self._config = config = weights.config
         self._weights = weights
-        self._ring = ring
+        self._rings = rings
         self._on_tokens = on_tokens
         self._on_logits = on_logits
         self._head = weights.num_layers - 1
-        self._states = [_BatchState(b, seed, self._config.eos_token_id) for b in block.batches]
+        self._device = jax.local_devices()[0]
+        self._host = jax.local_devices(backend="cpu")[0]
+        self._states = [_BatchState(b, seed, config.eos_token_id) for b in block.batches]
+        tier_of = {
+            cell.name: cell.tier
+            for placement in (cells.cache_of[number], cells.hidden_of[number])
+            for cell in placement.cells
+        }
+        self._cache: dict[tuple[int, int], _Cell] = {}
+        self._hidden: list[_Cell] = []
+        for index, batch in enumerate(block.batches):
+            name = hidden_name(index)
+            sizes = [hidden_nbytes(batch, config, weights.dtype)]
+            self._hidden.append(_Cell(name, cells.hidden[tier_of[name]], sizes))
+            for layer in range(1, self._head) if batch.num_steps > 1 else ():
+                name = cache_name(config, layer, index)
+                tier = tier_of[name]
+                self._cache[layer, index] = _Cell(
+                    name,
+                    cells.cache[tier],
+                    cache_sizes(batch, config, weights.dtype),
+                    hosted=cells.policy.host_attention and tier is not Tier.DEVICE,
+                )
         self._loaded: dict[int, LayerWeights] = {}
         self._readers: dict[int, list[jax.Array]] = {}
+        # What was loaded for a computation, and what is to be stored after it.
+        self._arrived: dict[tuple[type, int, int], tuple[jax.Array, ...]] = {}
+        self._slots: dict[tuple[int, int], list[Slot]] = {}
+        self._leaving: dict[tuple[type, int, int], tuple[jax.Array, ...]] = {}
         self._last_marker: jax.Array | None = None
         self._finished = False
 
+    def _cell(self, op: LoadCache | StoreCache | LoadHidden | StoreHidden) -> _Cell | None:
+        """None for what has no cell: the tokens that a step begins and ends with, and a cache
+        that nobody will read."""
+        if isinstance(op, (LoadCache, StoreCache)):
+            return self._cache.get((op.layer, op.batch))
+        ends = 0 if isinstance(op, LoadHidden) else self._head
+        return None if op.layer == ends else self._hidden[op.batch]
+
     def effortless(self, op: Op) -> bool:
-        """Weights resident on the device need no loading; cache and hidden never move here."""
+        """What lies where it is needed does not move."""
         if isinstance(op, (LoadWeights, FreeWeights)):
             return self._weights.resident(op.layer) is not None
-        return not isinstance(op, (Compute, Barrier))
+        if isinstance(op, (Compute, Barrier)):
+            return False
+        cell = self._cell(op)
+        if cell is None:
+            return True
+        loads = isinstance(op, (LoadCache, LoadHidden))
+        return cell.store.free_load if loads else cell.store.free_store
 
     def wanted(self, op: Op) -> bool:
         if isinstance(op, (FreeWeights, Barrier)):
@@ -158,53 +240,123 @@ class BlockEffects:
         return self._finished
 
     def make_room(self, issue: Issue) -> None:
-        if isinstance(issue.op, LoadWeights):
-            assert issue.slot is not None
-            self._ring[issue.slot].begin()
+        match issue.op:
+            case LoadWeights():
+                assert issue.slot is not None
+                slot = self._rings.weights[issue.slot]
+                slot.begin(self._weights.slot_nbytes(issue.op.layer))
+            case LoadCache() | LoadHidden():
+                cell = self._cell(issue.op)
+                assert cell is not None
+                self._slot(issue).begin(cell.store.slot_nbytes(cell.sizes))
+            case StoreCache() | StoreHidden():
+                jax.block_until_ready(self._leaving.get(_key(issue.op)))
+            case _:
+                pass
+
+    def _slot(self, issue: Issue) -> Slot:
+        assert issue.slot is not None
+        return (self._rings.cache if isinstance(issue.op, LoadCache) else self._rings.hidden)[
+            issue.slot
+        ]
 
     def perform(self, issue: Issue) -> Any:
         op = issue.op
         match op:
             case LoadWeights():
                 assert issue.slot is not None
-                self._loaded[op.layer] = self._weights.load(op.layer, self._ring[issue.slot])
+                slot = self._rings.weights[issue.slot]
+                self._loaded[op.layer] = self._weights.load(op.layer, slot)
                 self._readers[op.layer] = []
             case FreeWeights():
                 assert issue.slot is not None
                 readers = self._readers.pop(op.layer, [])
                 if self._loaded.pop(op.layer, None) is not None:
-                    self._ring[issue.slot].release(readers)
+                    self._rings.weights[issue.slot].release(readers)
+            case LoadCache() | LoadHidden():
+                self._load(issue, op)
+            case StoreCache() | StoreHidden():
+                self._store(op, self._leaving.pop(_key(op), None))
             case Compute():
                 return self._compute(op)
             case Barrier():
                 # Dispatched is not computed: a barrier means computed.
                 jax.block_until_ready(self._last_marker)
-            case _:
-                raise TypeError(f"{op} moves nothing here and should not reach a stream")
         return None
+
+    def _load(self, issue: Issue, op: LoadCache | LoadHidden) -> None:
+        cell, slot = self._cell(op), self._slot(issue)
+        assert cell is not None
+        try:
+            arrays = cell.store.load(cell.name, slot)
+        except (KeyError, StorageError):
+            if self.wanted(op):
+                raise
+            return  # the batch left, and its cells with it, while this was under way
+        self._slots.setdefault((op.layer, op.batch), []).append(slot)
+        self._arrived[_key(op)] = arrays
+
+    def _store(self, op: StoreCache | StoreHidden, arrays: tuple[jax.Array, ...] | None) -> None:
+        cell = self._cell(op)
+        if cell is None or arrays is None:
+            return
+        try:
+            if isinstance(op, StoreHidden):
+                cell.store.put(cell.name, arrays, arrays[0].shape[-2])
+            elif op.step == 0:
+                cell.store.put(cell.name, arrays, self._states[op.batch].batch.cache_len)
+            else:
+                cell.store.append(cell.name, arrays)
+        except KeyError:
+            if self.wanted(op):
+                raise
+
+    def _input(self, op: LoadCache | LoadHidden) -> tuple[jax.Array, ...]:
+        """What was loaded, or what need not be."""
+        cell = self._cell(op)
+        assert cell is not None
+        if cell.store.free_load:
+            return cell.store.load(cell.name, _NO_SLOT)
+        return self._arrived.pop(_key(op))
+
+    def _output(self, op: StoreCache | StoreHidden, arrays: tuple[jax.Array, ...]) -> None:
+        """Keeps what a computation made: at once where that is no work, else until it is stored."""
+        cell = self._cell(op)
+        if cell is not None and cell.store.free_store:
+            self._store(op, arrays)
+        elif cell is not None:
+            self._leaving[_key(op)] = arrays
 
     def _compute(self, op: Compute) -> jax.Array | None:
         state = self._states[op.batch]
-        if op.layer == 0 and op.step > 0 and self._border(state):
+        if op.layer == 0 and op.step > 0 and self._border(op.batch, state):
             return None
         weights = self._weights.resident(op.layer) or self._loaded[op.layer]
         marker = self._run_layer(op, state, weights)
         if op.layer in self._readers:
             self._readers[op.layer].append(marker)
+        for slot in self._slots.pop((op.layer, op.batch), ()):
+            slot.release([marker])
         self._last_marker = marker
         return marker
 
-    def _border(self, state: _BatchState) -> bool:
+    def _border(self, batch: int, state: _BatchState) -> bool:
         """Books the tokens of the step before; True if the batch is finished and leaves."""
-        tokens = state.sampled.token if state.sampled is not None else None
         self._book(state)
         if state.finished:
-            state.leave()
+            self._leave(batch, state)
             self._finished = all(s.left for s in self._states)
-            return True
-        assert tokens is not None
-        state.hidden = tokens[:, None]  # the head's output is what the next step embeds
-        return False
+        return state.left
+
+    def _leave(self, batch: int, state: _BatchState) -> None:
+        """The batch's cells make room at once."""
+        state.left = True
+        self._hidden[batch].store.discard(self._hidden[batch].name)
+        for (_, number), cell in self._cache.items():
+            if number == batch:
+                cell.store.discard(cell.name)
+        for key in [k for k in list(self._leaving) if k[2] == batch]:
+            self._leaving.pop(key, None)
 
     def _book(self, state: _BatchState) -> None:
         count = state.collect()
@@ -213,40 +365,75 @@ class BlockEffects:
 
     def _run_layer(self, op: Compute, state: _BatchState, weights: LayerWeights) -> jax.Array:
         batch, config = state.batch, self._config
-        position = np.int32(batch.prompt_len + op.step - 1)
-        if op.layer == 0:
-            tokens = state.hidden if op.step else jnp.asarray(batch.tokens())
-            first = position if op.step else np.int32(0)
-            state.hidden, marker = kernels.embed(
-                weights.params, tokens, first, state.padding, config=config
+        step, layer, number = op.step, op.layer, op.batch
+        position = np.int32(batch.prompt_len + step - 1)
+        if layer == 0:
+            rows = self._weights.token_rows(state.tokens)
+            first = position if step else np.int32(0)
+            hidden, marker = kernels.embed(
+                weights.params, rows, first, state.padding, config=config
             )
-        elif op.layer == self._head:
-            logits = kernels.head(weights.params, weights.token_table, state.hidden, config=config)
+            self._output(StoreHidden(step, layer, number), (hidden,))
+            return marker
+        (hidden,) = self._input(LoadHidden(step, layer, number))
+        if layer == self._head:
+            logits = kernels.head(weights.params, weights.token_table, hidden, config=config)
             if self._on_logits is not None:
-                self._on_logits(op.step, op.batch, logits)
-            state.sampled = sample(logits, state.arrays, np.int32(op.step), features=state.features)
-            marker = state.sampled.token
-        elif op.step == 0:
-            state.hidden, state.caches[op.layer], marker = kernels.prefill_layer(
-                weights.params,
-                state.hidden,
-                state.padding,
-                config=config,
-                cache_len=batch.cache_len,
+                self._on_logits(step, number, logits)
+            state.sampled = sample(logits, state.arrays, np.int32(step), features=state.features)
+            return state.sampled.token
+        if step == 0:
+            hidden, new, marker = kernels.prefill_layer(
+                weights.params, hidden, state.padding, config=config
             )
         else:
-            state.hidden, state.caches[op.layer], marker = kernels.decode_layer(
-                weights.params,
-                state.hidden,
-                state.caches.pop(op.layer),
-                position,
-                state.padding,
-                config=config,
-            )
+            cache = LayerCache(*self._input(LoadCache(step, layer, number)))
+            layer_of = self._hosted_layer if self._cache[layer, number].hosted else self._layer
+            hidden, new, marker = layer_of(weights, hidden, cache, position, state)
+        if step + 1 < batch.num_steps:
+            self._output(StoreCache(step, layer, number), new)
+        self._output(StoreHidden(step, layer, number), (hidden,))
         return marker
+
+    def _layer(
+        self,
+        weights: LayerWeights,
+        hidden: jax.Array,
+        cache: LayerCache,
+        position: np.int32,
+        state: _BatchState,
+    ) -> tuple[jax.Array, LayerCache, jax.Array]:
+        return kernels.decode_layer(
+            weights.params, hidden, cache, position, state.padding, config=self._config
+        )
+
+    def _hosted_layer(
+        self,
+        weights: LayerWeights,
+        hidden: jax.Array,
+        cache: LayerCache,
+        position: np.int32,
+        state: _BatchState,
+    ) -> tuple[jax.Array, LayerCache, jax.Array]:
+        """The query goes to the host and the result comes back; the cache never moves."""
+        query, new = kernels.decode_qkv(weights.params, hidden, config=self._config)
+        query, new = jax.device_put((query, new), self._host)
+        attended = kernels.attend_cached(query, cache, new, position, state.batch.padding())
+        attended = jax.device_put(attended, self._device)
+        hidden, marker = kernels.decode_rest(weights.params, hidden, attended, config=self._config)
+        return hidden, new, marker
 
     def results(self) -> Iterator[Generated]:
         """What every request of the block produced; books the last step's tokens first."""
         for state in self._states:
             self._book(state)
             yield from state.results
+
+    def close(self) -> None:
+        """Gives back the room of all cells."""
+        for number, state in enumerate(self._states):
+            self._leave(number, state)
+
+
+def _key(op: LoadCache | StoreCache | LoadHidden | StoreHidden) -> tuple[type, int, int]:
+    return type(op), op.layer, op.batch

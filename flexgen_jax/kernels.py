@@ -1,7 +1,8 @@
 """One compiled function per kind of layer and phase, called for every layer with other weights.
 
 Each returns, beside its results, a *marker*: a scalar of the same computation, which tells when it
-has run without keeping activations or a donated cache alive.
+has run without keeping activations alive. The KV cache is only read here; keys and values of new
+tokens are results, which whoever keeps the cache adds to it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from flexgen_jax import opt
 from flexgen_jax.config import OPTConfig
-from flexgen_jax.kv_cache import LayerCache, write_prompt
+from flexgen_jax.kv_cache import LayerCache
 
 # Calls of 512 to 2,048 tokens stay in a CPU's caches; larger ones lose a fifth of the speed.
 PREFILL_TOKENS = 1024
@@ -27,14 +28,14 @@ def _marker(hidden: Array) -> Array:
 @partial(jax.jit, static_argnames="config")
 def embed(
     params: Any,
-    tokens: Int[Array, "batch seq"],
+    rows: Float[Array, "batch seq embed"],
     first_position: Int[Array, ""],
     padding: Int[Array, "batch"],
     *,
     config: OPTConfig,
 ) -> tuple[Float[Array, "batch seq hidden"], Float[Array, ""]]:
-    """Token and position embeddings, of a prompt or of one new token."""
-    hidden = opt.embed(params, tokens, first_position, padding, config)
+    """Token and position embeddings, of a prompt or of one new token; ``rows`` of the table."""
+    hidden = opt.embed_rows(params, rows, first_position, padding, config)
     return hidden, _marker(hidden)
 
 
@@ -44,22 +45,21 @@ def rows_per_call(batch: int, seq: int) -> int:
     return max(d for d in range(1, batch + 1) if batch % d == 0 and d <= most)
 
 
-@partial(jax.jit, static_argnames=("config", "cache_len"))
+@partial(jax.jit, static_argnames="config")
 def prefill_layer(
     params: Any,
     hidden: Float[Array, "batch seq hidden"],
     padding: Int[Array, "batch"],
     *,
     config: OPTConfig,
-    cache_len: int,
 ) -> tuple[Float[Array, "batch seq hidden"], LayerCache, Float[Array, ""]]:
-    """A decoder layer over whole prompts, a few rows at a time; makes the cache."""
+    """A decoder layer over whole prompts, a few rows at a time; their keys and values as well."""
     batch, seq, _ = hidden.shape
     rows = rows_per_call(batch, seq)
 
     def some_rows(part: tuple[Array, Array]) -> tuple[Array, LayerCache]:
         out, (k, v) = opt.prefill_layer(params, *part, config)
-        return out, write_prompt(k, v, cache_len)
+        return out, LayerCache(k, v)
 
     if rows == batch:
         out, cache = some_rows((hidden, padding))
@@ -71,7 +71,7 @@ def prefill_layer(
     return out, cache, _marker(out)
 
 
-@partial(jax.jit, static_argnames="config", donate_argnames="cache")
+@partial(jax.jit, static_argnames="config")
 def decode_layer(
     params: Any,
     hidden: Float[Array, "batch 1 hidden"],
@@ -81,9 +81,42 @@ def decode_layer(
     *,
     config: OPTConfig,
 ) -> tuple[Float[Array, "batch 1 hidden"], LayerCache, Float[Array, ""]]:
-    """A decoder layer for one new token per row; updates the donated cache in place."""
-    hidden, cache = opt.decode_layer(params, hidden, cache, position, padding, config)
-    return hidden, cache, _marker(hidden)
+    """A decoder layer for one new token per row, and the token's key and value."""
+    hidden, new = opt.decode_layer(params, hidden, cache, position, padding, config)
+    return hidden, new, _marker(hidden)
+
+
+@partial(jax.jit, static_argnames="config")
+def decode_qkv(
+    params: Any, hidden: Float[Array, "batch 1 hidden"], *, config: OPTConfig
+) -> tuple[Float[Array, "batch heads 1 head_dim"], LayerCache]:
+    """The first part of a decoder layer whose attention is computed elsewhere."""
+    return opt.decode_qkv(params, hidden, config)
+
+
+@jax.jit
+def attend_cached(
+    query: Float[Array, "batch heads 1 head_dim"],
+    cache: LayerCache,
+    new: LayerCache,
+    position: Int[Array, ""],
+    padding: Int[Array, "batch"],
+) -> Float[Array, "batch heads 1 head_dim"]:
+    """The second part, next to the cache: it runs where its arguments lie."""
+    return opt.attend_cached(query, cache, new, position, padding)
+
+
+@partial(jax.jit, static_argnames="config")
+def decode_rest(
+    params: Any,
+    hidden: Float[Array, "batch 1 hidden"],
+    attended: Float[Array, "batch heads 1 head_dim"],
+    *,
+    config: OPTConfig,
+) -> tuple[Float[Array, "batch 1 hidden"], Float[Array, ""]]:
+    """The third part."""
+    hidden = opt.decode_rest(params, hidden, attended, config)
+    return hidden, _marker(hidden)
 
 
 @partial(jax.jit, static_argnames="config")
@@ -100,5 +133,13 @@ def head(
 
 def compilations() -> int:
     """How many programs these functions have compiled so far in this process."""
-    functions: tuple[Any, ...] = (embed, prefill_layer, decode_layer, head)
+    functions: tuple[Any, ...] = (
+        embed,
+        prefill_layer,
+        decode_layer,
+        decode_qkv,
+        attend_cached,
+        decode_rest,
+        head,
+    )
     return sum(f._cache_size() for f in functions)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from flexgen_jax.blocks import Block, Request, make_blocks
-from flexgen_jax.checkpoint import open_store, resolve
+from flexgen_jax.cells import Cells, WrapStore, place_cache, place_hidden
+from flexgen_jax.checkpoint import cache_directory, open_store, resolve
 from flexgen_jax.executor import execute
-from flexgen_jax.generation import BlockEffects, Generated, OnLogits
+from flexgen_jax.generation import BlockEffects, Generated, OnLogits, Rings
 from flexgen_jax.kernels import compilations
 from flexgen_jax.memory import automatic_policy, parse_bytes
 from flexgen_jax.outputs import CompletionOutput, Logprob, RequestOutput
@@ -19,14 +22,14 @@ from flexgen_jax.sampling_params import SamplingParams
 from flexgen_jax.tokenization import load_tokenizer
 from flexgen_jax.weights import Weights, place_weights
 from scheduling.ops import Op
-from scheduling.policy import Policy, Split
+from scheduling.placement import Placement
+from scheduling.policy import Policy
 from scheduling.schedules import SCHEDULES
 from scheduling.timeline import Timeline
 from scheduling.transforms import serialized
 from scheduling.validate import validate
 from scheduling.workload import Workload
 from storage.disk import DiskContext
-from storage.slots import Ring
 
 Schedule = Callable[[Workload], Iterable[Op]]
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -57,7 +60,10 @@ class LLM:
         seed: For requests that have none of their own.
         disk: How the disk tier is read.
         say: Told in plain words what takes long (a conversion); None: the ``flexgen_jax`` logger.
-        wrap_store: Wraps the tiers' stores (a throttle, a log, faults): for research and tests.
+        slots: How many slots loads may fill ahead and stores may lag behind: ``weight_slots``,
+            ``cache_slots``, ``hidden_slots``, ``store_slots`` of the :class:`Workload`.
+        wrap_store: Given (tier, store), returns the store to use: a throttle, a log, faults
+            (``storage.wrappers``), for research and tests.
 
     Raises:
         ValueError: a model, store, policy or schedule that cannot be used; the message says why.
@@ -76,7 +82,8 @@ class LLM:
         seed: int = 0,
         disk: DiskContext | None = None,
         say: Callable[[str], None] | None = None,
-        wrap_store: Any = None,
+        slots: Mapping[str, int] | None = None,
+        wrap_store: WrapStore | None = None,
     ) -> None:
         self.schedule_name, self._schedule = _schedule(schedule)
         limits = parse_bytes(device_memory), parse_bytes(host_memory)
@@ -91,8 +98,11 @@ class LLM:
         self.placement = place_weights(sizes, self.policy.weights)
         self.seed = seed
         self.report: Report | None = None
+        self._slots = _checked_slots(slots or {})
+        self._disk, self._wrap_store = disk, wrap_store
+        self._scratch = cache_directory() if offload_dir is None else Path(offload_dir)
         self._weights = Weights(self._model, self.placement, context=disk, wrap=wrap_store)
-        self._ring: Ring | None = None
+        self._rings: Rings | None = None
 
     def generate(
         self,
@@ -174,26 +184,28 @@ class LLM:
         """Completes checked requests; results in their order. Sets :attr:`report`."""
         blocks = self.blocks(requests)
         # Refuse a bad schedule before anything runs; most blocks of a job are alike.
-        for workload in {block.workload(self._weights.num_layers) for block in blocks}:
+        for workload in {self._workload(block) for block in blocks}:
             validate(self._schedule(workload), workload)
         compiled, bytes_read = compilations(), self._weights.disk_bytes
         started = time.perf_counter()
         outputs: dict[int, RequestOutput] = {}
         timelines: list[tuple[float, Timeline]] = []
         spans = 0
-        for block in blocks:
-            begun = time.perf_counter() - started
-            effects, timeline = self._run_block(block, progress, on_logits)
-            finished = [self._output(g) for g in effects.results()]
-            spans += len(timeline.spans)
-            if spans <= MAX_SPANS or not timelines:
-                timelines.append((begun, timeline))
-            outputs.update(zip((r.index for r in block.requests), finished, strict=True))
-            if on_block is not None:
-                on_block(finished)
+        with self._cells(blocks) as cells:
+            for number, block in enumerate(blocks):
+                begun = time.perf_counter() - started
+                results, timeline = self._run_block(block, number, cells, progress, on_logits)
+                finished = [self._output(g) for g in results]
+                spans += len(timeline.spans)
+                if spans <= MAX_SPANS or not timelines:
+                    timelines.append((begun, timeline))
+                outputs.update(zip((r.index for r in block.requests), finished, strict=True))
+                if on_block is not None:
+                    on_block(finished)
+            cache_read, cache_written = cells.disk_bytes_read, cells.disk_bytes_written
         self.report = Report(
             policy=self.policy,
-            placement=self.placement,
+            placement=self.plan(blocks),
             schedule=self.schedule_name,
             requests=len(requests),
             blocks=len(blocks),
@@ -203,7 +215,8 @@ class LLM:
             generated_tokens=sum(len(o.outputs[0].token_ids) for o in outputs.values()),
             seconds=time.perf_counter() - started,
             compilations=compilations() - compiled,
-            disk_bytes=self._weights.disk_bytes - bytes_read,
+            disk_bytes=self._weights.disk_bytes - bytes_read + cache_read,
+            disk_bytes_written=cache_written,
             timeline=Timeline.concatenate(timelines, label="measured"),
         )
         return [outputs[r.index] for r in requests]
@@ -218,20 +231,61 @@ class LLM:
             )
         )
 
+    def plan(self, blocks: Sequence[Block]) -> dict[str, Placement]:
+        """Where weights, cache and hidden states lie: of the block with the largest cache."""
+        config, dtype = self.config, self._weights.dtype
+        cache = [place_cache(b, config, dtype, self.policy.cache) for b in blocks]
+        hidden = [place_hidden(b, config, dtype, self.policy.hidden) for b in blocks]
+        largest = max(range(len(blocks)), key=lambda i: cache[i].nbytes(), default=None)
+        empty = Placement(())
+        return {
+            "weights": self.placement,
+            "cache": empty if largest is None else cache[largest],
+            "hidden": empty if largest is None else hidden[largest],
+        }
+
+    def _cells(self, blocks: Sequence[Block]) -> Cells:
+        return Cells(
+            blocks,
+            self.config,
+            self._weights.dtype,
+            self.policy,
+            scratch=self._scratch,
+            context=self._disk,
+            wrap=self._wrap_store,
+        )
+
+    def _workload(self, block: Block) -> Workload:
+        return block.workload(self._weights.num_layers, self._slots)
+
     def _run_block(
-        self, block: Block, progress: Callable[[int], None] | None, on_logits: OnLogits | None
-    ) -> tuple[BlockEffects, Timeline]:
-        workload = block.workload(self._weights.num_layers)
+        self,
+        block: Block,
+        number: int,
+        cells: Cells,
+        progress: Callable[[int], None] | None,
+        on_logits: OnLogits | None,
+    ) -> tuple[list[Generated], Timeline]:
+        workload = self._workload(block)
         schedule = self._schedule if self.policy.overlap else serialized(self._schedule)
-        # One ring for all blocks: making it costs as much as reading a layer.
-        ring = self._ring or self._weights.ring(workload.weight_slots)
-        self._ring = None  # after a failure something may still be reading it
+        # The same slots for all blocks: making one costs as much as reading a layer.
+        rings = self._rings or Rings.of(workload)
+        self._rings = None  # after a failure something may still be reading them
         effects = BlockEffects(
-            block, self._weights, ring, seed=self.seed, on_tokens=progress, on_logits=on_logits
+            block,
+            number,
+            self._weights,
+            cells,
+            rings,
+            seed=self.seed,
+            on_tokens=progress,
+            on_logits=on_logits,
         )
         timeline = execute(schedule(workload), workload, effects)
-        self._ring = ring
-        return effects, timeline
+        self._rings = rings
+        results = list(effects.results())
+        effects.close()
+        return results, timeline
 
     def _output(self, generated: Generated) -> RequestOutput:
         request, ids = generated.request, generated.token_ids
@@ -266,9 +320,9 @@ class LLM:
 
     def close(self) -> None:
         """Gives back the weights' memory and file handles."""
-        if self._ring is not None:
-            self._ring.close()
-            self._ring = None
+        if self._rings is not None:
+            self._rings.close()
+            self._rings = None
         self._weights.close()
 
     def __enter__(self) -> LLM:
@@ -293,11 +347,7 @@ def _schedule(schedule: str | Schedule) -> tuple[str, Schedule]:
 
 def _refuse_unbuilt(policy: Policy) -> None:
     """A policy is never silently a no-op: what is not built yet is refused by name."""
-    everything = Split()
     unbuilt = {
-        "cache off the device": policy.cache != everything,
-        "hidden off the device": policy.hidden != everything,
-        "host_attention": policy.host_attention,
         "weight_bits": policy.weight_bits is not None,
         "cache_bits": policy.cache_bits is not None,
         "attention_sparsity below 1": policy.attention_sparsity != 1.0,
@@ -306,6 +356,15 @@ def _refuse_unbuilt(policy: Policy) -> None:
     asked = [name for name, given in unbuilt.items() if given]
     if asked:
         raise ValueError(f"not supported yet: {', '.join(asked)}; leave them at their defaults")
+
+
+def _checked_slots(slots: Mapping[str, Any]) -> dict[str, int]:
+    names = [f.name for f in dataclasses.fields(Workload) if f.name.endswith("_slots")]
+    for name in slots:
+        if name not in names:
+            raise ValueError(f"no slots {name!r}; known: {', '.join(names)}")
+    Workload(num_steps=1, num_layers=1, num_batches=1, **slots)  # checks the numbers
+    return dict(slots)
 
 
 def _as_list(prompts: Any) -> list[Any]:

@@ -103,6 +103,37 @@ def attend(
     return out[:, :, :queries].astype(value.dtype)
 
 
+def attend_cached(
+    query: Float[Array, "batch heads 1 head_dim"],
+    cache: LayerCache,
+    new: LayerCache,
+    position: Int[Array, ""],
+    padding: Int[Array, "batch"],
+) -> Float[Array, "batch heads 1 head_dim"]:
+    """Attention of one new token per row to the cache before ``position``, and to itself.
+
+    The cache is only read, wherever it lies; ``new`` holds the token's own key and value. Attending
+    everything under a mask beats slicing the filled prefix, which would copy it.
+    """
+    index = jnp.arange(cache.key.shape[2])
+    visible = (index[None, :] < position) & (index[None, :] >= padding[:, None])
+    twice = query
+    if query.dtype == jnp.bfloat16:  # as in attend
+        twice = jnp.concatenate([query, query], axis=2)
+    scores = jnp.einsum("bhqd,bhkd->bhqk", twice, cache.key, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible[:, None, None], scores[:, :, :1], MASKED)
+    own = jnp.sum(query.astype(jnp.float32) * new.key.astype(jnp.float32), -1, keepdims=True)
+    top = jnp.maximum(scores.max(axis=-1, keepdims=True), own)
+    weights, own = jnp.exp(scores - top), jnp.exp(own - top)
+    total = weights.sum(axis=-1, keepdims=True) + own
+    weights = (weights / total).astype(cache.value.dtype)
+    if query.dtype == jnp.bfloat16:
+        weights = jnp.concatenate([weights, weights], axis=2)
+    out = jnp.einsum("bhqk,bhkd->bhqd", weights, cache.value, preferred_element_type=jnp.float32)
+    out = out[:, :, :1] + (own / total) * new.value.astype(jnp.float32)
+    return out.astype(query.dtype)
+
+
 def _project_qkv(params: Params, x: Array, config: OPTConfig) -> tuple[Array, Array, Array]:
     batch, seq, _ = x.shape
 
@@ -164,6 +195,25 @@ def prefill_layer(
     return mlp(params, _residual_attention(params, hidden, attended, config), config), (k, v)
 
 
+def decode_qkv(
+    params: Params, hidden: Float[Array, "batch 1 hidden"], config: OPTConfig
+) -> tuple[Float[Array, "batch heads 1 head_dim"], LayerCache]:
+    """What attention needs of the new tokens: the scaled query, and their key and value."""
+    normed = _pre_norm(params, "attention_norm", hidden, config)
+    query, key, value = _project_qkv(params, normed, config)
+    return query, LayerCache(key, value)
+
+
+def decode_rest(
+    params: Params,
+    hidden: Float[Array, "batch 1 hidden"],
+    attended: Float[Array, "batch heads 1 head_dim"],
+    config: OPTConfig,
+) -> Float[Array, "batch 1 hidden"]:
+    """What comes after attention in a decoder layer."""
+    return mlp(params, _residual_attention(params, hidden, attended, config), config)
+
+
 def decode_layer(
     params: Params,
     hidden: Float[Array, "batch 1 hidden"],
@@ -172,14 +222,15 @@ def decode_layer(
     padding: Int[Array, "batch"],
     config: OPTConfig,
 ) -> tuple[Float[Array, "batch 1 hidden"], LayerCache]:
-    """One decoder layer for one new token per sequence, written at ``position`` of the cache."""
-    q, k, v = _project_qkv(params, _pre_norm(params, "attention_norm", hidden, config), config)
-    cache = write_token(cache, k, v, position)
-    # Attending everything under a mask beats slicing the filled prefix, which would copy it.
-    index = jnp.arange(cache.key.shape[2])
-    visible = (index[None, :] <= position) & (index[None, :] >= padding[:, None])
-    attended = attend(q, cache.key, cache.value, visible[:, None])
-    return mlp(params, _residual_attention(params, hidden, attended, config), config), cache
+    """One decoder layer for one new token per sequence, whose index is ``position``.
+
+    Returns:
+        Hidden states, and the token's key and value ``(batch, heads, 1, head_dim)``, which belong
+        into the cache at ``position``; the cache itself is only read.
+    """
+    query, new = decode_qkv(params, hidden, config)
+    attended = attend_cached(query, cache, new, position, padding)
+    return decode_rest(params, hidden, attended, config), new
 
 
 def embed(
@@ -190,10 +241,19 @@ def embed(
     config: OPTConfig,
 ) -> Float[Array, "batch seq hidden"]:
     """Token and position embeddings; ``first_position`` is the index of ``tokens[:, 0]``."""
-    x = params["tokens"][tokens]
-    if config.has_projection:
-        x = linear(params["project_in"], x)
-    index = first_position + jnp.arange(tokens.shape[1])[None, :] - padding[:, None]
+    return embed_rows(params, params["tokens"][tokens], first_position, padding, config)
+
+
+def embed_rows(
+    params: Params,
+    rows: Float[Array, "batch seq embed"],
+    first_position: Int[Array, ""] | int,
+    padding: Int[Array, "batch"],
+    config: OPTConfig,
+) -> Float[Array, "batch seq hidden"]:
+    """:func:`embed` with the tokens' rows of the table looked up already."""
+    x = linear(params["project_in"], rows) if config.has_projection else rows
+    index = first_position + jnp.arange(rows.shape[1])[None, :] - padding[:, None]
     # Padding sits at -1, as Hugging Face counts it; what is computed there is never seen.
     return x + params["positions"][jnp.maximum(index, -1) + POSITION_OFFSET]
 
@@ -280,6 +340,6 @@ def decode(
     hidden = embed(params["embed"], token[:, None], position, padding, config)
     updated = []
     for unit, cache in zip(config.units[1:-1], caches, strict=True):
-        hidden, cache = decode_layer(params[unit], hidden, cache, position, padding, config)
-        updated.append(cache)
+        hidden, new = decode_layer(params[unit], hidden, cache, position, padding, config)
+        updated.append(write_token(cache, *new, position))
     return _head_of(params, hidden[:, -1], config), tuple(updated)

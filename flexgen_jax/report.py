@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from scheduling.placement import Placement
@@ -15,19 +16,21 @@ class Report:
     """Figures of one ``generate`` call.
 
     Attributes:
-        placement: Where every weight tensor really lay.
+        placement: Where every cell of ``weights``, ``cache`` and ``hidden`` really lay; the latter
+            two of the block with the largest cache.
         seconds: Wall time from the first op to the last, compilation included.
         prompt_tokens: Tokens of the prompts, as given.
         padded_tokens: Positions that prefill computed, padding and empty rows included.
         generated_tokens: New tokens of all requests.
         blocks: How many blocks the requests made; ``batches``: how many device batches.
         compilations: Programs compiled for layers and heads during this run.
-        disk_bytes: Weight bytes read from the disk tier.
+        disk_bytes: Bytes read from the disk tier: weights, cache and hidden states.
+        disk_bytes_written: Bytes of cache and hidden states written there.
         timeline: Measured spans of the blocks, one after another; of a long job, of its first.
     """
 
     policy: Policy
-    placement: Placement
+    placement: Mapping[str, Placement]
     schedule: str
     requests: int
     blocks: int
@@ -38,6 +41,7 @@ class Report:
     seconds: float
     compilations: int
     disk_bytes: int
+    disk_bytes_written: int
     timeline: Timeline
 
     @property
@@ -59,7 +63,7 @@ class Report:
         }
         return {
             "policy": self.policy.to_json(),
-            "placement": {"weights": self.placement.to_json()},
+            "placement": {kind: placed.to_json() for kind, placed in self.placement.items()},
             **values,
             "tokens_per_second": self.tokens_per_second,
             "padding": self.padding,

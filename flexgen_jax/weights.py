@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import numpy as np
 
 from flexgen_jax.config import OPTConfig
 from flexgen_jax.params import nest, unit_names
@@ -14,11 +15,14 @@ from storage.device import DeviceStore
 from storage.disk import DiskContext, DiskStore
 from storage.host import HostStore
 from storage.memory import aligned_bytes, round_up
-from storage.slots import Ring, Slot
+from storage.slots import Slot
 from storage.store import Store
 
 if TYPE_CHECKING:
     from flexgen_jax.checkpoint import StoredModel
+
+
+_EMBEDDING = ("embed", "embed.tokens")
 
 
 class LayerWeights(NamedTuple):
@@ -51,6 +55,7 @@ class Weights:
         wrap: Any = None,
     ) -> None:
         self.config: OPTConfig = model.config
+        self.dtype = model.dtype
         self.placement = placement
         tier_of = {cell.name: cell.tier for cell in placement.cells}
         disk = DiskStore(
@@ -66,15 +71,17 @@ class Weights:
         # Per layer and tier, which tensors: fixed for the whole run.
         self._plan: list[list[tuple[Store, tuple[str, ...]]]] = []
         for unit in self.config.units:
-            names = unit_names(self.config, unit)
+            # Of the token table an embedding needs a few rows only: see token_rows.
+            names = [n for n in unit_names(self.config, unit) if (unit, n) != _EMBEDDING]
             by_tier = {t: tuple(n for n in names if tier_of[n] is t) for t in Tier}
             self._plan.append([(stores[t], group) for t, group in by_tier.items() if group])
         no_slot = Slot(0)  # what is resident takes no transient room
         self._resident = {
-            i: self._assemble(i, device.load(unit_names(self.config, unit), no_slot))
-            for i, (unit, layer) in enumerate(zip(self.config.units, self._plan, strict=True))
-            if all(store is stores[Tier.DEVICE] for store, _ in layer)
+            i: self._assemble(i, device.load(layer[0][1], no_slot))
+            for i, layer in enumerate(self._plan)
+            if [store for store, _ in layer] == [stores[Tier.DEVICE]]
         }
+        self._table = stores[tier_of[_EMBEDDING[1]]]
 
     @staticmethod
     def _fill(
@@ -103,9 +110,12 @@ class Weights:
         """The layer's weights if all of them lie on the device, where loading is no work."""
         return self._resident.get(layer)
 
-    def ring(self, slots: int) -> Ring:
-        """Slots large enough for any layer's transient copies; takes no memory until used."""
-        return Ring(slots, max(self.slot_nbytes(layer) for layer in range(self.num_layers)))
+    def token_rows(self, tokens: np.ndarray) -> jax.Array:
+        """Rows of the token table, (batch, seq, embed), of ``tokens`` (batch, seq), on the device.
+
+        Looked up where the table lies: it is as large as several layers.
+        """
+        return self._table.take(_EMBEDDING[1], tokens)
 
     def slot_nbytes(self, layer: int) -> int:
         """Bytes of slot memory that loading ``layer`` may take."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from storage.slots import Slot
+from storage.store import check_capacity
 
 
 class DeviceStore:
@@ -31,5 +35,80 @@ class DeviceStore:
     def load(self, names: Sequence[str], slot: Slot) -> dict[str, jax.Array]:
         return {name: self._arrays[name] for name in names}
 
+    def take(self, name: str, rows: np.ndarray) -> jax.Array:
+        return take_rows(self._arrays[name], rows)
+
     def close(self) -> None:
         self._arrays.clear()
+
+
+@jax.jit
+def take_rows(matrix: jax.Array, rows: jax.Array) -> jax.Array:
+    """``matrix[rows]``"""
+    return matrix[rows]
+
+
+@dataclasses.dataclass
+class _Group:
+    arrays: tuple[jax.Array, ...]
+    length: int
+    capacity: int
+
+
+class DeviceSequences:
+    """Sequences resident where they are computed. Storing is dispatch only: it never waits."""
+
+    free_load = free_store = True
+
+    def __init__(self) -> None:
+        self._groups: dict[str, _Group] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for group in self._groups.values() for array in group.arrays)
+
+    def slot_nbytes(self, sizes: Sequence[int]) -> int:
+        return 0
+
+    def put(self, name: str, arrays: Sequence[jax.Array], capacity: int) -> None:
+        length = arrays[0].shape[-2]
+        check_capacity(name, 0, length, capacity)
+        whole = tuple(arrays) if length == capacity else grow(tuple(arrays), capacity)
+        self._groups[name] = _Group(whole, length, capacity)
+
+    def append(self, name: str, arrays: Sequence[jax.Array]) -> None:
+        group, more = self._groups[name], arrays[0].shape[-2]
+        check_capacity(name, group.length, more, group.capacity)
+        group.arrays = _write(group.arrays, tuple(arrays), np.int32(group.length))
+        group.length += more
+
+    def load(self, name: str, slot: Slot) -> tuple[jax.Array, ...]:
+        return self._groups[name].arrays
+
+    def discard(self, name: str) -> None:
+        self._groups.pop(name, None)
+
+    def close(self) -> None:
+        self._groups.clear()
+
+
+@partial(jax.jit, static_argnums=1)
+def grow(arrays: tuple[jax.Array, ...], capacity: int) -> tuple[jax.Array, ...]:
+    """The arrays with zeros after their sequences, up to ``capacity`` positions."""
+
+    def padded(x: jax.Array) -> jax.Array:
+        room = capacity - x.shape[-2]
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, room), (0, 0)])
+
+    return tuple(map(padded, arrays))
+
+
+@partial(jax.jit, donate_argnums=0)
+def _write(
+    arrays: tuple[jax.Array, ...], more: tuple[jax.Array, ...], start: jax.Array
+) -> tuple[jax.Array, ...]:
+    """In place: the arrays are donated."""
+    return tuple(
+        jax.lax.dynamic_update_slice_in_dim(a, m, start, axis=a.ndim - 2)
+        for a, m in zip(arrays, more, strict=True)
+    )

@@ -30,6 +30,8 @@ ReadMode = Literal["auto", "mapped", "direct", "tensorstore"]
 
 RESIDENT = 0.95
 _FEW_BYTES = 1 << 18
+# What the system reads around a page that is missing: rows cost this much each.
+_PAGES_A_ROW = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,18 +45,23 @@ class DiskContext:
         cache_share: Share of available memory that ``auto`` lets the page cache take.
         small_nbytes: Tensors below this are always mapped: reading them is all latency, and the
             page cache keeps the few bytes anyway.
+        chunk_positions: Tokens that the KV cache on disk is written by; as many as are not written
+            yet wait in host memory.
     """
 
     mode: ReadMode = "auto"
     direct_nbytes: int = 32 << 20
     cache_share: float = 0.5
     small_nbytes: int = 1 << 20
+    chunk_positions: int = 32
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(ReadMode):
             raise ValueError(f"mode must be one of {', '.join(get_args(ReadMode))}: {self.mode!r}")
         if self.direct_nbytes < mmap.PAGESIZE or self.direct_nbytes % mmap.PAGESIZE:
             raise ValueError(f"direct_nbytes must be whole pages, got {self.direct_nbytes}")
+        if self.chunk_positions < 1:
+            raise ValueError(f"chunk_positions must be at least 1, got {self.chunk_positions}")
         if not 0 <= self.cache_share <= 1:
             raise ValueError(f"cache_share must lie in [0, 1], got {self.cache_share}")
 
@@ -127,11 +134,23 @@ class _OpenTensor:
     def read_tensorstore(self, block: np.ndarray) -> None:
         import tensorstore as ts
 
+        target = ts.array(self.typed(block), write=True, copy=False)
+        target.write(self._stored()).result()
+
+    def _stored(self) -> Any:
+        import tensorstore as ts
+
         if self._tensorstore is None:
             kvstore = {"driver": "file", "path": f"{self.file.directory}/"}
             self._tensorstore = ts.open({"driver": "zarr3", "kvstore": kvstore}, read=True).result()
-        target = ts.array(self.typed(block), write=True, copy=False)
-        target.write(self._tensorstore).result()
+        return self._tensorstore
+
+    def rows(self, rows: np.ndarray) -> np.ndarray:
+        if not self.file.raw:
+            return np.asarray(self._stored()[rows].read().result())
+        if rows.size * _PAGES_A_ROW * mmap.PAGESIZE > self.file.nbytes:
+            return self.mapped()[rows]
+        return self.typed(self.mapping())[rows]
 
     def _short(self, size: int) -> StorageError:
         return StorageError(
@@ -187,6 +206,16 @@ class DiskStore:
         moved = {n: v for n, v in views.items() if not isinstance(v, jax.Array)}
         views.update(jax.block_until_ready(jax.device_put(moved, self._device)))
         return views
+
+    def take(self, name: str, rows: np.ndarray) -> jax.Array:
+        """Through the page cache, whose pages of these rows alone are read where they are few."""
+        tensor = self._tensors[name]
+        try:
+            chosen = tensor.rows(rows)
+        except OSError as error:
+            raise _failed(tensor, error) from error
+        self.bytes_read += chosen.nbytes
+        return jax.device_put(chosen, self._device)
 
     def read_into(self, name: str, block: np.ndarray) -> np.ndarray:
         """Reads ``name`` once into ``block`` (page-aligned whole pages) that the caller keeps."""

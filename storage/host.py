@@ -7,13 +7,19 @@ exists in the accounting only.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from storage.device import grow, take_rows
+from storage.memory import aligned_bytes
 from storage.slots import Slot
+from storage.store import check_capacity, full_nbytes
 
 
 class HostStore:
@@ -44,5 +50,177 @@ class HostStore:
         # One call for the whole layer: every transfer pays a fixed price.
         return jax.block_until_ready(jax.device_put(chosen, self._on_device))
 
+    def take(self, name: str, rows: np.ndarray) -> jax.Array:
+        # Pinned memory cannot be indexed in place: there the whole matrix travels.
+        return take_rows(jax.device_put(self._arrays[name], self._on_device), rows)
+
     def close(self) -> None:
         self._arrays.clear()
+
+
+@dataclasses.dataclass
+class _Group:
+    """Arrays of full capacity in aligned memory, filled up to ``length``."""
+
+    arrays: list[np.ndarray]
+    length: int
+
+    @property
+    def capacity(self) -> int:
+        return self.arrays[0].shape[-2]
+
+
+class HostSequences:
+    """Sequences in main memory that a CPU device reads where they lie.
+
+    For the CPU backend, and beside an accelerator for attention on the host. Appending writes into
+    memory that computations alias; by then they are done, since what is appended is their result.
+    """
+
+    free_load, free_store = True, False
+
+    def __init__(self, device: Any = None) -> None:
+        self._device = device or jax.local_devices(backend="cpu")[0]
+        self._groups: dict[str, _Group] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for group in self._groups.values() for array in group.arrays)
+
+    def slot_nbytes(self, sizes: Sequence[int]) -> int:
+        return 0
+
+    def put(self, name: str, arrays: Sequence[jax.Array], capacity: int) -> None:
+        length = arrays[0].shape[-2]
+        check_capacity(name, 0, length, capacity)
+        group = self._groups.get(name)
+        shapes = [(*a.shape[:-2], capacity, a.shape[-1]) for a in arrays]
+        # Touched memory is used again: fresh pages cost six times the copy.
+        if group is None or [(a.shape, a.dtype) for a in group.arrays] != [
+            (shape, a.dtype) for shape, a in zip(shapes, arrays, strict=True)
+        ]:
+            group = _Group(
+                [
+                    aligned_bytes(nbytes, touch=True).view(a.dtype).reshape(shape)
+                    for nbytes, a, shape in zip(
+                        full_nbytes(arrays, capacity), arrays, shapes, strict=True
+                    )
+                ],
+                0,
+            )
+        group.length = 0
+        self._write(group, arrays)
+        self._groups[name] = group
+
+    def append(self, name: str, arrays: Sequence[jax.Array]) -> None:
+        group = self._groups[name]
+        check_capacity(name, group.length, arrays[0].shape[-2], group.capacity)
+        self._write(group, arrays)
+
+    @staticmethod
+    def _write(group: _Group, arrays: Sequence[jax.Array]) -> None:
+        end = group.length + arrays[0].shape[-2]
+        for kept, array in zip(group.arrays, arrays, strict=True):
+            kept[..., group.length : end, :] = np.asarray(array)
+        group.length = end
+
+    def load(self, name: str, slot: Slot) -> tuple[jax.Array, ...]:
+        return tuple(jax.device_put(self._groups[name].arrays, self._device))
+
+    def discard(self, name: str) -> None:
+        self._groups.pop(name, None)
+
+    def close(self) -> None:
+        self._groups.clear()
+
+
+@dataclasses.dataclass
+class _Pieces:
+    """Groups of arrays in pinned memory that follow one another along the sequence."""
+
+    pieces: list[tuple[jax.Array, ...]]
+    tail: list[np.ndarray]
+    filled: int  # positions of the tail
+    length: int
+    capacity: int
+
+
+class PinnedSequences:
+    """Sequences in pinned host memory beside an accelerator.
+
+    Pinned arrays are immutable, so a sequence is kept in pieces: what came first, then pieces of
+    ``piece`` positions; the newest positions are collected in plain memory until they fill one.
+    """
+
+    free_load = free_store = False
+
+    def __init__(self, device: Any = None, piece: int = 64) -> None:
+        device = device or jax.local_devices()[0]
+        self._pinned = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+        self._on_device = jax.sharding.SingleDeviceSharding(device)
+        self._piece = piece
+        self._groups: dict[str, _Pieces] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(
+            sum(full_nbytes(group.pieces[0], group.capacity)) for group in self._groups.values()
+        )
+
+    def slot_nbytes(self, sizes: Sequence[int]) -> int:
+        return 0
+
+    def put(self, name: str, arrays: Sequence[jax.Array], capacity: int) -> None:
+        length = arrays[0].shape[-2]
+        check_capacity(name, 0, length, capacity)
+        first = jax.block_until_ready(jax.device_put(tuple(arrays), self._pinned))
+        room = min(self._piece, capacity - length)
+        tail = [np.zeros((*a.shape[:-2], room, a.shape[-1]), a.dtype) for a in arrays]
+        self._groups[name] = _Pieces([first], tail, 0, length, capacity)
+
+    def append(self, name: str, arrays: Sequence[jax.Array]) -> None:
+        group, more = self._groups[name], arrays[0].shape[-2]
+        check_capacity(name, group.length, more, group.capacity)
+        host = [np.asarray(array) for array in arrays]
+        taken = 0
+        while taken < more:
+            room = group.tail[0].shape[-2]
+            count = min(more - taken, room - group.filled)
+            for kept, array in zip(group.tail, host, strict=True):
+                kept[..., group.filled : group.filled + count, :] = array[
+                    ..., taken : taken + count, :
+                ]
+            taken += count
+            group.filled += count
+            if group.filled == room == self._piece:
+                full = [array.copy() for array in group.tail]  # a transfer may read it later
+                group.pieces.append(
+                    jax.block_until_ready(jax.device_put(tuple(full), self._pinned))
+                )
+                group.filled = 0
+        group.length += more
+
+    def load(self, name: str, slot: Slot) -> tuple[jax.Array, ...]:
+        group = self._groups[name]
+        tail = [tuple(group.tail)] if group.filled else []
+        # One call for all pieces: every transfer pays a fixed price.
+        pieces = jax.device_put([*group.pieces, *tail], self._on_device)
+        return jax.block_until_ready(_joined(tuple(pieces), group.capacity))
+
+    def discard(self, name: str) -> None:
+        self._groups.pop(name, None)
+
+    def close(self) -> None:
+        self._groups.clear()
+
+
+@partial(jax.jit, static_argnums=1)
+def _joined(pieces: tuple[tuple[jax.Array, ...], ...], capacity: int) -> tuple[jax.Array, ...]:
+    whole = tuple(jnp.concatenate(parts, axis=-2) for parts in zip(*pieces, strict=True))
+    return grow(tuple(w[..., :capacity, :] for w in whole), capacity)
+
+
+def host_sequences(device: Any = None) -> HostSequences | PinnedSequences:
+    """The host tier's sequences for computation on ``device``."""
+    device = device or jax.local_devices()[0]
+    return HostSequences(device) if device.platform == "cpu" else PinnedSequences(device)

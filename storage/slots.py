@@ -20,8 +20,8 @@ from storage.memory import PAGE, aligned_bytes, round_up
 class Slot:
     """One buffer: ``begin`` to refill, ``take`` room for each tensor, ``release`` when read."""
 
-    def __init__(self, nbytes: int) -> None:
-        self._memory = aligned_bytes(nbytes, touch=True)
+    def __init__(self, nbytes: int = 0) -> None:
+        self._memory = aligned_bytes(round_up(nbytes), touch=True)
         self._used = 0
         self._readers: list[Any] = []
 
@@ -29,11 +29,14 @@ class Slot:
     def nbytes(self) -> int:
         return self._memory.nbytes
 
-    def begin(self) -> None:
-        """Waits until every reader's result is ready, then empties the slot."""
+    def begin(self, nbytes: int = 0) -> None:
+        """Waits until every reader's result is ready, empties the slot, and makes it this large."""
         readers, self._readers = self._readers, []
         jax.block_until_ready(readers)
         self._used = 0
+        if nbytes > self._memory.nbytes:
+            self._memory = aligned_bytes(0)  # give the old memory back first
+            self._memory = aligned_bytes(round_up(nbytes), touch=True)
 
     def take(self, nbytes: int) -> np.ndarray:
         """The next ``nbytes`` bytes (uint8), page-aligned, padded to whole pages for direct I/O."""
@@ -51,28 +54,26 @@ class Slot:
 
 
 class Ring:
-    """``count`` slots of ``nbytes`` bytes each, allocated when first used."""
+    """``count`` slots, which grow to what is loaded into them."""
 
-    def __init__(self, count: int, nbytes: int) -> None:
+    def __init__(self, count: int) -> None:
         if count < 1:
             raise ValueError(f"a ring needs at least one slot, got {count}")
-        self._nbytes = round_up(nbytes)
-        self._slots: list[Slot | None] = [None] * count
+        self._slots = [Slot() for _ in range(count)]
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the ring holds when all its slots are in use."""
-        return self._nbytes * len(self._slots)
+        """Bytes that the slots hold now."""
+        return sum(slot.nbytes for slot in self._slots)
+
+    def __len__(self) -> int:
+        return len(self._slots)
 
     def __getitem__(self, index: int) -> Slot:
-        slot = self._slots[index]
-        if slot is None:
-            slot = self._slots[index] = Slot(self._nbytes)
-        return slot
+        return self._slots[index]
 
     def close(self) -> None:
         """Waits for the readers of every slot and gives the memory back."""
         slots, self._slots = self._slots, []
         for slot in slots:
-            if slot is not None:
-                slot.begin()
+            slot.begin()

@@ -63,8 +63,7 @@ def test_an_op_put_before_what_it_needs_is_refused(workload, schedule, data):
         # Only what the rules ask: which slot is free is decided by the order itself.
         and not isinstance(issue.op, (LoadWeights, FreeWeights))
         and (
-            issues[need].op in needs(issue.op, workload)
-            or isinstance(issues[need].op, LoadWeights)
+            issues[need].op in needs(issue.op, workload) or isinstance(issues[need].op, LoadWeights)
         )
     ]
     assume(pairs)

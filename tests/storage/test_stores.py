@@ -91,16 +91,26 @@ class TestEveryStore:
             assert set(load(store, names)) == set(names)
 
     def test_slots_are_refilled(self, store):
-        ring = Ring(2, max(1, store.slot_nbytes(("matrix",)), store.slot_nbytes(("half",))))
+        ring = Ring(2)
         for turn in range(6):
             name = ("matrix", "half")[turn // 2 % 2]
             slot = ring[turn % 2]
-            slot.begin()
+            slot.begin(store.slot_nbytes((name,)))
             (array,) = store.load((name,), slot).values()
             total = jnp.sum(array.astype(jnp.float32))
             slot.release([total])
             assert float(total) == float(ARRAYS[name].astype(np.float32).sum())
         ring.close()
+
+    def test_rows_come_by_themselves(self, store):
+        rows = np.array([[3, 0], [63, 3]])
+        got = store.take("matrix", rows)
+        assert isinstance(got, jax.Array)
+        np.testing.assert_array_equal(np.asarray(got), ARRAYS["matrix"][rows])
+        many = np.arange(64).repeat(9)
+        np.testing.assert_array_equal(
+            np.asarray(store.take("matrix", many)), ARRAYS["matrix"][many]
+        )
 
     def test_results_outlive_the_store(self, store):
         loaded = load(store, ("matrix",))["matrix"]
@@ -127,20 +137,24 @@ def test_a_slot_waits_for_the_results_of_its_readers():
 
 
 def test_slots_are_page_aligned_and_bounded():
-    ring = Ring(2, 3 * PAGE + 1)
-    assert ring.nbytes == 2 * 4 * PAGE
+    ring = Ring(2)
+    assert len(ring) == 2
+    assert ring.nbytes == 0
     slot = ring[0]
-    slot.begin()
+    slot.begin(3 * PAGE + 1)
+    assert ring.nbytes == 4 * PAGE
     first, second = slot.take(10), slot.take(PAGE + 1)
     assert first.ctypes.data % PAGE == 0
     assert second.ctypes.data - first.ctypes.data == PAGE
     assert second.nbytes == 2 * PAGE
     with pytest.raises(ValueError, match=r"has no room for 8192 more after 12288"):
         slot.take(2 * PAGE)
-    slot.begin()
+    slot.begin(PAGE)  # it never shrinks
     assert slot.take(4 * PAGE).nbytes == 4 * PAGE
+    slot.begin(5 * PAGE)
+    assert slot.take(5 * PAGE).nbytes == 5 * PAGE
     with pytest.raises(ValueError, match="at least one slot, got 0"):
-        Ring(0, 1)
+        Ring(0)
     ring.close()
 
 

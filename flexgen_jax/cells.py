@@ -1,0 +1,162 @@
+"""The KV cache and the hidden states of a block over the three tiers.
+
+A cell is what moves at once: the cache of one layer and batch, the hidden states of one batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flexgen_jax.blocks import Batch, Block
+from flexgen_jax.config import OPTConfig
+from scheduling.placement import Placement, place
+from scheduling.policy import Policy, Split, Tier
+from storage.device import DeviceSequences
+from storage.disk import DiskContext
+from storage.disk_sequences import DiskSequences
+from storage.host import HostSequences, host_sequences
+from storage.scratch import Scratch
+from storage.store import SequenceStore
+
+WrapStore = Callable[[Tier, Any], Any]
+
+
+def cache_name(config: OPTConfig, layer: int, batch: int) -> str:
+    """What the cache of a layer (unit number) and batch is called in stores and errors."""
+    return f"cache.{config.units[layer]}.batch_{batch}"
+
+
+def hidden_name(batch: int) -> str:
+    """Likewise, of the hidden states."""
+    return f"hidden.batch_{batch}"
+
+
+def cache_sizes(batch: Batch, config: OPTConfig, dtype: Any) -> list[int]:
+    """Bytes of the keys and of the values of one layer and ``batch``."""
+    width = config.hidden_size * jnp.dtype(dtype).itemsize
+    return [batch.rows * batch.cache_len * width] * 2
+
+
+def hidden_nbytes(batch: Batch, config: OPTConfig, dtype: Any) -> int:
+    """Bytes of the hidden states of ``batch`` in prefill, when they are largest."""
+    return batch.rows * batch.prompt_len * config.hidden_size * jnp.dtype(dtype).itemsize
+
+
+def place_cache(block: Block, config: OPTConfig, dtype: Any, split: Split) -> Placement:
+    """Deals the cells of the cache to tiers (DESIGN §4), layer after layer."""
+    cells = [
+        (cache_name(config, layer, number), sum(cache_sizes(batch, config, dtype)))
+        for layer in range(1, len(config.units) - 1)
+        for number, batch in enumerate(block.batches)
+        if batch.num_steps > 1  # one new token needs no cache
+    ]
+    return _dealt(cells, split)
+
+
+def place_hidden(block: Block, config: OPTConfig, dtype: Any, split: Split) -> Placement:
+    """Deals the batches' hidden states to tiers."""
+    cells = [
+        (hidden_name(number), hidden_nbytes(batch, config, dtype))
+        for number, batch in enumerate(block.batches)
+    ]
+    return _dealt(cells, split)
+
+
+def _dealt(cells: Sequence[tuple[str, int]], split: Split) -> Placement:
+    sizes = [nbytes for _, nbytes in cells]
+    return Placement.of(
+        (*cell, tier) for cell, tier in zip(cells, place(sizes, split), strict=True)
+    )
+
+
+class Cells:
+    """Where the cells of a run's blocks lie. A context manager; nothing outlives it.
+
+    Args:
+        blocks: All of the run: room on disk is checked for the largest before it begins.
+        scratch: Parent of the directory for what lies on disk.
+
+    Raises:
+        StorageError: too little space on the disk.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        config: OPTConfig,
+        dtype: Any,
+        policy: Policy,
+        *,
+        scratch: Path,
+        context: DiskContext | None = None,
+        wrap: WrapStore | None = None,
+    ) -> None:
+        self.policy = policy
+        self.cache_of = [place_cache(b, config, dtype, policy.cache) for b in blocks]
+        self.hidden_of = [place_hidden(b, config, dtype, policy.hidden) for b in blocks]
+        self._stack = contextlib.ExitStack()
+        self._disks: list[DiskSequences] = []
+        needs = {
+            kind: max((p.nbytes(Tier.DISK) for p in placements), default=0)
+            for kind, placements in (("cache", self.cache_of), ("hidden", self.hidden_of))
+        }
+        with contextlib.ExitStack() as stack:
+            root = None
+            if sum(needs.values()):
+                made = stack.enter_context(Scratch(scratch))
+                made.require(sum(needs.values()), "a block's cache and hidden states")
+                root = made.path
+            self.cache = self._stores(stack, root, "cache", needs, context, wrap)
+            self.hidden = self._stores(stack, root, "hidden", needs, context, wrap)
+            self._stack = stack.pop_all()
+
+    def _stores(
+        self,
+        stack: contextlib.ExitStack,
+        root: Path | None,
+        kind: str,
+        needs: dict[str, int],
+        context: DiskContext | None,
+        wrap: WrapStore | None,
+    ) -> dict[Tier, SequenceStore]:
+        hosted = kind == "cache" and self.policy.host_attention
+        device = jax.local_devices(backend="cpu")[0] if hosted else jax.local_devices()[0]
+        stores: dict[Tier, Any] = {
+            Tier.DEVICE: DeviceSequences(),
+            Tier.HOST: HostSequences(device) if hosted else host_sequences(device),
+        }
+        if needs[kind]:
+            assert root is not None
+            directory = root / kind
+            directory.mkdir()
+            disk = DiskSequences(directory, context, device, nbytes=sum(needs.values()))
+            self._disks.append(disk)
+            stores[Tier.DISK] = disk
+        if wrap is not None:
+            stores = {tier: wrap(tier, store) for tier, store in stores.items()}
+        for store in stores.values():
+            stack.callback(store.close)
+        return stores
+
+    @property
+    def disk_bytes_read(self) -> int:
+        return sum(disk.bytes_read for disk in self._disks)
+
+    @property
+    def disk_bytes_written(self) -> int:
+        return sum(disk.bytes_written for disk in self._disks)
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def __enter__(self) -> Cells:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

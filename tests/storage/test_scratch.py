@@ -1,0 +1,65 @@
+"""Temporary directories that outlive neither a run nor its process."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from storage.scratch import Scratch, remove_stale
+from storage.store import StorageError
+
+
+def test_it_is_gone_afterwards_with_all_in_it(tmp_path):
+    with Scratch(tmp_path / "new") as scratch:
+        (scratch.path / "cell").write_bytes(b"x")
+        (scratch.path / "more").mkdir()
+        assert scratch.path.parent == tmp_path / "new"
+    assert not scratch.path.exists()
+    scratch.close()  # again: nothing happens
+
+
+def test_two_at_a_time_leave_each_other_alone(tmp_path):
+    with Scratch(tmp_path) as one, Scratch(tmp_path) as other:
+        assert one.path != other.path
+        assert remove_stale(tmp_path) == []
+        assert one.path.is_dir()
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
+    program = (
+        "import sys, time; from pathlib import Path; from storage.scratch import Scratch\n"
+        "s = Scratch(Path(sys.argv[1])); (s.path / 'cell').write_bytes(b'x' * 1000)\n"
+        "print(s.path, flush=True); time.sleep(600)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    left = process.stdout.readline().strip()
+    with Scratch(tmp_path):
+        assert os.path.isdir(left)  # its owner lives
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert os.path.isdir(left)
+    other = tmp_path / "scratch-of-someone-else"
+    other.mkdir()
+    with Scratch(tmp_path):
+        assert not os.path.exists(left)
+        assert other.is_dir()
+
+
+def test_too_little_space_is_said_with_figures(tmp_path):
+    with Scratch(tmp_path) as scratch:
+        scratch.require(1, "a block's cache")
+        with pytest.raises(StorageError, match=r"a block's cache needs 1000000.00 GB on disk and"):
+            scratch.require(10**15, "a block's cache")
+
+
+def test_where_it_cannot_be_made_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        StorageError, match=r"cannot make a directory for temporary files in .*file"
+    ):
+        Scratch(tmp_path / "file" / "below")

@@ -1,0 +1,234 @@
+"""Sequences in every tier, by one contract; and what is particular to the disk."""
+
+import errno
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
+
+import storage.disk_sequences
+from storage.device import DeviceSequences
+from storage.disk import DiskContext
+from storage.disk_sequences import DiskSequences
+from storage.host import HostSequences, PinnedSequences, host_sequences
+from storage.slots import Slot
+from storage.store import StorageError
+from storage.testing import SequenceStoreContract
+from storage.wrappers import Faulty, Logged, Throttled
+
+DISKS = {
+    "mapped": DiskContext(mode="mapped", chunk_positions=8),
+    "direct": DiskContext(mode="direct", chunk_positions=8),
+    "tensorstore": DiskContext(mode="tensorstore", chunk_positions=8),
+    "a chunk a position": DiskContext(chunk_positions=1),
+    "chunks of more than there is": DiskContext(chunk_positions=64),
+}
+OTHERS = {
+    "device": DeviceSequences,
+    "host": HostSequences,
+    "pinned": lambda: PinnedSequences(piece=8),
+    "logged": lambda: Logged(HostSequences(), lambda *_: None),
+    "throttled": lambda: Throttled(HostSequences(), 1e12),
+    "faulty": lambda: Faulty(HostSequences(), lambda *_: None),
+}
+
+
+def make(kind, directory):
+    return DiskSequences(directory, DISKS[kind]) if kind in DISKS else OTHERS[kind]()
+
+
+class TestEveryTier(SequenceStoreContract):
+    @pytest.fixture(params=[*OTHERS, *DISKS])
+    def store(self, request, tmp_path):
+        made = make(request.param, tmp_path)
+        yield made
+        made.close()
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["device", "host", "pinned", "direct", "tensorstore"])
+def test_any_order_of_calls_agrees_with_a_dictionary(kind, tmp_path_factory):
+    class Machine(RuleBasedStateMachine):
+        def __init__(self):
+            super().__init__()
+            self.store = make(kind, tmp_path_factory.mktemp("machine"))
+            self.model = {}
+            self.count = 0
+
+        def fresh(self, positions):
+            self.count += 1
+            values = np.arange(2 * positions * 3, dtype=np.float32) + 1000 * self.count
+            return jnp.asarray(values.reshape(2, positions, 3))
+
+        @rule(name=st.sampled_from("abc"), positions=st.integers(1, 20), more=st.integers(0, 20))
+        def put(self, name, positions, more):
+            array = self.fresh(positions)
+            self.store.put(name, [array], positions + more)
+            self.model[name] = (np.asarray(array), positions + more)
+
+        @precondition(lambda self: self.model)
+        @rule(data=st.data())
+        def append(self, data):
+            name = data.draw(st.sampled_from(sorted(self.model)))
+            array, capacity = self.model[name]
+            room = capacity - array.shape[1]
+            if room:
+                more = self.fresh(data.draw(st.integers(1, room)))
+                self.store.append(name, [more])
+                self.model[name] = (np.concatenate([array, more], axis=1), capacity)
+
+        @rule(name=st.sampled_from("abc"))
+        def discard(self, name):
+            self.store.discard(name)
+            self.model.pop(name, None)
+
+        @precondition(lambda self: self.model)
+        @rule(data=st.data())
+        def load(self, data):
+            name = data.draw(st.sampled_from(sorted(self.model)))
+            array, capacity = self.model[name]
+            slot = Slot(max(1, self.store.slot_nbytes([capacity * 24])))
+            slot.begin()
+            (got,) = self.store.load(name, slot)
+            assert got.shape == (2, capacity, 3)
+            np.testing.assert_array_equal(np.asarray(got)[:, : array.shape[1]], array)
+
+        def teardown(self):
+            self.store.close()
+
+    Machine.TestCase.settings = settings(max_examples=15, stateful_step_count=20, deadline=None)
+    Machine.TestCase("runTest").runTest()
+
+
+def cell(positions, seed=0):
+    return [jax.random.normal(jax.random.key(seed), (2, 4, positions, 16))]
+
+
+def load(store, name):
+    slot = Slot(store.slot_nbytes([1 << 20]))
+    slot.begin()
+    return store.load(name, slot)
+
+
+def test_the_disk_is_written_in_whole_chunks_and_read_up_to_what_is_filled(tmp_path):
+    store = DiskSequences(tmp_path, DiskContext(mode="direct", chunk_positions=8))
+    chunk = 4096  # 8 rows x 8 positions x 16 floats: one page
+    store.put("a", cell(19), 64)
+    assert store.bytes_written == 2 * chunk
+    load(store, "a")
+    assert store.bytes_read == 2 * chunk
+    for i in range(4):
+        store.append("a", cell(1, i))
+    assert store.bytes_written == 2 * chunk
+    store.append("a", cell(1, 5))  # the 24th position fills the third chunk
+    assert store.bytes_written == 3 * chunk
+    assert (tmp_path / "a").stat().st_size == 3 * chunk
+    load(store, "a")
+    assert store.bytes_read == 5 * chunk
+    store.close()
+
+
+def test_what_cannot_grow_lies_on_the_disk_at_once(tmp_path):
+    store = DiskSequences(tmp_path, DiskContext(chunk_positions=32))
+    store.put("hidden", cell(5), 5)
+    assert (tmp_path / "hidden").stat().st_size > 0
+    store.close()
+
+
+@pytest.mark.parametrize("mode", ["mapped", "direct", "tensorstore"])
+def test_a_full_disk_is_named(tmp_path, monkeypatch, mode):
+    store = DiskSequences(tmp_path, DiskContext(mode=mode, chunk_positions=8))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if mode == "tensorstore":
+        monkeypatch.setattr(store._chunks, "_arrays", full)
+    else:
+        monkeypatch.setattr(storage.disk_sequences.os, "pwritev", full)
+    with pytest.raises(StorageError, match=r"cannot write .*cell: No space left on device"):
+        store.put("cell", cell(8), 16)
+    store.close()
+
+
+def test_short_and_failing_reads_are_named(tmp_path, monkeypatch):
+    store = DiskSequences(tmp_path, DiskContext(mode="direct", chunk_positions=8))
+    store.put("cell", cell(16), 32)
+    os.truncate(tmp_path / "cell", 4096)
+    with pytest.raises(StorageError, match=r"cannot read .*cell: 4096 of 8192 bytes are missing"):
+        load(store, "cell")
+
+    def broken(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(storage.disk_sequences.os, "preadv", broken)
+    with pytest.raises(StorageError, match=r"cannot read .*cell: Input/output error"):
+        load(store, "cell")
+    store.close()
+
+
+def test_a_file_system_without_direct_io_is_read_and_written_all_the_same(tmp_path, monkeypatch):
+    real = os.open
+
+    def refusing(path, flags, *mode, **more):
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(path, flags, *mode, **more)
+
+    monkeypatch.setattr(storage.disk_sequences.os, "open", refusing)
+    store = DiskSequences(tmp_path, DiskContext(mode="direct", chunk_positions=8))
+    store.put("cell", cell(16), 32)
+    (got,) = load(store, "cell")
+    np.testing.assert_array_equal(np.asarray(got)[..., :16, :], cell(16)[0])
+    store.close()
+
+
+def test_the_host_tier_of_this_machine():
+    kind = HostSequences if jax.default_backend() == "cpu" else PinnedSequences
+    assert isinstance(host_sequences(), kind)
+
+
+def test_the_host_tier_is_read_where_it_lies():
+    store = HostSequences()
+    store.put("a", cell(64), 128)
+    (array,) = store.load("a", Slot())
+    assert array.unsafe_buffer_pointer() == store._groups["a"].arrays[0].ctypes.data
+    store.append("a", cell(1, 7))
+    np.testing.assert_array_equal(np.asarray(array)[..., 64:65, :], cell(1, 7)[0])
+
+
+class TestWrappers:
+    def test_a_log(self):
+        lines = []
+        store = Logged(HostSequences(), lambda *line: lines.append(line))
+        store.put("a", cell(2), 4)
+        store.append("a", cell(1))
+        store.load("a", Slot())
+        assert lines == [("put", "a", 1024), ("append", "a", 512), ("load", "a", 2048)]
+
+    def test_a_throttle_takes_the_time_of_its_link(self, monkeypatch):
+        slept = []
+        monkeypatch.setattr("storage.wrappers.time.sleep", slept.append)
+        monkeypatch.setattr("storage.wrappers.time.perf_counter", lambda: 100.0)
+        store = Throttled(HostSequences(), 512)
+        store.put("a", cell(2), 4)
+        store.load("a", Slot())
+        assert slept == pytest.approx([2.0, 4.0])
+        with pytest.raises(ValueError, match="must be positive"):
+            Throttled(HostSequences(), 0)
+
+    def test_a_fault_comes_instead_of_the_move(self):
+        def fault(verb, name):
+            return OSError("broken") if (verb, name) == ("append", "a") else None
+
+        store = Faulty(HostSequences(), fault)
+        store.put("a", cell(2), 4)
+        with pytest.raises(OSError, match="broken"):
+            store.append("a", cell(1))
+        (array,) = store.load("a", Slot())
+        assert not np.asarray(array)[..., 2:, :].any()
