@@ -110,7 +110,7 @@ class Cells:
             root = None
             if sum(needs.values()):
                 made = stack.enter_context(Scratch(scratch))
-                made.require(sum(needs.values()), "a block's cache and hidden states")
+                made.require(sum(needs.values()), "the cache and hidden states of a block")
                 root = made.path
             self.cache = self._stores(stack, root, "cache", needs, context, wrap)
             self.hidden = self._stores(stack, root, "hidden", needs, context, wrap)

@@ -7,17 +7,17 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from flexgen_jax._version import __version__
+from flexgen_jax.policy_options import NAMES, policy_options, read_policy
 
 if TYPE_CHECKING:
     from flexgen_jax.batch import Job, Results
     from flexgen_jax.llm import LLM
     from flexgen_jax.report import Report
-    from scheduling.policy import Policy
     from storage.disk import ReadMode
 
 DTYPES = click.Choice(["float32", "bfloat16"])
@@ -37,12 +37,13 @@ class Failure(click.ClickException):
 def _plain_errors() -> Iterator[None]:
     """Turns expected errors into one line; anything else keeps its traceback."""
     from flexgen_jax.executor import ExecutionError
+    from storage.store import StorageError
 
     try:
         yield
     except ExecutionError as error:
         raise Failure(str(error), code=1) from error
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, ImportError, OSError, StorageError) as error:
         raise Failure(str(error)) from error
 
 
@@ -103,91 +104,48 @@ def convert(
         say(f"weight store ready: {path}")
 
 
-def _policy_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    options = [
-        click.option(
-            "--policy",
-            metavar="auto|FILE",
-            help="'auto' (the default without --percent), or a JSON file of a policy.",
-        ),
-        click.option(
-            "--percent",
-            type=float,
-            nargs=6,
-            metavar="WD WH CD CH HD HH",
-            help="Percent of weights on device, on host; of cache; of hidden. The rest: disk.",
-        ),
-        click.option(
-            "--device-batch-size",
-            "--gpu-batch-size",
-            type=int,
-            help="Requests that one kernel launch sees.",
-        ),
-        click.option(
-            "--num-device-batches",
-            "--num-gpu-batches",
-            type=int,
-            help="Batches of a block: they share each pass over the weights.",
-        ),
-        click.option(
-            "--overlap/--no-overlap", default=None, help="Load while computing. [default: overlap]"
-        ),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def _policy(
-    policy: str | None,
-    percent: tuple[float, ...] | None,
-    device_batch_size: int | None,
-    num_device_batches: int | None,
-    overlap: bool | None,
-) -> tuple[Policy | Literal["auto"], dict[str, Any]]:
-    """The policy that the options name, and what they change of its block shape and overlap."""
-    from scheduling.policy import Policy
-
-    given = {
-        "device_batch_size": device_batch_size,
-        "num_device_batches": num_device_batches,
-        "overlap": overlap,
-    }
-    changes = {k: v for k, v in given.items() if v is not None}
-    if percent and policy is not None:
-        raise Failure("--policy and --percent exclude each other")
-    if percent:
-        return Policy.from_percent(*percent), changes
-    if policy is None or policy == "auto":
-        return "auto", changes
-    try:
-        return Policy.from_json(json.loads(Path(policy).read_text(encoding="utf-8"))), changes
-    except OSError as error:
-        raise Failure(f"cannot read the policy {policy}: {error.strerror}") from error
-
-
 @main.command()
 @click.option("--model", required=True, help="A weight store, Hugging Face directory or hub name.")
+@click.option("-i", "--input", "input_path", type=click.Path(path_type=Path), help="JSONL.")
+@click.option("-o", "--output", "output_path", type=click.Path(path_type=Path), help="JSONL.")
 @click.option(
-    "-i", "--input", "input_path", required=True, type=click.Path(path_type=Path), help="JSONL."
+    "--prompt-len",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Instead of an input: a block of made-up prompts of N tokens, to measure.",
 )
-@click.option(
-    "-o", "--output", "output_path", required=True, type=click.Path(path_type=Path), help="JSONL."
-)
-@_policy_options
+@policy_options
 @click.option("--schedule", default="zigzag", show_default=True, help="Order of the operations.")
 @click.option("--dtype", type=DTYPES, default="float32", show_default=True)
 @click.option("--device-memory", metavar="SIZE", help="What 'auto' may use, such as 12GiB.")
 @click.option("--host-memory", metavar="SIZE", help="Likewise, in host memory.")
-@click.option("--offload-dir", type=click.Path(), help="Where converted models are kept.")
+@click.option(
+    "--path",
+    type=click.Path(),
+    metavar="DIR|_DUMMY_",
+    help="Where converted models are kept; _DUMMY_: random weights of the preset --model.",
+)
+@click.option(
+    "--offload-dir",
+    type=click.Path(),
+    help="Where cache and hidden states on disk are kept during the run, and converted models "
+    "without --path.",
+)
+@click.option(
+    "--weight-slots", type=int, help="Layers of weights held at once: 2 is one ahead. [default: 2]"
+)
+@click.option("--cache-slots", type=int, help="Likewise, cells of the KV cache. [default: 2]")
 @click.option(
     "--disk-mode",
     type=click.Choice(["auto", "mapped", "direct", "tensorstore"]),
     default="auto",
     show_default=True,
-    help="How weights are read from disk: through the page cache, past it, or by TensorStore.",
+    help="How the disk is used: through the page cache, past it, or by TensorStore.",
 )
-@click.option("--max-tokens", type=int, default=32, show_default=True)
+@click.option("--max-tokens", "--gen-len", type=int, default=32, show_default=True)
+@click.option(
+    "--cut-gen-len", type=int, metavar="N", help="Stop every request after N tokens, to measure."
+)
 @click.option("--min-tokens", type=int, default=0, show_default=True)
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", type=int, default=0, show_default=True, help="0: all tokens.")
@@ -203,25 +161,25 @@ def _policy(
 @click.option("--quiet", is_flag=True, help="Say nothing but errors.")
 def generate(
     model: str,
-    input_path: Path,
-    output_path: Path,
-    policy: str | None,
-    percent: tuple[float, ...] | None,
-    device_batch_size: int | None,
-    num_device_batches: int | None,
-    overlap: bool | None,
+    input_path: Path | None,
+    output_path: Path | None,
+    prompt_len: int | None,
+    path: str | None,
     schedule: str,
     dtype: str,
     device_memory: str | None,
     host_memory: str | None,
     offload_dir: str | None,
+    weight_slots: int | None,
+    cache_slots: int | None,
     disk_mode: ReadMode,
+    cut_gen_len: int | None,
     seed: int,
     trace: Path | None,
     plot: Path | None,
     as_json: bool,
     quiet: bool,
-    **sampling: Any,
+    **options: Any,
 ) -> None:
     """Complete every prompt of a JSONL file.
 
@@ -235,21 +193,38 @@ def generate(
     with _plain_errors():
         import dataclasses
 
-        from flexgen_jax import batch, progress
-        from flexgen_jax.checkpoint import resolve
+        from flexgen_jax import batch, measured, progress
         from flexgen_jax.llm import LLM
         from flexgen_jax.sampling_params import SamplingParams
         from storage.disk import DiskContext
 
-        chosen, changes = _policy(policy, percent, device_batch_size, num_device_batches, overlap)
-        defaults = SamplingParams(**sampling)
-        if not input_path.is_file():
-            raise Failure(f"no input file {input_path}")
+        chosen, changes = read_policy({name: options.pop(name) for name in NAMES})
+        if chosen != "auto":
+            chosen, changes = dataclasses.replace(chosen, **changes), {}
+        if cut_gen_len is not None:
+            options["max_tokens"] = min(options["max_tokens"], cut_gen_len)
+        slots = {"weight_slots": weight_slots, "cache_slots": cache_slots}
         say = _silent if quiet else _say
-        with batch.Results(output_path) as results:
+        with contextlib.ExitStack() as stack:
+            if prompt_len is not None:
+                if input_path is not None:
+                    raise Failure("--prompt-len makes the prompts by itself: leave --input out")
+                options["ignore_eos"] = True
+            elif input_path is None or output_path is None:
+                raise Failure("give --input and --output, or --prompt-len to measure")
+            elif not input_path.is_file():
+                raise Failure(f"no input file {input_path}")
+            scratch = stack.enter_context(measured.directory(prompt_len))
+            defaults = SamplingParams(**options)
+            results = stack.enter_context(batch.Results(output_path or scratch / "out.jsonl"))
             with progress.transfer("converting", quiet=quiet) as update:
-                store = resolve(
-                    model, dtype=dtype, offload_dir=offload_dir, say=say, progress=update
+                store = measured.store(
+                    model,
+                    path,
+                    dtype=dtype,
+                    offload_dir=offload_dir,
+                    say=say,
+                    progress=update,
                 )
             llm = LLM(
                 str(store),
@@ -257,12 +232,17 @@ def generate(
                 schedule=schedule,
                 device_memory=device_memory,
                 host_memory=host_memory,
+                offload_dir=offload_dir,
                 dtype=dtype,
                 seed=seed,
                 disk=DiskContext(mode=disk_mode),
+                slots={name: count for name, count in slots.items() if count is not None},
             )
             with llm:
                 llm.policy = dataclasses.replace(llm.policy, **changes)
+                if input_path is None:
+                    assert prompt_len is not None
+                    input_path = measured.prompts(scratch, llm, prompt_len, defaults)
                 job = batch.read_job(llm, input_path, defaults)
                 say(_before(llm, job))
                 with progress.tokens(job.max_new_tokens, quiet=quiet) as advance:
@@ -285,15 +265,21 @@ def generate(
 
 def _before(llm: LLM, job: Job) -> str:
     policy = llm.policy
-    return (
-        f"{len(job.requests)} requests, {len(job.errors)} bad lines; "
-        f"blocks of {policy.device_batch_size} x {policy.num_device_batches}, "
-        f"schedule {llm.schedule_name}, overlap {'on' if policy.overlap else 'off'}\n"
-        f"{llm.placement.describe('weights')}"
+    how = [f"schedule {llm.schedule_name}", f"overlap {'on' if policy.overlap else 'off'}"]
+    if policy.host_attention:
+        how.append("attention on the host")
+    placed = llm.plan(llm.blocks(job.requests))
+    return "\n".join(
+        [
+            f"{len(job.requests)} requests, {len(job.errors)} bad lines; "
+            f"blocks of {policy.device_batch_size} x {policy.num_device_batches}, "
+            + ", ".join(how),
+            *(placement.describe(kind) for kind, placement in placed.items() if placement.cells),
+        ]
     )
 
 
-def _after(job: Job, report: Report | None, output_path: Path) -> str:
+def _after(job: Job, report: Report | None, output_path: Path | None) -> str:
     lines = []
     if report is not None:
         lines.append(
@@ -301,8 +287,14 @@ def _after(job: Job, report: Report | None, output_path: Path) -> str:
             f"{report.tokens_per_second:.1f} tokens/s; "
             f"{report.padding:.0%} of the prompt positions were padding; "
             f"{report.disk_bytes / 1e9:.2f} GB read from disk"
+            + (
+                f", {report.disk_bytes_written / 1e9:.2f} GB written"
+                if report.disk_bytes_written
+                else ""
+            )
         )
-    lines.append(f"{len(job.requests)} succeeded, {len(job.errors)} failed: {output_path}")
+    where = output_path or "not kept, --output was not given"
+    lines.append(f"{len(job.requests)} succeeded, {len(job.errors)} failed: {where}")
     return "\n".join(lines)
 
 

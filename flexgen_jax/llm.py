@@ -94,7 +94,7 @@ class LLM:
         self.config = self._model.config
         self.tokenizer = load_tokenizer(self._model.path)
         sizes = {name: file.nbytes for name, file in self._model.arrays.items()}
-        self.policy = automatic_policy(sizes, *limits) if policy == "auto" else policy
+        self._policy = automatic_policy(sizes, *limits) if policy == "auto" else policy
         self.placement = place_weights(sizes, self.policy.weights)
         self.seed = seed
         self.report: Report | None = None
@@ -103,6 +103,18 @@ class LLM:
         self._scratch = cache_directory() if offload_dir is None else Path(offload_dir)
         self._weights = Weights(self._model, self.placement, context=disk, wrap=wrap_store)
         self._rings: Rings | None = None
+
+    @property
+    def policy(self) -> Policy:
+        """What is in force. Everything but ``weights``, which are in place, may be changed."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        _refuse_unbuilt(policy)
+        if policy.weights != self._policy.weights:
+            raise ValueError("the weights are in place already; make another LLM to move them")
+        self._policy = policy
 
     def generate(
         self,

@@ -52,7 +52,7 @@ class Scratch:
         free = shutil.disk_usage(self.path).free
         if nbytes > free:
             raise StorageError(
-                f"{what} needs {nbytes / 1e9:.2f} GB on disk and {self.path.parent} has "
+                f"{what} need {nbytes / 1e9:.2f} GB on disk and {self.path.parent} has "
                 f"{free / 1e9:.2f} GB free; free some, choose another offload directory or smaller "
                 "blocks"
             )

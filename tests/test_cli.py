@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -181,7 +182,14 @@ def test_openai_lines_are_answered_in_their_dialect(job):
     ("options", "words"),
     [
         (["--percent", "80", "30", "100", "0", "100", "0"], "exceed 100"),
-        (["--percent", "0", "0", "0", "100", "100", "0"], "cache off the device"),
+        (["--compress-weight"], "not supported yet: weight_bits"),
+        (["--compress-cache"], "not supported yet: cache_bits"),
+        (["--attn-sparsity", "0.1"], "not supported yet: attention_sparsity"),
+        (["--sep-layer", "true"], "not supported yet: --sep-layer"),
+        (["--pin-weight", "false"], "not supported: --pin-weight false"),
+        (["--overlap", "--no-overlap"], "exclude each other"),
+        (["--prompt-len", "8"], "leave --input out"),
+        (["--cache-slots", "0"], "cache_slots must be an integer of at least 1"),
         (["--schedule", "zagzig"], "no schedule 'zagzig'"),
         (["--temperature", "-1"], "temperature must be"),
         (["--policy", "missing.json"], "cannot read the policy missing.json"),
@@ -392,3 +400,62 @@ def test_importing_and_helping_stay_light():
         f"print(sorted({heavy} & set(sys.modules)))"
     )
     assert python("-c", code).stdout.strip().endswith("[]")
+
+
+def test_flexgens_own_command_line(tmp_path):
+    """As in FlexGen's examples: random weights, made-up prompts, everything off the device."""
+    config = tmp_path / "tiny"
+    config.mkdir()
+    (config / "config.json").write_bytes((GOLDENS / "pre_norm" / "config.json").read_bytes())
+    arguments = [
+        *("generate", "--model", config, "--path", "_DUMMY_", "--offload-dir", tmp_path / "off"),
+        *("--percent", 20, 30, 0, 50, 0, 0, "--gpu-batch-size", 2, "--num-gpu-batches", 3),
+        *("--overlap", "False", "--sep-layer", "False", "--pin-weight", "True"),
+        *("--cpu-cache-compute", "--prompt-len", 12, "--gen-len", 8, "--cut-gen-len", 3),
+        *("--attn-sparsity", "1.0", "--json"),
+    ]
+    for run in range(2):
+        result = CliRunner().invoke(main, [str(a) for a in arguments], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        assert ("making random float32 weights" in result.stderr) == (run == 0)
+        report = json.loads(result.stdout)
+        assert report["requests"] == 6
+        assert report["prompt_tokens"] == 6 * 12
+        assert report["generated_tokens"] == 6 * 3
+        assert report["policy"]["host_attention"] is True
+        assert report["policy"]["overlap"] is False
+        for kind in ("weights", "cache", "hidden"):
+            placed = report["placement"][kind]
+            for tier in ("device", "host", "disk"):
+                percent = placed[tier]["percent"]
+                assert f"{tier} {percent:.1f}%" in result.stderr
+        assert report["placement"]["cache"]["host"]["percent"] == 50
+        assert report["placement"]["hidden"]["disk"]["percent"] == 100
+        assert report["disk_bytes_written"] > 0
+        assert "overlap off, attention on the host" in result.stderr
+        assert "6 succeeded, 0 failed: not kept" in result.stderr
+    assert [p.name for p in (tmp_path / "off").iterdir()] == ["stores"]  # no scratch left
+
+
+def test_made_up_prompts_may_be_kept_and_an_input_is_needed_otherwise(tmp_path, offload):
+    base = ["generate", "--model", MODEL, "--offload-dir", offload]
+    target = tmp_path / "kept.jsonl"
+    options = ["--prompt-len", "5", "--gpu-batch-size", "2", "--num-gpu-batches", "1"]
+    result = CliRunner().invoke(main, [*map(str, base), *options, "-o", str(target)])
+    assert result.exit_code == 0, result.output
+    assert len(target.read_text().splitlines()) == 2
+    for options in ([], ["-i", str(target)], ["-o", str(target)]):
+        result = CliRunner().invoke(main, [*map(str, base), *options])
+        assert result.exit_code == 2
+        assert "give --input and --output, or --prompt-len to measure" in result.stderr
+    result = CliRunner().invoke(main, [*map(str, base), "--prompt-len", "5000"])
+    assert result.exit_code == 2
+    assert "too long: 5000 prompt tokens" in result.stderr
+
+
+def test_a_cache_that_does_not_fit_on_the_disk_is_refused_before_the_run(job, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    result, records = job([{"prompt_token_ids": [5, 6]}], "--percent", 0, 0, 0, 0, 100, 0)
+    assert result.exit_code == 2
+    assert "the cache and hidden states of a block need" in result.stderr
+    assert records is None

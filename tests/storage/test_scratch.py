@@ -52,9 +52,9 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
 
 def test_too_little_space_is_said_with_figures(tmp_path):
     with Scratch(tmp_path) as scratch:
-        scratch.require(1, "a block's cache")
-        with pytest.raises(StorageError, match=r"a block's cache needs 1000000.00 GB on disk and"):
-            scratch.require(10**15, "a block's cache")
+        scratch.require(1, "the cells")
+        with pytest.raises(StorageError, match=r"the cells need 1000000.00 GB on disk and"):
+            scratch.require(10**15, "the cells")
 
 
 def test_where_it_cannot_be_made_is_said(tmp_path):

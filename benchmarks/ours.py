@@ -1,0 +1,99 @@
+"""One run of flexgen-jax under one policy; prints one JSON line. Started by ``offload.py``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from machine import die_first, die_with, measured
+
+import flexgen_jax as fg
+
+
+class _Enough(Exception):
+    """Ends a warm-up: every program has run."""
+
+
+def _enough(requests: int) -> Callable[[int], None]:
+    """A ``progress`` that stops a run once the first decode step has booked its tokens."""
+    booked = 0
+
+    def progress(count: int) -> None:
+        nonlocal booked
+        booked += count
+        if booked > requests:
+            raise _Enough
+
+    return progress
+
+
+def _prefill_end(llm: fg.LLM) -> float:
+    """Seconds until the last batch has its first token."""
+    spans, head = llm.report.timeline.spans, llm.config.num_hidden_layers + 1
+    return max(s.end for s in spans if s.op == "Compute" and s.layer == head and s.step == 0)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    policy = fg.Policy.from_percent(
+        *args.percent, device_batch_size=args.batch, num_device_batches=args.num_batches
+    )
+
+    def make() -> fg.LLM:
+        return fg.LLM(
+            str(args.store), dtype=args.dtype, policy=policy, offload_dir=str(args.scratch)
+        )
+
+    prompts = [[2 + i % 97] * args.prompt_len for i in range(policy.block_size)]
+    params = fg.SamplingParams(temperature=0.0, max_tokens=args.gen_len, ignore_eos=True)
+    # Compiles with the shapes of the real run, of which one batch has them all. Only the prefill
+    # and one decode step: the cache's length follows from max_tokens, so that must stay.
+    with make() as llm:
+        try:
+            llm.generate(prompts[: args.batch], params, progress=_enough(args.batch))
+        except fg.ExecutionError as error:
+            if not isinstance(error.__cause__, _Enough):
+                raise
+    # A new LLM: the old one maps files, and the pages of mapped files cannot be evicted.
+    with make() as llm:
+        figures = measured(lambda: llm.generate(prompts, params), args.store)
+        report = llm.report
+        prefill = _prefill_end(llm)
+    return {
+        **figures,
+        "generated_tokens": report.generated_tokens,
+        "prefill_seconds": round(prefill, 3),
+        "decode_seconds": round(figures["seconds"] - prefill, 3),
+        "compilations": report.compilations,
+        # What was asked of the disk tier; what the page cache served is not in read_nbytes.
+        "disk_tier_nbytes": report.disk_bytes,
+        "disk_tier_written_nbytes": report.disk_bytes_written,
+        "streams": {n: round(s["busy_seconds"], 3) for n, s in report.timeline.summary().items()},
+        "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--store", type=Path, required=True)
+    parser.add_argument("--scratch", type=Path, required=True, help="for cache and hidden states")
+    parser.add_argument("--percent", type=float, nargs=6, required=True)
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--num-batches", type=int, default=1)
+    parser.add_argument("--prompt-len", type=int, default=256)
+    parser.add_argument("--gen-len", type=int, default=32)
+    parser.add_argument("--parent", type=int, default=os.getppid())
+    args = parser.parse_args()
+    die_with(args.parent)
+    die_first(1000)
+    print(json.dumps(run(args)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

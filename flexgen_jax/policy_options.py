@@ -1,0 +1,137 @@
+"""The command line's words for a policy: our names, and FlexGen's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from scheduling.policy import Policy
+
+
+def policy_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options; :func:`read_policy` makes a policy of their values."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+_OPTIONS = [
+    click.option(
+        "--policy",
+        metavar="auto|FILE",
+        help="'auto' (the default without --percent), or a JSON file of a policy.",
+    ),
+    click.option(
+        "--percent",
+        type=float,
+        nargs=6,
+        metavar="WD WH CD CH HD HH",
+        help="Percent of weights on device, on host; of cache; of hidden. The rest: disk.",
+    ),
+    click.option(
+        "--device-batch-size",
+        "--gpu-batch-size",
+        type=int,
+        help="Requests that one kernel launch sees.",
+    ),
+    click.option(
+        "--num-device-batches",
+        "--num-gpu-batches",
+        type=int,
+        help="Batches of a block: they share each pass over the weights.",
+    ),
+    click.option(
+        "--overlap",
+        type=bool,
+        is_flag=False,
+        flag_value=True,
+        metavar="[BOOL]",
+        help="Load and store while computing. [default: true]",
+    ),
+    click.option("--no-overlap", is_flag=True, help="The same as --overlap false."),
+    click.option(
+        "--host-attention",
+        "--cpu-cache-compute",
+        is_flag=True,
+        help="Compute attention next to the cache on the host.",
+    ),
+    click.option("--compress-weight", is_flag=True, help="4-bit weights (not built yet)."),
+    click.option("--compress-cache", is_flag=True, help="4-bit cache (not built yet)."),
+    click.option(
+        "--attn-sparsity",
+        type=float,
+        metavar="SHARE",
+        help="Attend to this share of the positions (not built yet below 1).",
+    ),
+    click.option(
+        "--sep-layer",
+        type=bool,
+        metavar="BOOL",
+        help="Attention and MLP as layers of their own (not built yet: false only).",
+    ),
+    click.option(
+        "--pin-weight",
+        type=bool,
+        metavar="BOOL",
+        help="Host weights in pinned memory: always so on an accelerator (true only).",
+    ),
+]
+NAMES = (
+    "policy",
+    "percent",
+    "device_batch_size",
+    "num_device_batches",
+    "overlap",
+    "no_overlap",
+    "host_attention",
+    "compress_weight",
+    "compress_cache",
+    "attn_sparsity",
+    "sep_layer",
+    "pin_weight",
+)
+
+
+def read_policy(values: Mapping[str, Any]) -> tuple[Policy | Literal["auto"], dict[str, Any]]:
+    """The policy that the options name, and what they change of it.
+
+    Args:
+        values: By ``NAMES``, as click gives them.
+
+    Raises:
+        ValueError: options that exclude each other, or ask for what is not there.
+        OSError: a policy file that cannot be read.
+    """
+    if values["sep_layer"]:
+        raise ValueError("not supported yet: --sep-layer true; layers are whole decoder layers")
+    if values["pin_weight"] is False:
+        raise ValueError(
+            "not supported: --pin-weight false; on an accelerator host memory is always pinned"
+        )
+    if values["overlap"] and values["no_overlap"]:
+        raise ValueError("--overlap and --no-overlap exclude each other")
+    given = {
+        "device_batch_size": values["device_batch_size"],
+        "num_device_batches": values["num_device_batches"],
+        "overlap": False if values["no_overlap"] else values["overlap"],
+        "host_attention": values["host_attention"] or None,
+        "weight_bits": 4 if values["compress_weight"] else None,
+        "cache_bits": 4 if values["compress_cache"] else None,
+        "attention_sparsity": values["attn_sparsity"],
+    }
+    changes = {name: value for name, value in given.items() if value is not None}
+    policy, percent = values["policy"], values["percent"]
+    if percent and policy is not None:
+        raise ValueError("--policy and --percent exclude each other")
+    if percent:
+        return Policy.from_percent(*percent), changes
+    if policy is None or policy == "auto":
+        return "auto", changes
+    try:
+        return Policy.from_json(json.loads(Path(policy).read_text(encoding="utf-8"))), changes
+    except OSError as error:
+        raise OSError(f"cannot read the policy {policy}: {error.strerror}") from error
