@@ -84,8 +84,10 @@ class Bench:
             convert = ["convert", "--dummy", self.args.preset, str(self.store)]
             command = [sys.executable, "-m", "flexgen_jax", *convert, "--dtype", "bfloat16"]
             subprocess.run(command, check=True, stdout=sys.stderr)
-        elif json.loads((self.store / "flexgen_manifest.json").read_text())["dtype"] != "bfloat16":
-            raise SystemExit(f"{self.store} is not bfloat16, which all others run")
+        manifest = json.loads((self.store / "flexgen_manifest.json").read_text())
+        is_preset = Path(self.args.preset).name in manifest["source"]["name"]
+        if manifest["dtype"] != "bfloat16" or not is_preset:
+            raise SystemExit(f"{self.store} is not {self.args.preset} in bfloat16")
         # A peer that cannot prepare says why when it is run.
         wanted = any(c.name == "accelerate" for c in configs) and self.args.peer_python
         if wanted and not (self.peer_weights / "index.json").exists():
@@ -105,6 +107,8 @@ class Bench:
             command += ["--scratch", str(self.args.work / "scratch"), "--parent", str(os.getpid())]
             command += ["--percent", *map(str, config.percent)]
             command += ["--num-batches", str(config.num_batches)]
+            command += ["--disk-mode", self.args.disk_mode]
+            command += ["--chunk-positions", str(self.args.chunk_positions)]
         command += ["--batch", str(config.batch), "--prompt-len", str(self.args.prompt_len)]
         return [*command, "--gen-len", str(self.args.gen_len)]
 
@@ -174,7 +178,8 @@ class Bench:
             names = ("tokens_per_second", "seconds", "prefill_seconds", "decode_seconds")
             names += ("peak_rss_nbytes", "peak_anon_nbytes", "read_nbytes", "disk_bytes_per_second")
             medians = {n: statistics.median(r[n] for r in repeats) for n in names}
-            summary = {"limit_nbytes": limit, "name": name, "batch": batch, **medians}
+            told = {n: repeats[0][n] for n in ("preset", "prompt_len", "gen_len", "percent")}
+            summary = {**told, "limit_nbytes": limit, "name": name, "batch": batch, **medians}
             summary["num_batches"] = num_batches
             summary["spread"] = [f(r["tokens_per_second"] for r in repeats) for f in (min, max)]
             summary["best"] = medians["tokens_per_second"] == best[limit, name]
@@ -371,8 +376,11 @@ def parse() -> argparse.Namespace:
         metavar="NAME=WD,WH,CD,CH,HD,HH",
         help="one more of ours, in percent: weights, cache, hidden on device and host",
     )
+    add("--disk-mode", default="auto", help="how ours reads: auto, mapped, direct, tensorstore")
+    add("--chunk-positions", type=int, default=16, help="of ours, of the cache on disk")
     add("--limit", type=_limits, default=[None, *_limits("2GiB,4GiB")], metavar="none,2GiB,...")
     add("--limit-by", choices=("auto", "systemd", "balloon"), default="auto")
+    add("--no-compute-alone", action="store_true", help="leave the comparison with it out")
     add("--only", type=lambda text: text.split(","), metavar="NAME,NAME")
     add("--repeat", type=int, default=1)
     add("--timeout", type=float, default=3600, help="seconds of one run")
@@ -402,6 +410,7 @@ def run_all(bench: Bench, configs: list[Config]) -> None:
     offloaded = [c for c in configs if c.percent and not c.in_memory]
     shapes = {c.shape for c in offloaded} - {c.shape for c in device}
     percent = POLICIES["device"]
+    shapes = set() if args.no_compute_alone else shapes
     alone = [Config("ours-device", *s, percent=percent) for s in sorted(shapes)]
     for repeat in range(args.repeat):  # outermost: what is compared ran in the same minutes
         for config in alone:

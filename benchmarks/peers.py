@@ -107,6 +107,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     import transformers
 
     model = in_memory(args) if args.peer == "hf" else on_disk(args)
+    # The head gets a strided slice of the prefill's last positions. With Accelerate's weights torch
+    # 2.13 then copies them once per request: gigabytes, seconds. Peers run at their best: not here.
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     generate(model, args.batch, 16, 2)  # lazy initialisation
     ends: list[float] = []
 

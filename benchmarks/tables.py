@@ -62,9 +62,58 @@ def startup(records: list[dict]) -> str:
     return "Start-up, beyond the bare interpreter.\n\n" + table(("", "seconds"), rows)
 
 
+_NAMES = {"hf": "transformers, in memory", "accelerate": "Accelerate, all on disk"}
+
+
+def _shares(r: dict) -> str:
+    """FlexGen's six numbers in words."""
+    if r["percent"] is None:
+        return _NAMES[r["name"]]
+    parts = []
+    for kind, (device, host) in zip(
+        ("weights", "cache"), (r["percent"][:2], r["percent"][2:4]), strict=True
+    ):
+        disk = 100 - device - host
+        where = "in memory" if disk == 0 else "on disk" if disk == 100 else f"{disk:g}% on disk"
+        parts.append(f"{kind} {where}")
+    return "ours, " + ", ".join(parts)
+
+
+def offload(records: list[dict]) -> str:
+    parts = []
+    chosen = [r for r in records if r["kind"] == "summary"]
+    for key in dict.fromkeys((r["preset"], r["prompt_len"], r["gen_len"]) for r in chosen):
+        rows = [
+            (
+                "all" if r["limit_nbytes"] is None else f"{r['limit_nbytes'] / (1 << 30):g} GiB",
+                _shares(r),
+                f"{r['batch']} x {r['num_batches']}",
+                f"{r['tokens_per_second']:.1f}",
+                f"{r['prefill_seconds']:.0f} + {r['decode_seconds']:.0f} s",
+                f"{r['read_nbytes'] / 1e9:.0f} GB",
+                f"{r['disk_bytes_per_second'] / 1e9:.1f} GB/s",
+            )
+            for r in chosen
+            if (r["preset"], r["prompt_len"], r["gen_len"]) == key
+        ]
+        preset, prompt_len, gen_len = key
+        header = ("memory", "", "block", "tokens/s", "prefill + decode", "read", "disk beside it")
+        note = (
+            f"{preset} shapes in bfloat16, {prompt_len} prompt tokens, {gen_len} generated, 2 CPU "
+            "cores; memory includes the page cache."
+        )
+        parts.append(f"{note}\n\n{table(header, rows)}")
+    return "\n\n".join(parts)
+
+
 def render(results: Path) -> str:
     records = [json.loads(line) for line in results.read_text().splitlines()]
-    makers = {"stream_weights": streaming, "memory": memory, "startup": startup}
+    makers = {
+        "offload": offload,
+        "stream_weights": streaming,
+        "memory": memory,
+        "startup": startup,
+    }
     parts = []
     for name, make in makers.items():
         chosen = [r for r in records if r["benchmark"] == name]

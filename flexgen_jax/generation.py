@@ -1,4 +1,4 @@
-"""What the ops of a schedule do for one block: the state of its batches, and their results.
+"""What the ops of a schedule do for one block.
 
 The executor says when; :mod:`flexgen_jax.kernels` compute; :mod:`flexgen_jax.weights` and the
 stores of :mod:`flexgen_jax.cells` fetch and keep.
@@ -6,20 +6,18 @@ stores of :mod:`flexgen_jax.cells` fetch and keep.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from flexgen_jax import kernels
-from flexgen_jax.blocks import Batch, Block, Request
+from flexgen_jax.batch_state import BatchState, Generated
+from flexgen_jax.blocks import Block
 from flexgen_jax.cells import Cells, cache_name, cache_sizes, hidden_name, hidden_nbytes
 from flexgen_jax.kv_cache import LayerCache
-from flexgen_jax.outputs import Logprob
-from flexgen_jax.sampling import Sampled, batch_arrays, sample, seed_words
+from flexgen_jax.sampling import sample
 from flexgen_jax.weights import LayerWeights, Weights
 from scheduling.dependencies import Issue
 from scheduling.ops import (
@@ -40,83 +38,6 @@ from storage.store import SequenceStore, StorageError
 
 OnLogits = Callable[[int, int, jax.Array], None]
 OnTokens = Callable[[int], None]
-
-
-@dataclasses.dataclass
-class Generated:
-    """What one request has produced so far (host side)."""
-
-    request: Request
-    stop_ids: frozenset[int]
-    token_ids: list[int] = dataclasses.field(default_factory=list)
-    logprobs: list[dict[int, Logprob]] = dataclasses.field(default_factory=list)
-    finish_reason: str | None = None
-
-    def accept(self, token: int) -> None:
-        self.token_ids.append(token)
-        if token in self.stop_ids and len(self.token_ids) > self.request.params.min_tokens:
-            self.finish_reason = "stop"
-        elif len(self.token_ids) >= self.request.params.max_tokens:
-            self.finish_reason = "length"
-
-
-class _BatchState:
-    """The arrays of one batch on the device, and its requests' results on the host."""
-
-    def __init__(self, batch: Batch, seed: int, eos_token_id: int | None) -> None:
-        self.batch = batch
-        self.padding = jnp.asarray(batch.padding())
-        self.tokens = batch.tokens()  # what the embedding takes next, on the host
-        self.hidden: jax.Array | None = None  # where they stay on the device, and for the head
-        self.sampled: Sampled | None = None
-        self.left = False
-        stops = [_stop_ids(r, eos_token_id) for r in batch.requests]
-        self.results = [Generated(r, s) for r, s in zip(batch.requests, stops, strict=True)]
-        params = [r.params for r in batch.requests]
-        seeds = [seed_words(r.params, (seed, r.index)) for r in batch.requests]
-        self.arrays, self.features = batch_arrays(
-            params, seeds, [sorted(s) for s in stops], batch.rows
-        )
-
-    def collect(self) -> int:
-        """Waits for the tokens of the step before, books them; returns how many were wanted."""
-        if self.sampled is None:
-            return 0
-        sampled = jax.device_get(self.sampled)
-        self.sampled = None
-        self.tokens = sampled.token[:, None]
-        count = 0
-        for row, result in enumerate(self.results):
-            if result.finish_reason is None:
-                count += 1
-                result.accept(int(sampled.token[row]))
-                wanted = result.request.params.logprobs
-                if wanted is not None:
-                    result.logprobs.append(_logprobs(sampled, row, wanted))
-        return count
-
-    @property
-    def finished(self) -> bool:
-        return all(result.finish_reason is not None for result in self.results)
-
-
-def _stop_ids(request: Request, eos_token_id: int | None) -> frozenset[int]:
-    ids = set(request.params.stop_token_ids)
-    if not request.params.ignore_eos and eos_token_id is not None:
-        ids.add(eos_token_id)
-    return frozenset(ids)
-
-
-def _logprobs(sampled: Sampled, row: int, wanted: int) -> dict[int, Logprob]:
-    found = {
-        int(i): Logprob(float(p), rank)
-        for rank, (i, p) in enumerate(
-            zip(sampled.top_ids[row, :wanted], sampled.top_logprobs[row, :wanted], strict=True), 1
-        )
-    }
-    token = int(sampled.token[row])
-    found.setdefault(token, Logprob(float(sampled.logprob[row]), int(sampled.rank[row])))
-    return found
 
 
 class _Cell(NamedTuple):
@@ -179,7 +100,7 @@ class BlockEffects:
         self._head = weights.num_layers - 1
         self._device = jax.local_devices()[0]
         self._host = jax.local_devices(backend="cpu")[0]
-        self._states = [_BatchState(b, seed, config.eos_token_id) for b in block.batches]
+        self._states = [BatchState(b, seed, config.eos_token_id) for b in block.batches]
         tier_of = {
             cell.name: cell.tier
             for placement in (cells.cache_of[number], cells.hidden_of[number])
@@ -340,7 +261,7 @@ class BlockEffects:
         self._last_marker = marker
         return marker
 
-    def _border(self, batch: int, state: _BatchState) -> bool:
+    def _border(self, batch: int, state: BatchState) -> bool:
         """Books the tokens of the step before; True if the batch is finished and leaves."""
         self._book(state)
         if state.finished:
@@ -348,7 +269,7 @@ class BlockEffects:
             self._finished = all(s.left for s in self._states)
         return state.left
 
-    def _leave(self, batch: int, state: _BatchState) -> None:
+    def _leave(self, batch: int, state: BatchState) -> None:
         """The batch's cells make room at once."""
         state.left = True
         self._hidden[batch].store.discard(self._hidden[batch].name)
@@ -358,12 +279,12 @@ class BlockEffects:
         for key in [k for k in list(self._leaving) if k[2] == batch]:
             self._leaving.pop(key, None)
 
-    def _book(self, state: _BatchState) -> None:
+    def _book(self, state: BatchState) -> None:
         count = state.collect()
         if count and self._on_tokens is not None:
             self._on_tokens(count)
 
-    def _run_layer(self, op: Compute, state: _BatchState, weights: LayerWeights) -> jax.Array:
+    def _run_layer(self, op: Compute, state: BatchState, weights: LayerWeights) -> jax.Array:
         batch, config = state.batch, self._config
         step, layer, number = op.step, op.layer, op.batch
         position = np.int32(batch.prompt_len + step - 1)
@@ -401,7 +322,7 @@ class BlockEffects:
         hidden: jax.Array,
         cache: LayerCache,
         position: np.int32,
-        state: _BatchState,
+        state: BatchState,
     ) -> tuple[jax.Array, LayerCache, jax.Array]:
         return kernels.decode_layer(
             weights.params, hidden, cache, position, state.padding, config=self._config
@@ -413,7 +334,7 @@ class BlockEffects:
         hidden: jax.Array,
         cache: LayerCache,
         position: np.int32,
-        state: _BatchState,
+        state: BatchState,
     ) -> tuple[jax.Array, LayerCache, jax.Array]:
         """The query goes to the host and the result comes back; the cache never moves."""
         query, new = kernels.decode_qkv(weights.params, hidden, config=self._config)

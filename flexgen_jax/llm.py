@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from flexgen_jax.batch_state import Generated
 from flexgen_jax.blocks import Block, Request, make_blocks
 from flexgen_jax.cells import Cells, WrapStore, place_cache, place_hidden
 from flexgen_jax.checkpoint import cache_directory, open_store, resolve
 from flexgen_jax.executor import execute
-from flexgen_jax.generation import BlockEffects, Generated, OnLogits, Rings
+from flexgen_jax.generation import BlockEffects, OnLogits, Rings
 from flexgen_jax.kernels import compilations
 from flexgen_jax.memory import automatic_policy, parse_bytes
 from flexgen_jax.outputs import CompletionOutput, Logprob, RequestOutput

@@ -53,7 +53,7 @@ class DiskContext:
     direct_nbytes: int = 32 << 20
     cache_share: float = 0.5
     small_nbytes: int = 1 << 20
-    chunk_positions: int = 32
+    chunk_positions: int = 16
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(ReadMode):

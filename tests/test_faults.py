@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 import flexgen_jax as fg
+import storage.chunks
 import storage.disk
-import storage.disk_sequences
 from storage.store import StorageError
 from storage.wrappers import Faulty
 
@@ -80,8 +80,8 @@ def test_a_fault_in_any_stream_ends_the_run_with_one_error(
 @pytest.mark.parametrize(
     ("module", "call", "number", "words"),
     [
-        (storage.disk_sequences, "pwritev", errno.ENOSPC, "No space left on device"),
-        (storage.disk_sequences, "preadv", errno.EIO, "Input/output error"),
+        (storage.chunks, "pwritev", errno.ENOSPC, "No space left on device"),
+        (storage.chunks, "preadv", errno.EIO, "Input/output error"),
         (storage.disk, "preadv", errno.EIO, "Input/output error"),
     ],
 )
@@ -119,7 +119,7 @@ def test_a_full_disk_in_the_middle_of_a_run(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(file, buffers, offset)
 
-    monkeypatch.setattr(storage.disk_sequences.os, "pwritev", filling)
+    monkeypatch.setattr(storage.chunks.os, "pwritev", filling)
     with pytest.raises(fg.ExecutionError, match=r"Store\w+\(.*cannot write .*No space left"):
         run(tmp_path, disk=disk)
     nothing_is_left(tmp_path)

@@ -323,3 +323,26 @@ def test_bfloat16_generation_of_one_row(variant, tools, request):
     np.testing.assert_allclose(one[:, 0], two[:, 0], rtol=1e-2, atol=1e-2 * np.abs(exact).max())
     # bfloat16 keeps 8 bits, through two layers.
     assert np.abs(one - exact).max() < 0.1 * np.abs(exact).max()
+
+
+def test_flash_attention_is_asked_for_the_same_thing(monkeypatch):
+    """What a GPU computes by cuDNN, by the same call's plain implementation."""
+    keys = jax.random.split(jax.random.key(3), 3)
+    query, key, value = (jax.random.normal(k, (3, 2, 9, 8)) for k in keys)
+    padding = np.asarray([0, 4, 8], np.int32)
+    plain = np.asarray(opt.attend_prompt(query, key, value, padding))
+    flash = np.asarray(opt.attend_prompt(query, key, value, padding, flash="xla"))
+    for row, pad in enumerate(padding):
+        np.testing.assert_allclose(flash[row, :, pad:], plain[row, :, pad:], **CLOSE)
+    asked = []
+
+    def cudnn(q, k, v, *, mask, scale, is_causal, implementation):
+        asked.append((q.shape, mask.shape, scale, is_causal, implementation))
+        return q
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
+    half = (x.astype(jnp.bfloat16) for x in (query, key, value))
+    assert opt.attend_prompt(*half, padding).shape == (3, 2, 9, 8)
+    opt.attend_prompt(query, key, value, padding)  # not in 32 bits
+    assert asked == [((3, 9, 2, 8), (3, 1, 9, 9), 1.0, True, "cudnn")]

@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
-import storage.disk_sequences
+import storage.chunks
 from storage.device import DeviceSequences
 from storage.disk import DiskContext
 from storage.disk_sequences import DiskSequences
@@ -150,7 +150,7 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch, mode):
     if mode == "tensorstore":
         monkeypatch.setattr(store._chunks, "_arrays", full)
     else:
-        monkeypatch.setattr(storage.disk_sequences.os, "pwritev", full)
+        monkeypatch.setattr(storage.chunks.os, "pwritev", full)
     with pytest.raises(StorageError, match=r"cannot write .*cell: No space left on device"):
         store.put("cell", cell(8), 16)
     store.close()
@@ -166,7 +166,7 @@ def test_short_and_failing_reads_are_named(tmp_path, monkeypatch):
     def broken(*_):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(storage.disk_sequences.os, "preadv", broken)
+    monkeypatch.setattr(storage.chunks.os, "preadv", broken)
     with pytest.raises(StorageError, match=r"cannot read .*cell: Input/output error"):
         load(store, "cell")
     store.close()
@@ -180,7 +180,7 @@ def test_a_file_system_without_direct_io_is_read_and_written_all_the_same(tmp_pa
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         return real(path, flags, *mode, **more)
 
-    monkeypatch.setattr(storage.disk_sequences.os, "open", refusing)
+    monkeypatch.setattr(storage.chunks.os, "open", refusing)
     store = DiskSequences(tmp_path, DiskContext(mode="direct", chunk_positions=8))
     store.put("cell", cell(16), 32)
     (got,) = load(store, "cell")
