@@ -137,6 +137,7 @@ class Weights:
         return LayerWeights(nest(own).get(unit, {}), table)
 
     def close(self) -> None:
+        self._resident.clear()
         for store in self._stores.values():
             store.close()
 

@@ -4,6 +4,7 @@ import json
 import threading
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -515,6 +516,20 @@ def test_parameters_must_match_the_prompts(offload):
 def test_what_is_not_built_yet_is_refused(offload, changes, word):
     with pytest.raises(ValueError, match=f"not supported yet: {word}"):
         fg.LLM(str(GOLDENS / "pre_norm"), policy=policy(**changes), offload_dir=offload)
+
+
+def test_closing_gives_the_weights_back_at_once(offload):
+    """Two models in a row must not take the memory of two."""
+
+    def ours():
+        return {a.unsafe_buffer_pointer() for a in jax.live_arrays() if a.size == size}
+
+    with fg.LLM(str(GOLDENS / "pre_norm"), policy=policy(), offload_dir=offload) as llm:
+        config = llm.config
+        size = config.vocab_size * config.word_embed_proj_dim
+        before = ours()
+        assert before
+    assert not ours() & before
 
 
 def test_wrong_schedule_and_model_names(offload, tmp_path):
