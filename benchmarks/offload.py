@@ -73,7 +73,7 @@ class Bench:
         self.peer_weights = args.work / f"{Path(args.preset).name}-bfloat16-accelerate"
 
     def record(self, kind: str, values: dict[str, Any]) -> None:
-        record = {"benchmark": "offload", "kind": kind, **values}
+        record = {"benchmark": self.args.label, "kind": kind, **values}
         self.records.append(record)
         print(json.dumps(record), file=self._out, flush=True)
 
@@ -382,6 +382,7 @@ def parse() -> argparse.Namespace:
     add("--limit-by", choices=("auto", "systemd", "balloon"), default="auto")
     add("--no-compute-alone", action="store_true", help="leave the comparison with it out")
     add("--only", type=lambda text: text.split(","), metavar="NAME,NAME")
+    add("--label", default="offload", help="what the records are called: growth, for the plot")
     add("--repeat", type=int, default=1)
     add("--timeout", type=float, default=3600, help="seconds of one run")
     add("--store", type=Path, help="reuse this bfloat16 store; only read")
