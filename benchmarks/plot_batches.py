@@ -1,6 +1,6 @@
 """Draws how throughput grows with the batches of a block, from ``results.jsonl``.
 
-    python benchmarks/plot_batches.py    # rewrites docs/batches.svg
+python benchmarks/plot_batches.py    # rewrites docs/batches.svg
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Makes the README's tables from ``benchmarks/results.jsonl``.
+"""Makes the tables of README and docs from ``benchmarks/results.jsonl``.
 
-python benchmarks/tables.py           # rewrites the tables in README.md
+python benchmarks/tables.py           # rewrites the tables
 python benchmarks/tables.py --check   # exits with 1 if they are not up to date
 """
 
@@ -79,6 +79,11 @@ def _shares(r: dict) -> str:
     return "ours, " + ", ".join(parts)
 
 
+def _times(records: list[dict]) -> str:
+    fewest = min(r["repeats"] for r in records)
+    return "one run" if fewest == 1 else f"medians of at least {fewest} runs"
+
+
 def offload(records: list[dict]) -> str:
     parts = []
     chosen = [r for r in records if r["kind"] == "summary"]
@@ -100,37 +105,71 @@ def offload(records: list[dict]) -> str:
         header = ("memory", "", "block", "tokens/s", "prefill + decode", "read", "disk beside it")
         note = (
             f"{preset} shapes in bfloat16, {prompt_len} prompt tokens, {gen_len} generated, 2 CPU "
-            "cores; memory includes the page cache."
+            "cores; memory includes the page cache. Rows of one memory ran side by side, on shared "
+            f"cores; {_times(chosen)} each."
         )
         parts.append(f"{note}\n\n{table(header, rows)}")
     return "\n\n".join(parts)
 
 
-def render(results: Path) -> str:
-    records = [json.loads(line) for line in results.read_text().splitlines()]
-    makers = {
+def growth(records: list[dict]) -> str:
+    chosen = sorted((r for r in records if r["kind"] == "summary"), key=lambda r: r["num_batches"])
+    rows = [
+        (
+            str(r["num_batches"]),
+            f"{r['tokens_per_second']:.1f}",
+            f"{r['seconds']:.1f} s",
+            f"{r['compute_alone_seconds']:.1f} s",
+            f"{r['io_alone_seconds']:.1f} s",
+            f"{r['ratio']:.2f}",
+        )
+        for r in chosen
+    ]
+    header = ("batches", "tokens/s", "block", "compute alone", "reading alone", "ratio")
+    first = chosen[0]
+    note = (
+        f"{first['preset']} shapes in bfloat16, all weights on disk and read past the page cache, "
+        f"cache in memory, {first['prompt_len']} prompt tokens, {first['gen_len']} generated, "
+        f"batches of {first['batch']}, 2 CPU cores; {_times(chosen)} each. Ratio: the block ÷ the "
+        "larger of the two."
+    )
+    return f"{note}\n\n{table(header, rows)}"
+
+
+TARGETS = {
+    "README.md": {
         "offload": offload,
         "stream_weights": streaming,
         "memory": memory,
         "startup": startup,
-    }
+    },
+    "docs/throughput.md": {"growth": growth},
+}
+
+
+def updated(target: str, results: Path) -> str:
+    """The text of ``target`` with its tables made anew."""
+    records = [json.loads(line) for line in results.read_text().splitlines()]
     parts = []
-    for name, make in makers.items():
+    for name, make in TARGETS[target].items():
         chosen = [r for r in records if r["benchmark"] == name]
         if chosen:
             parts.append(make(chosen))
-    return "\n\n".join(parts)
+    tables = "\n\n".join(parts)
+    text = (ROOT / target).read_text(encoding="utf-8")
+    pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
+    return re.sub(pattern, lambda _: f"{BEGIN}\n\n{tables}\n\n{END}", text, flags=re.DOTALL)
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    tables = render(ROOT / "benchmarks" / "results.jsonl")
-    pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
-    updated = re.sub(pattern, lambda _: f"{BEGIN}\n\n{tables}\n\n{END}", text, flags=re.DOTALL)
-    if "--check" in sys.argv:
-        sys.exit(updated != text and "README.md: run python benchmarks/tables.py")
-    readme.write_text(updated, encoding="utf-8")
+    stale = []
+    for target in TARGETS:
+        text = updated(target, ROOT / "benchmarks" / "results.jsonl")
+        if "--check" not in sys.argv:
+            (ROOT / target).write_text(text, encoding="utf-8")
+        elif text != (ROOT / target).read_text(encoding="utf-8"):
+            stale.append(target)
+    sys.exit(f"{', '.join(stale)}: run python benchmarks/tables.py" if stale else 0)
 
 
 if __name__ == "__main__":
