@@ -6,7 +6,9 @@ blocks finish, and take their final name, in input order, when the job is done.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -83,39 +85,82 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 class Results:
     """Collects the records of a job. A context manager: entering proves ``path`` writable.
 
+    What an earlier job left in ``OUT.partial`` is moved to ``OUT.partial.old`` when there is
+    something to write, and not before.
+
     Raises:
-        JobError: the output cannot be written.
+        JobError: the output cannot be written, or another job is writing it.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.partial = path.with_name(path.name + ".partial")
+        self.path = path.resolve()  # a link stays one
+        self.partial = self.path.with_name(self.path.name + ".partial")
         self._records: dict[int, dict[str, Any]] = {}
         self._file: IO[str] | None = None
+        self._earlier = False
 
     def __enter__(self) -> Results:
         if self.path.is_dir():
             raise JobError(f"cannot write {self.path}: it is a directory")
+        if self.path.exists() and not self.path.is_file():
+            raise JobError(f"cannot write {self.path}: it is not a regular file")
+        self._file = self._opened()
+        self._earlier = os.fstat(self._file.fileno()).st_size > 0
+        return self
+
+    def _opened(self) -> IO[str]:
         try:
-            self._file = self.partial.open("w", encoding="utf-8")
+            file = self.partial.open("a", encoding="utf-8")
         except OSError as error:
             raise JobError(f"cannot write {self.path}: {error.strerror}") from error
-        return self
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise JobError(f"cannot write {self.path}: another job is writing it") from None
+        return file
+
+    def _begin(self) -> IO[str]:
+        assert self._file is not None
+        if self._earlier:
+            os.replace(self.partial, self.partial.with_name(self.partial.name + ".old"))
+            self._file.close()
+            self._file, self._earlier = self._opened(), False
+        return self._file
 
     def __len__(self) -> int:
         return len(self._records)
 
     def add(self, records: dict[int, dict[str, Any]]) -> None:
-        """Keeps ``records`` (line number -> record), durably."""
-        assert self._file is not None
-        for record in records.values():
-            self._file.write(_dump(record))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Keeps ``records`` (line number -> record), durably.
+
+        Raises:
+            JobError: the disk did not take them.
+        """
+        try:
+            file = self._begin()
+            file.writelines(map(_dump, records.values()))
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError as error:
+            raise JobError(f"cannot write {self.partial}: {error.strerror}") from error
         self._records.update(records)
 
     def finish(self) -> None:
-        """Writes all records in input order under the final name."""
+        """Writes all records in input order under the final name.
+
+        Raises:
+            JobError: the disk did not take them; they are in ``partial``.
+        """
+        try:
+            self._begin()
+            self._finish()
+        except OSError as error:
+            raise JobError(
+                f"cannot write {self.path}: {error.strerror}; the results are in {self.partial}"
+            ) from error
+
+    def _finish(self) -> None:
         ordered = self.path.with_name(self.path.name + ".ordered")
         with ordered.open("w", encoding="utf-8") as f:
             f.writelines(_dump(self._records[line]) for line in sorted(self._records))
@@ -126,9 +171,11 @@ class Results:
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
-            self._file.close()
-            if not self._records:  # nothing worth keeping
+            if not self._records and not self._earlier:  # nothing worth keeping
                 self.partial.unlink(missing_ok=True)
+            # What could not be written is not tried again: it was said already.
+            with contextlib.suppress(OSError):
+                self._file.close()
 
 
 def _dump(record: dict[str, Any]) -> str:

@@ -45,6 +45,8 @@ def _plain_errors() -> Iterator[None]:
         raise Failure(str(error), code=1) from error
     except (ValueError, ImportError, OSError, StorageError) as error:
         raise Failure(str(error)) from error
+    except KeyboardInterrupt:
+        raise Failure("interrupted", code=130) from None
 
 
 def _say(message: str) -> None:
@@ -214,6 +216,9 @@ def generate(
                 raise Failure("give --input and --output, or --prompt-len to measure")
             elif not input_path.is_file():
                 raise Failure(f"no input file {input_path}")
+            elif input_path.resolve() == output_path.resolve():
+                raise Failure(f"input and output are the same file, {input_path}")
+            _check_pictures(trace, plot)
             scratch = stack.enter_context(measured.directory(prompt_len))
             defaults = SamplingParams(**options)
             results = stack.enter_context(batch.Results(output_path or scratch / "out.jsonl"))
@@ -250,7 +255,7 @@ def generate(
                         batch.run_job(llm, job, results, model=model, progress=advance)
                     except KeyboardInterrupt:
                         raise Failure(f"interrupted: {_kept(results, job)}", code=130) from None
-                    except ExecutionError as error:
+                    except (ExecutionError, batch.JobError) as error:
                         raise Failure(f"{error}. {_kept(results, job)}", code=1) from error
                 report = llm.report
         say(_after(job, report, output_path))
@@ -293,6 +298,10 @@ def _after(job: Job, report: Report | None, output_path: Path | None) -> str:
                 else ""
             )
         )
+    for line, record in list(job.errors.items())[:3]:
+        lines.append(f"line {line}: {record['error']['message']}")
+    if len(job.errors) > 3:
+        lines.append(f"and {len(job.errors) - 3} more bad lines: see their records")
     where = output_path or "not kept, --output was not given"
     lines.append(f"{len(job.requests)} succeeded, {len(job.errors)} failed: {where}")
     return "\n".join(lines)
@@ -306,6 +315,17 @@ def _kept(results: Results, job: Job) -> str:
         f"{done} of {len(job.requests)} requests were finished; "
         f"their results are in {results.partial}"
     )
+
+
+def _check_pictures(trace: Path | None, plot: Path | None) -> None:
+    """What would fail after hours of work fails before."""
+    for path in (trace, plot):
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise Failure(f"cannot write {path}: it is a directory, or its directory is missing")
+    if plot is not None:
+        from scheduling.plot import check_format
+
+        check_format(plot)
 
 
 def _write_pictures(
@@ -331,7 +351,7 @@ def _write_pictures(
     show_default=True,
     help="Where completions, trace and picture go.",
 )
-@click.option("--max-tokens", type=int, default=48, show_default=True)
+@click.option("--max-tokens", type=click.IntRange(1, 256), default=48, show_default=True)
 def demo(output_dir: Path, max_tokens: int) -> None:
     """Run a bundled tiny model with all its weights on disk, and show what happened."""
     with _plain_errors():

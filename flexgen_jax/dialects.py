@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,13 +47,18 @@ def parse_line(raw: bytes, line: int) -> Asked:
         LineError: not UTF-8, not a JSON object, or fields that do not make a request.
     """
     try:
-        values = json.loads(raw.decode("utf-8"))
+        values = json.loads(raw.decode("utf-8-sig"))
     except (UnicodeDecodeError, RecursionError) as error:
         raise LineError("invalid_json", f"not UTF-8 JSON: {error}") from error
     except ValueError as error:
         raise LineError("invalid_json", f"not JSON: {error}") from error
     if not isinstance(values, dict):
         raise LineError("invalid_request", f"expected a JSON object, got {type(values).__name__}")
+    try:
+        json.dumps(values, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = repr(error.object[error.start])
+        raise LineError("invalid_request", f"half of a surrogate pair, {half}: no text") from error
     return (
         _openai(values, line) if "custom_id" in values or "body" in values else _plain(values, line)
     )
@@ -60,7 +66,7 @@ def parse_line(raw: bytes, line: int) -> Asked:
 
 def _plain(values: dict[str, Any], line: int) -> Asked:
     line_id = values.pop("id", None)
-    if isinstance(line_id, (dict, list)):
+    if isinstance(line_id, (dict, list, bool)) or line_id in (math.inf, -math.inf):
         raise LineError("invalid_request", f"id must be a text or a number, got {line_id!r}")
     line_id = line if line_id is None else line_id
     prompt = {k: values.pop(k) for k in _PROMPT_FIELDS if k in values}

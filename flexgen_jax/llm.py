@@ -89,7 +89,13 @@ class LLM:
         self.schedule_name, self._schedule = _schedule(schedule)
         limits = parse_bytes(device_memory), parse_bytes(host_memory)
         if policy != "auto":
+            if not isinstance(policy, Policy):
+                raise ValueError(f"policy must be 'auto' or a Policy, got {policy!r}")
             _refuse_unbuilt(policy)
+        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+            raise ValueError(f"seed must be an integer of at least 0, got {seed!r}")
+        if disk is not None and not isinstance(disk, DiskContext):
+            raise ValueError(f"disk must be a DiskContext, got {disk!r}")
         store = resolve(str(model), dtype=dtype, offload_dir=offload_dir, say=say or _log)
         self._model = open_store(store, dtype=dtype)
         self.config = self._model.config
@@ -104,6 +110,7 @@ class LLM:
         self._scratch = cache_directory() if offload_dir is None else Path(offload_dir)
         self._weights = Weights(self._model, self.placement, context=disk, wrap=wrap_store)
         self._rings: Rings | None = None
+        self._closed = False
 
     @property
     def policy(self) -> Policy:
@@ -163,6 +170,8 @@ class LLM:
         Raises:
             RequestError: what is wrong with it.
         """
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"sampling parameters must be SamplingParams, got {_shown(params)}")
         text, ids = _parse_prompt(prompt)
         if ids is None:
             assert text is not None
@@ -170,7 +179,10 @@ class LLM:
                 raise RequestError(
                     "this model has no tokenizer files; give prompt_token_ids instead of text"
                 )
-            ids = self.tokenizer.encode(text)
+            try:
+                ids = self.tokenizer.encode(text)
+            except UnicodeEncodeError as error:
+                raise RequestError(f"the prompt is no text: {error}") from error
         if not ids:
             raise RequestError("the prompt has no tokens; give at least one")
         vocab = self.config.vocab_size
@@ -195,6 +207,8 @@ class LLM:
         on_logits: OnLogits | None = None,
     ) -> list[RequestOutput]:
         """Completes checked requests; results in their order. Sets :attr:`report`."""
+        if self._closed:
+            raise ValueError("this LLM is closed; make another one")
         blocks = self.blocks(requests)
         # Refuse a bad schedule before anything runs; most blocks of a job are alike.
         for workload in {self._workload(block) for block in blocks}:
@@ -333,6 +347,7 @@ class LLM:
 
     def close(self) -> None:
         """Gives back the weights' memory and file handles."""
+        self._closed = True
         if self._rings is not None:
             self._rings.close()
             self._rings = None

@@ -11,7 +11,7 @@ from scheduling.policy import Policy
 from scheduling.timeline import Timeline
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Report:
     """Figures of one ``generate`` call.
 
@@ -43,6 +43,13 @@ class Report:
     disk_bytes: int
     disk_bytes_written: int
     timeline: Timeline
+
+    def __repr__(self) -> str:
+        """Short: spans and cells run to megabytes."""
+        return (
+            f"<Report: {self.generated_tokens} tokens of {self.requests} requests in "
+            f"{self.seconds:.2f} s, {self.tokens_per_second:.2f} tokens/s>"
+        )
 
     @property
     def tokens_per_second(self) -> float:

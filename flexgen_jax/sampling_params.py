@@ -19,6 +19,9 @@ _NOT_YET = {
     "bad_words": None,
 }
 MAX_LOGPROBS = 20
+# Beyond these nothing changes any more, and numbers overflow.
+MAX_TEMPERATURE = 1e6
+MAX_TOP_K = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,15 +94,15 @@ class SamplingParams:
     def _check_ranges(self) -> None:
         number = _is_number
         _require(
-            number(self.temperature) and 0 <= self.temperature < float("inf"),
+            number(self.temperature) and 0 <= self.temperature <= MAX_TEMPERATURE,
             "temperature",
-            "a number of at least 0",
+            f"a number from 0 to {MAX_TEMPERATURE:g}",
             self.temperature,
         )
         _require(
-            _is_int(self.top_k) and self.top_k >= -1,
+            _is_int(self.top_k) and -1 <= self.top_k <= MAX_TOP_K,
             "top_k",
-            "an integer of at least -1",
+            f"an integer from -1 to {MAX_TOP_K}",
             self.top_k,
         )
         _require(

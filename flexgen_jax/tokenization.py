@@ -15,6 +15,12 @@ class Tokenizer:
         self._backend = backend
 
     def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``.
+
+        Raises:
+            UnicodeEncodeError: half of a surrogate pair, which is no text.
+        """
+        text.encode("utf-8")
         return self._backend.encode(text).ids
 
     def decode(self, token_ids: Sequence[int]) -> str:

@@ -53,7 +53,7 @@ class Cell:
 class Placement:
     """Where every tensor of one kind lies."""
 
-    cells: tuple[Cell, ...]
+    cells: tuple[Cell, ...] = dataclasses.field(repr=False)
 
     @classmethod
     def of(cls, cells: Iterable[tuple[str, int, Tier]]) -> Placement:

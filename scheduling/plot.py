@@ -18,6 +18,23 @@ _COLOURS = {
 }
 
 
+def check_format(path: str | Path) -> None:
+    """Whether :func:`plot` could draw to ``path``: to be known before a long run.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: no format of that name.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise ImportError("drawing needs matplotlib: pip install 'flexgen-jax[plot]'") from error
+    suffix = Path(path).suffix.lstrip(".").lower()
+    known = FigureCanvasBase.get_supported_filetypes()
+    if suffix not in known:
+        raise ValueError(f"cannot draw {path}: expected one of .{', .'.join(sorted(known))}")
+
+
 def _kind(span: Span) -> str:
     if span.op == "Compute":
         return "decode" if span.step else "prefill"

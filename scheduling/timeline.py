@@ -53,7 +53,7 @@ class Span:
 class Timeline:
     """Spans, ordered by their start. ``label`` tells predicted from measured."""
 
-    spans: tuple[Span, ...]
+    spans: tuple[Span, ...] = dataclasses.field(repr=False)
     label: str = "timeline"
 
     @property

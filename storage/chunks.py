@@ -152,7 +152,7 @@ def _direct_flag(directory: Path) -> int:
     except OSError:
         return 0
     try:
-        os.pwritev(file, [aligned_bytes(mmap.PAGESIZE, touch=True)], 0)
+        os.pwritev(file, [aligned_bytes(mmap.PAGESIZE, touch=True).data], 0)
     except OSError as error:
         if error.errno == errno.EINVAL:
             return 0

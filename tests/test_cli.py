@@ -1,6 +1,7 @@
 """The command line as a user meets it: files, flags, mistakes, exit codes."""
 
 import contextlib
+import errno
 import json
 import os
 import pty
@@ -14,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 import flexgen_jax as fg
+from flexgen_jax.batch import Results
 from flexgen_jax.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -119,6 +121,90 @@ def test_bad_lines_become_records_and_the_others_run(job):
     assert "2 succeeded, 9 failed" in result.stderr
 
 
+def test_what_is_no_text_or_no_number_is_one_bad_line(job):
+    lines = [
+        '\ufeff{"prompt_token_ids": [5]}',  # as Windows begins a file
+        r'{"prompt": "\ud800 x"}',
+        r'{"id": "\ud800", "prompt_token_ids": [5]}',
+        '{"id": true, "prompt_token_ids": [5]}',
+        '{"id": 1e400, "prompt_token_ids": [5]}',
+        '{"prompt_token_ids": [5], "temperature": 1, "top_k": 100000000000}',
+        '{"prompt_token_ids": [5], "temperature": 1e300}',
+        '{"prompt_token_ids": [5], "temperature": 1' + "0" * 320 + "}",
+    ]
+    result, records = job(lines)
+    assert result.exit_code == 0, result.output
+    assert [("error" in r) for r in records] == [False] + [True] * 7
+    messages = [r["error"]["message"] for r in records[1:]]
+    for message, words in zip(
+        messages,
+        ["half of a surrogate pair"] * 2
+        + ["id must be"] * 2
+        + ["top_k must be"]
+        + ["temperature must be"] * 2,
+        strict=True,
+    ):
+        assert words in message
+    assert "line 2: half of a surrogate pair" in result.stderr
+    assert "and 4 more bad lines" in result.stderr
+
+
+def test_outputs_that_must_not_be_replaced(job, tmp_path, offload):
+    result, _ = job([{"prompt_token_ids": [5]}])
+    assert result.exit_code == 0
+    base = ["generate", "--model", MODEL, "--offload-dir", offload, "-i", tmp_path / "in.jsonl"]
+
+    def run(*more):
+        return CliRunner().invoke(main, [str(a) for a in (*base, *more)])
+
+    same = run("-o", tmp_path / "in.jsonl")
+    assert (same.exit_code, "are the same file" in same.stderr) == (2, True)
+    os.mkfifo(tmp_path / "pipe")
+    pipe = run("-o", tmp_path / "pipe")
+    assert (pipe.exit_code, "not a regular file" in pipe.stderr) == (2, True)
+    assert (tmp_path / "pipe").is_fifo()
+    (tmp_path / "link").symlink_to(tmp_path / "out.jsonl")
+    before = (tmp_path / "out.jsonl").read_text()
+    (tmp_path / "out.jsonl").write_text("")
+    assert run("-o", tmp_path / "link").exit_code == 0
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "out.jsonl").read_text() == before
+
+
+def test_what_an_earlier_job_left_is_not_lost_by_a_mistyped_one(job, tmp_path):
+    partial = tmp_path / "out.jsonl.partial"
+    partial.write_text("hours of work\n")
+    result, _ = job([{"prompt_token_ids": [5]}], model="nowhere/to-be-found")
+    assert result.exit_code == 2
+    assert partial.read_text() == "hours of work\n"
+    result, records = job([{"prompt_token_ids": [5]}])
+    assert result.exit_code == 0
+    assert len(records) == 1
+    assert not partial.exists()
+    assert (tmp_path / "out.jsonl.partial.old").read_text() == "hours of work\n"
+
+
+def test_two_jobs_do_not_share_an_output(job, tmp_path):
+    with Results(tmp_path / "out.jsonl"):
+        result, _ = job([{"prompt_token_ids": [5]}])
+    assert result.exit_code == 2
+    assert "another job is writing it" in result.stderr
+
+
+def test_a_disk_that_fills_while_results_are_written(job, monkeypatch, tmp_path):
+    real = os.fsync
+
+    def full(file):
+        if (tmp_path / "out.jsonl.partial").stat().st_size > 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(file)
+
+    monkeypatch.setattr("flexgen_jax.batch.os.fsync", full)
+    result, _ = job([{"prompt_token_ids": [5]}])
+    assert result.exit_code == 1
+    assert "out.jsonl.partial: No space left on device" in result.stderr
+
+
 def test_if_no_line_is_good_the_exit_code_says_so(job):
     result, records = job(["nonsense"])
     assert result.exit_code == 1
@@ -189,6 +275,9 @@ def test_openai_lines_are_answered_in_their_dialect(job):
         (["--pin-weight", "false"], "not supported: --pin-weight false"),
         (["--overlap", "--no-overlap"], "exclude each other"),
         (["--prompt-len", "8"], "leave --input out"),
+        (["--plot", "picture.xyz"], "cannot draw picture.xyz: expected one of"),
+        (["--trace", "nowhere/trace.json"], "cannot write nowhere/trace.json"),
+        (["--seed", "-1"], "seed must be an integer of at least 0, got -1"),
         (["--cache-slots", "0"], "cache_slots must be an integer of at least 1"),
         (["--schedule", "zagzig"], "no schedule 'zagzig'"),
         (["--temperature", "-1"], "temperature must be"),

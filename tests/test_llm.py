@@ -532,6 +532,28 @@ def test_closing_gives_the_weights_back_at_once(offload):
     assert not ours() & before
 
 
+def test_wrong_kinds_of_arguments_are_named(offload):
+    model = str(GOLDENS / "pre_norm")
+    for options, words in (
+        ({"policy": "autoo"}, "policy must be 'auto' or a Policy, got 'autoo'"),
+        ({"policy": None}, "policy must be 'auto' or a Policy"),
+        ({"seed": "a"}, "seed must be an integer of at least 0, got 'a'"),
+        ({"disk": "direct"}, "disk must be a DiskContext, got 'direct'"),
+        ({"slots": {"cash_slots": 3}}, "no slots 'cash_slots'; known: weight_slots"),
+    ):
+        with pytest.raises(ValueError, match=r"got|known") as caught:
+            fg.LLM(model, offload_dir=offload, **options)
+        assert words in str(caught.value)
+    with fg.LLM(model, policy=policy(), offload_dir=offload) as llm:
+        with pytest.raises(fg.RequestError, match="sampling parameters must be SamplingParams"):
+            llm.generate([[5], [6]], ["x", "y"])
+        llm.generate([5], GREEDY)
+        assert len(repr(llm.report)) < 200
+        assert len(repr(llm.report.timeline)) + len(repr(llm.report.placement)) < 500
+    with pytest.raises(ValueError, match="this LLM is closed"):
+        llm.generate([5], GREEDY)
+
+
 def test_wrong_schedule_and_model_names(offload, tmp_path):
     with pytest.raises(ValueError, match="no schedule 'zigzga'; known: lock_step, row_by_row"):
         fg.LLM(str(GOLDENS / "pre_norm"), schedule="zigzga", offload_dir=offload)

@@ -161,10 +161,10 @@ def test_logprobs_zero_gives_the_chosen_token_only(logits):
 @pytest.mark.parametrize(
     ("field", "value", "word"),
     [
-        ("temperature", -0.1, "at least 0"),
-        ("temperature", float("nan"), "at least 0"),
+        ("temperature", -0.1, "from 0 to 1e+06"),
+        ("temperature", float("nan"), "from 0 to 1e+06"),
         ("temperature", "hot", "a number"),
-        ("top_k", -2, "at least -1"),
+        ("top_k", -2, "from -1 to 2147483647"),
         ("top_p", 0.0, "(0, 1]"),
         ("top_p", 1.1, "(0, 1]"),
         ("min_p", 2, "[0, 1]"),
