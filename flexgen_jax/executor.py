@@ -16,7 +16,7 @@ import queue
 import threading
 import time
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -161,6 +161,21 @@ class _Watch(threading.Thread):
             previous = end
 
 
+def _end(run: _Run, threads: Sequence[_Worker | _Watch]) -> None:
+    """Waits for the threads, the watch last, whatever interrupts: none may outlive the run."""
+    interrupt: KeyboardInterrupt | None = None
+    while any(thread.is_alive() for thread in threads):
+        try:
+            for thread in threads:
+                thread.queue.put(None)
+                thread.join()
+        except KeyboardInterrupt as error:
+            interrupt = error
+            run.cancel()
+    if interrupt is not None:
+        raise interrupt
+
+
 def execute(
     ops: Iterable[Op], workload: Workload, effects: Effects, *, look_ahead: int | None = None
 ) -> Timeline:
@@ -231,11 +246,7 @@ def execute(
         run.cancel()
         raise
     finally:
-        for worker in workers.values():
-            worker.queue.put(None)
-            worker.join()
-        watch.queue.put(None)
-        watch.join()
+        _end(run, [*workers.values(), watch])
     if run.failure is not None:
         op, error = run.failure
         raise ExecutionError(op, error) from error

@@ -168,6 +168,23 @@ def test_an_interrupt_ends_the_run(monkeypatch):
         execute(interrupted(workload), workload, Recorder())
 
 
+def test_an_interrupt_while_the_threads_end_leaves_none_of_them(monkeypatch):
+    """It may come when all is done: to the wait for the threads themselves."""
+    join, impatient = threading.Thread.join, [1, 1, 1]
+
+    def interrupted(thread, timeout=None):
+        if thread.name.startswith("flexgen-") and impatient:
+            impatient.pop()
+            raise KeyboardInterrupt
+        join(thread, timeout)
+
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    workload = Workload(num_steps=1, num_layers=2, num_batches=1)
+    with pytest.raises(KeyboardInterrupt):
+        execute(zigzag(workload), workload, Recorder())
+    assert not [t for t in threading.enumerate() if t.name.startswith("flexgen-")]
+
+
 def test_an_invalid_schedule_is_refused_at_the_op():
     workload = Workload(num_steps=1, num_layers=2, num_batches=1)
     ops = [op for op in zigzag(workload) if op != LoadWeights(0, 1)]
