@@ -213,12 +213,17 @@ class Result:
     best_step: int
 
 
-def train(text: str, options: argparse.Namespace) -> tuple[opt.Params, Tokenizer, Result]:
-    """Trains on the first 95% of ``text``; returns the parameters that were best on the rest."""
+def divide(text: str) -> tuple[str, str]:
+    """The first 95% of ``text``, to train on, and the rest, to be held out."""
     cut = text.rfind("\n\n", 0, int(len(text) * 0.95)) + 2
     if cut < 2:
         raise SystemExit("the text needs paragraphs, separated by empty lines")
-    seen, unseen = text[:cut], text[cut:]
+    return text[:cut], text[cut:]
+
+
+def train(text: str, options: argparse.Namespace) -> tuple[opt.Params, Tokenizer, Result]:
+    """Trains on the first 95% of ``text``; returns the parameters that were best on the rest."""
+    seen, unseen = divide(text)
     tokenizer = train_tokenizer(seen, options.vocab)
     tokens, starts = speech_starts(tokenizer, seen)
     held_out = encode(tokenizer, unseen)
@@ -412,8 +417,8 @@ little. It is there to show and to test software; it is good for nothing else.
   {result.seconds / 60:.0f} minutes on a CPU. The weights are those of step {result.best_step:,}, \
 the best on the last 5%
   of the text, which was held out.
-- **Held-out text:** {result.held_out_tokens:,} tokens, in pieces of {result.held_out_context}: \
-{result.held_out_loss:.3f} nats per token, perplexity
+- **Held-out text** (`held_out.txt`)**:** {result.held_out_tokens:,} tokens, in pieces of \
+{result.held_out_context}: {result.held_out_loss:.3f} nats per token, perplexity
   {result.perplexity:.1f} per token, {result.bits_per_byte:.3f} bits per byte.
 """
 
@@ -472,6 +477,7 @@ def main(arguments: list[str] | None = None) -> None:
     text = options.text.read_text(encoding="utf-8")
     params, tokenizer, result = train(text, options)
     save(options.out, params, tokenizer, result, model_card(options, result))
+    (options.out / "held_out.txt").write_text(divide(text)[1], encoding="utf-8")
     figures = {k: v for k, v in dataclasses.asdict(result).items() if k != "config"}
     print(f"wrote {options.out}")
     print(json.dumps(figures))

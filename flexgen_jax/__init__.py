@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from flexgen_jax.checkpoint import convert, convert_dummy, open_store
     from flexgen_jax.config import OPTConfig
     from flexgen_jax.executor import ExecutionError
-    from flexgen_jax.llm import LLM, RequestError
+    from flexgen_jax.llm import LLM
     from flexgen_jax.outputs import CompletionOutput, Logprob, RequestOutput
+    from flexgen_jax.prompts import RequestError
     from flexgen_jax.report import Report
     from flexgen_jax.sampling_params import SamplingParams
+    from flexgen_jax.scoring import Perplexity, Score, perplexity
     from scheduling.policy import Policy, Split, Tier
     from scheduling.schedules import SCHEDULES
     from scheduling.timeline import Timeline, write_trace
@@ -35,12 +37,15 @@ _HOME = {
     "OPTConfig": "flexgen_jax.config",
     "ExecutionError": "flexgen_jax.executor",
     "LLM": "flexgen_jax.llm",
-    "RequestError": "flexgen_jax.llm",
+    "RequestError": "flexgen_jax.prompts",
     "CompletionOutput": "flexgen_jax.outputs",
     "Logprob": "flexgen_jax.outputs",
     "RequestOutput": "flexgen_jax.outputs",
     "Report": "flexgen_jax.report",
     "SamplingParams": "flexgen_jax.sampling_params",
+    "Perplexity": "flexgen_jax.scoring",
+    "Score": "flexgen_jax.scoring",
+    "perplexity": "flexgen_jax.scoring",
     "Policy": "scheduling.policy",
     "Split": "scheduling.policy",
     "Tier": "scheduling.policy",

@@ -50,7 +50,7 @@ def read_job(llm: LLM, path: Path, defaults: SamplingParams) -> Job:
     """
     job = Job([], [], {})
     seen: dict[Any, int] = {}
-    for line, raw in _lines(path):
+    for line, raw in input_lines(path):
         try:
             asked = parse_line(raw, line)
             try:
@@ -72,7 +72,12 @@ def read_job(llm: LLM, path: Path, defaults: SamplingParams) -> Job:
     return job
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def input_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Number and bytes of every line that is not blank.
+
+    Raises:
+        JobError: the file cannot be read.
+    """
     try:
         with path.open("rb") as f:
             for number, raw in enumerate(f, 1):

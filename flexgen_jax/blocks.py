@@ -21,12 +21,22 @@ CACHE_MULTIPLE = 32
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Request:
-    """A prompt that has passed every check. ``index`` is its place in the input."""
+    """A prompt that has passed every check.
+
+    Attributes:
+        index: Its place in the input.
+        scored: Per prompt token, the one that comes next, whose log-probability is wanted; -1: of
+            none. None: of none at all.
+        forced: What comes out, token by token, whatever is likeliest: to follow a given text
+            through the cache as generating does.
+    """
 
     index: int
     prompt: str | None
     token_ids: tuple[int, ...]
     params: SamplingParams
+    scored: tuple[int, ...] | None = None
+    forced: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from flexgen_jax.blocks import Batch, Block
 from flexgen_jax.config import OPTConfig
+from flexgen_jax.kv_cache import CacheFormat
 from scheduling.placement import Placement, place
 from scheduling.policy import Policy, Split, Tier
 from storage.device import DeviceSequences
@@ -37,10 +38,15 @@ def hidden_name(batch: int) -> str:
     return f"hidden.batch_{batch}"
 
 
-def cache_sizes(batch: Batch, config: OPTConfig, dtype: Any) -> list[int]:
-    """Bytes of the keys and of the values of one layer and ``batch``."""
-    width = config.hidden_size * jnp.dtype(dtype).itemsize
-    return [batch.rows * batch.cache_len * width] * 2
+def cache_format(policy: Policy) -> CacheFormat:
+    """How the policy wants keys and values kept."""
+    return CacheFormat(policy.cache_bits, policy.group_size)
+
+
+def cache_sizes(batch: Batch, config: OPTConfig, dtype: Any, form: CacheFormat) -> list[int]:
+    """Bytes of the arrays that one layer and ``batch`` keep: of its keys, then of its values."""
+    heads = batch.rows * batch.cache_len * config.num_attention_heads
+    return [heads * n for n in form.position_nbytes(config.head_dim, dtype)] * 2
 
 
 def hidden_nbytes(batch: Batch, config: OPTConfig, dtype: Any) -> int:
@@ -48,15 +54,16 @@ def hidden_nbytes(batch: Batch, config: OPTConfig, dtype: Any) -> int:
     return batch.rows * batch.prompt_len * config.hidden_size * jnp.dtype(dtype).itemsize
 
 
-def place_cache(block: Block, config: OPTConfig, dtype: Any, split: Split) -> Placement:
+def place_cache(block: Block, config: OPTConfig, dtype: Any, policy: Policy) -> Placement:
     """Deals the cells of the cache to tiers (DESIGN §4), layer after layer."""
+    form = cache_format(policy)
     cells = [
-        (cache_name(config, layer, number), sum(cache_sizes(batch, config, dtype)))
+        (cache_name(config, layer, number), sum(cache_sizes(batch, config, dtype, form)))
         for layer in range(1, len(config.units) - 1)
         for number, batch in enumerate(block.batches)
         if batch.num_steps > 1  # one new token needs no cache
     ]
-    return _dealt(cells, split)
+    return _dealt(cells, policy.cache)
 
 
 def place_hidden(block: Block, config: OPTConfig, dtype: Any, split: Split) -> Placement:
@@ -98,7 +105,7 @@ class Cells:
         wrap: WrapStore | None = None,
     ) -> None:
         self.policy = policy
-        self.cache_of = [place_cache(b, config, dtype, policy.cache) for b in blocks]
+        self.cache_of = [place_cache(b, config, dtype, policy) for b in blocks]
         self.hidden_of = [place_hidden(b, config, dtype, policy.hidden) for b in blocks]
         self._stack = contextlib.ExitStack()
         self._disks: list[DiskSequences] = []
@@ -127,9 +134,11 @@ class Cells:
     ) -> dict[Tier, SequenceStore]:
         hosted = kind == "cache" and self.policy.host_attention
         device = jax.local_devices(backend="cpu")[0] if hosted else jax.local_devices()[0]
+        sparse = kind == "cache" and self.policy.attention_sparsity < 1
         stores: dict[Tier, Any] = {
             Tier.DEVICE: DeviceSequences(),
-            Tier.HOST: HostSequences(device) if hosted else host_sequences(device),
+            # Pinned memory cannot be indexed where it lies.
+            Tier.HOST: HostSequences(device) if hosted or sparse else host_sequences(device),
         }
         if needs[kind]:
             assert root is not None

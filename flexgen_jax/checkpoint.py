@@ -20,11 +20,13 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from statistics import NormalDist
+from typing import Protocol
 
 import numpy as np
 
 from flexgen_jax.config import OPTConfig
 from flexgen_jax.huggingface import (
+    COMPANION_FILES,
     HuggingFaceModel,
     ModelNotFoundError,
     SourceError,
@@ -36,6 +38,7 @@ from flexgen_jax.huggingface import (
 from flexgen_jax.manifest import MANIFEST_NAME, Manifest, Source, TensorEntry
 from flexgen_jax.params import param_shapes
 from flexgen_jax.store_writer import Progress, Say, write_store
+from flexgen_jax.weight_format import WeightFormat
 from storage.array_file import ArrayFile, StoreError, describe_array, dtype_of
 
 __all__ = [
@@ -58,6 +61,8 @@ DTYPES = ("float32", "bfloat16")
 DUMMY_SCALE = 0.02  # the standard deviation OPT is initialised with
 _DUMMY_VERSION = 1  # raise it when the same seed gives other numbers
 _DUMMY_BLOCK = 1 << 20  # elements
+_COPY_NBYTES = 1 << 22
+GROUP_SIZE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +73,15 @@ class StoredModel:
         path: The directory.
         config: Of the model.
         manifest: What the store says about itself.
-        arrays: Flat name -> array file of every parameter, in layer order.
+        arrays: Flat name -> array file of everything stored, in layer order.
+        format: How parameters are stored.
     """
 
     path: Path
     config: OPTConfig
     manifest: Manifest
     arrays: Mapping[str, ArrayFile]
+    format: WeightFormat
 
     @property
     def dtype(self) -> str:
@@ -87,6 +94,8 @@ def convert(
     store: str | Path,
     *,
     dtype: str = "float32",
+    weight_bits: int | None = None,
+    group_size: int = GROUP_SIZE,
     progress: Progress | None = None,
     say: Say | None = None,
 ) -> Path:
@@ -97,9 +106,11 @@ def convert(
 
     Args:
         source: A directory with ``config.json`` and safetensors or ``.bin`` weights, or a name on
-            the hub.
+            the hub; to quantise, a weight store too.
         store: The directory to write.
         dtype: Of the stored weights, one of ``DTYPES``.
+        weight_bits: 4 or 8: quantise them (:mod:`flexgen_jax.weight_format` says which).
+        group_size: The most elements that share a scale.
         progress: Called as (bytes done, bytes in all, tensor) after each block.
         say: Called with a line when it resumes, or waits for another process.
 
@@ -111,13 +122,16 @@ def convert(
         SourceError: its files are damaged or incomplete.
         StoreError: ``store`` is something else, or cannot be written.
     """
-    _check_dtype(dtype)
+    form = _format(dtype, weight_bits, group_size)
     if is_store(source):
-        raise SourceError(
-            f"{source} is a weight store already; convert the Hugging Face model it was made from"
-        )
+        if weight_bits is None:
+            raise SourceError(
+                f"{source} is a weight store already; convert the Hugging Face model it was made "
+                "from, or quantise it with --weight-bits"
+            )
+        return _convert(_Stored(open_store(source, dtype=dtype)), Path(store), form, progress, say)
     directory, name = _find(str(source))
-    return _convert(HuggingFaceModel(directory, name), Path(store), dtype, progress, say)
+    return _convert(HuggingFaceModel(directory, name), Path(store), form, progress, say)
 
 
 def convert_dummy(
@@ -125,6 +139,8 @@ def convert_dummy(
     store: str | Path,
     *,
     dtype: str = "float32",
+    weight_bits: int | None = None,
+    group_size: int = GROUP_SIZE,
     seed: int = 0,
     progress: Progress | None = None,
     say: Say | None = None,
@@ -136,14 +152,14 @@ def convert_dummy(
 
     Args:
         model: A preset such as ``facebook/opt-1.3b``, the path of a ``config.json``, or a config.
-        store, dtype, progress, say: As in :func:`convert`.
+        store, dtype, weight_bits, group_size, progress, say: As in :func:`convert`.
         seed: Not negative.
 
     Raises:
         ConfigError: neither a preset nor a readable config.
         StoreError: ``store`` is something else, or cannot be written.
     """
-    _check_dtype(dtype)
+    form = _format(dtype, weight_bits, group_size)
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}")
     if isinstance(model, OPTConfig):
@@ -158,9 +174,9 @@ def convert_dummy(
     shapes = param_shapes(config)
     return write_store(
         Path(store),
-        _manifest(config, dtype, source),
-        lambda name: _dummy_blocks(name, shapes[name], dtype_of(dtype), seed),
-        order=tuple(shapes),
+        _manifest(config, form, source),
+        form.blocks(config, lambda name: _dummy_blocks(name, shapes[name], dtype_of(dtype), seed)),
+        order=form.order(tuple(shapes)),
         files={"config.json": text + b"\n"},
         progress=progress,
         say=say,
@@ -185,11 +201,6 @@ def open_store(path: str | Path, *, dtype: str | None = None) -> StoredModel:
     """
     path = Path(os.path.abspath(path))
     manifest = Manifest.load(path)
-    if manifest.weight_bits is not None:
-        raise StoreError(
-            f"{path} holds weights quantised to {manifest.weight_bits} bits, which this "
-            "flexgen-jax does not read; convert the model again"
-        )
     if dtype is not None and dtype != manifest.dtype:
         _check_dtype(dtype)
         raise StoreError(
@@ -198,8 +209,8 @@ def open_store(path: str | Path, *, dtype: str | None = None) -> StoredModel:
         )
     config = OPTConfig.load(path)
     arrays = {}
-    for name, shape in param_shapes(config).items():
-        expected = TensorEntry.of(shape, manifest.dtype)
+    form = WeightFormat(manifest.dtype, manifest.weight_bits, manifest.weight_group)
+    for name, expected in form.entries(config).items():
         if manifest.tensors.get(name) != expected:
             raise StoreError(
                 f"{path / MANIFEST_NAME}: expected {name} as {expected.dtype} "
@@ -214,13 +225,15 @@ def open_store(path: str | Path, *, dtype: str | None = None) -> StoredModel:
                 f"{path / name}: expected {_brief(expected)}, the array is {_brief(found)}; the "
                 "store is damaged, convert the model again"
             )
-    return StoredModel(path, config, manifest, arrays)
+    return StoredModel(path, config, manifest, arrays, form)
 
 
 def resolve(
     model: str | Path,
     *,
     dtype: str,
+    weight_bits: int | None = None,
+    group_size: int = GROUP_SIZE,
     offload_dir: str | Path | None = None,
     say: Say = lambda line: None,
     progress: Progress | None = None,
@@ -228,8 +241,10 @@ def resolve(
     """The weight store of ``model``, made on first use.
 
     Args:
-        model: A weight store (returned as it is), a Hugging Face directory, or a hub name.
-        dtype: What a conversion stores.
+        model: A weight store (returned as it is, unless it is to be quantised), a Hugging Face
+            directory, or a hub name.
+        dtype: What a conversion stores. ``weight_bits``, ``group_size``: likewise; None takes
+            what a weight store has.
         offload_dir: Converted stores go to its ``stores``; None: to the cache directory's.
         say: Called with a line before a conversion.
         progress: As in :func:`convert`.
@@ -238,20 +253,30 @@ def resolve(
         ModelNotFoundError: none of these; the message says what was tried.
         SourceError, StoreError, ConfigError: as :func:`convert`.
     """
+    source: _Source
     if is_store(model):
-        return Path(os.path.abspath(model))
-    _check_dtype(dtype)
-    directory, name = _find(str(model))
-    source = HuggingFaceModel(directory, name)
+        manifest = Manifest.load(Path(os.path.abspath(model)))
+        if weight_bits in (None, manifest.weight_bits):
+            return Path(os.path.abspath(model))
+        if manifest.weight_bits is not None:
+            raise StoreError(
+                f"{model} holds weights of {manifest.weight_bits} bits, asked for were "
+                f"{weight_bits}: quantise the model it was made from"
+            )
+        source = _Stored(open_store(model, dtype=dtype))
+    else:
+        _check_dtype(dtype)
+        source = HuggingFaceModel(*_find(str(model)))
+    form = _format(dtype, weight_bits, group_size)
     base = cache_directory() if offload_dir is None else Path(offload_dir)
     plain = re.sub(r"[^\w.-]+", "--", source.name)
-    store = Path(os.path.abspath(base)) / "stores" / f"{plain}-{dtype}-{source.fingerprint()[:12]}"
+    store = Path(os.path.abspath(base)) / "stores" / f"{plain}-{form}-{source.fingerprint()[:12]}"
     if not is_store(store):
-        nbytes = _manifest(source.config, dtype, Source("", "")).nbytes
-        say(f"converting {model} to {dtype} weights in {store} ({nbytes / 1e9:.2f} GB), once")
-        return _convert(source, store, dtype, progress, say)
+        nbytes = _manifest(source.config, form, Source("", "")).nbytes
+        say(f"converting {model} to {form} weights in {store} ({nbytes / 1e9:.2f} GB), once")
+        return _convert(source, store, form, progress, say)
     try:
-        return _convert(source, store, dtype, progress, say)
+        return _convert(source, store, form, progress, say)
     except StoreError as error:
         raise StoreError(f"{error}: remove {store}, and it is made anew") from error
 
@@ -264,19 +289,63 @@ def cache_directory() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "flexgen-jax"
 
 
+class _Source(Protocol):
+    """What a store can be made from."""
+
+    config: OPTConfig
+    name: str
+    directory: Path
+    companions: tuple[Path, ...]
+
+    def names(self) -> tuple[str, ...]: ...
+
+    def blocks(self, name: str, dtype: np.dtype) -> Iterator[np.ndarray]: ...
+
+    def fingerprint(self) -> str: ...
+
+
+class _Stored:
+    """A weight store as the source of another."""
+
+    def __init__(self, model: StoredModel) -> None:
+        if model.manifest.weight_bits is not None:
+            raise SourceError(
+                f"{model.path} is quantised already; convert the model it was made from"
+            )
+        self.config, self.directory = model.config, model.path
+        self.name = model.manifest.source.name
+        files = (model.path / name for name in COMPANION_FILES)
+        self.companions = tuple(file for file in files if file.is_file())
+        self._model = model
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._model.arrays)
+
+    def blocks(self, name: str, dtype: np.dtype) -> Iterator[np.ndarray]:
+        file = self._model.arrays[name]
+        if not file.raw:
+            raise SourceError(f"{file.directory} is not one uncompressed chunk: convert anew")
+        for start in range(0, file.nbytes, _COPY_NBYTES):
+            count = min(_COPY_NBYTES, file.nbytes - start) // file.dtype.itemsize
+            yield np.fromfile(file.chunk, file.dtype, count, offset=start)
+
+    def fingerprint(self) -> str:
+        return self._model.manifest.source.fingerprint
+
+
 def _convert(
-    model: HuggingFaceModel,
+    model: _Source,
     store: Path,
-    dtype: str,
+    form: WeightFormat,
     progress: Progress | None,
     say: Say | None,
 ) -> Path:
     copied = (model.directory / "config.json", *model.companions)
     return write_store(
         store,
-        _manifest(model.config, dtype, Source(model.name, model.fingerprint())),
-        lambda name: model.blocks(name, dtype_of(dtype)),
-        order=model.names(),
+        _manifest(model.config, form, Source(model.name, model.fingerprint())),
+        form.blocks(model.config, lambda name: model.blocks(name, dtype_of(form.dtype))),
+        order=form.order(model.names()),
         files={path.name: path.read_bytes() for path in copied},
         progress=progress,
         say=say,
@@ -300,9 +369,25 @@ def _find(source: str) -> tuple[Path, str | None]:
     )
 
 
-def _manifest(config: OPTConfig, dtype: str, source: Source) -> Manifest:
-    tensors = {n: TensorEntry.of(shape, dtype) for n, shape in param_shapes(config).items()}
-    return Manifest(dtype=dtype, source=source, tensors=tensors)
+def _manifest(config: OPTConfig, form: WeightFormat, source: Source) -> Manifest:
+    return Manifest(
+        dtype=form.dtype,
+        source=source,
+        tensors=form.entries(config),
+        weight_bits=form.bits,
+        weight_group=form.group,
+    )
+
+
+def _format(dtype: str, bits: int | None, group: int) -> WeightFormat:
+    _check_dtype(dtype)
+    if bits is None:
+        return WeightFormat(dtype)
+    if bits not in (4, 8):
+        raise StoreError(f"weight_bits must be 4 or 8, got {bits!r}")
+    if group < 2:
+        raise StoreError(f"group_size must be at least 2, got {group!r}")
+    return WeightFormat(dtype, bits, group)
 
 
 def _check_dtype(dtype: str) -> None:

@@ -5,56 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from flexgen_jax import cli_scores
 from flexgen_jax._version import __version__
-from flexgen_jax.policy_options import NAMES, policy_options, read_policy
+from flexgen_jax.cli_errors import Failure, plain_errors, say, silent
+from flexgen_jax.llm_options import DTYPES, Chosen, llm_options
 
 if TYPE_CHECKING:
     from flexgen_jax.batch import Job, Results
     from flexgen_jax.llm import LLM
     from flexgen_jax.report import Report
-    from storage.disk import ReadMode
-
-DTYPES = click.Choice(["float32", "bfloat16"])
-
-
-class Failure(click.ClickException):
-    """One line for a person, and an exit code: 2 for what the user can mend, 1 for the rest."""
-
-    exit_code = 2
-
-    def __init__(self, message: str, code: int = 2) -> None:
-        super().__init__(message)
-        self.exit_code = code  # type: ignore[misc] # click declares it for the class
-
-
-@contextlib.contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Turns expected errors into one line; anything else keeps its traceback."""
-    from flexgen_jax.executor import ExecutionError
-    from storage.store import StorageError
-
-    try:
-        yield
-    except ExecutionError as error:
-        raise Failure(str(error), code=1) from error
-    except (ValueError, ImportError, OSError, StorageError) as error:
-        raise Failure(str(error)) from error
-    except KeyboardInterrupt:
-        raise Failure("interrupted", code=130) from None
-
-
-def _say(message: str) -> None:
-    click.echo(message, err=True)
-
-
-def _silent(message: str) -> None:
-    """Takes the place of ``_say`` where nothing is to be said."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -73,10 +38,28 @@ def main() -> None:
 @click.argument("model_and_store", nargs=-1, metavar="[MODEL] STORE")
 @click.option("--dummy", metavar="PRESET", help="Random weights of this preset; needs no MODEL.")
 @click.option("--dtype", type=DTYPES, default="float32", show_default=True)
+@click.option(
+    "--weight-bits",
+    type=click.Choice(["4", "8"]),
+    help="Quantise matrices and token table; MODEL may be a weight store then.",
+)
+@click.option(
+    "--group-size",
+    type=click.IntRange(min=2),
+    default=64,
+    show_default=True,
+    help="Elements that share a scale, at most.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random weights.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def convert(
-    model_and_store: tuple[str, ...], dummy: str | None, dtype: str, seed: int, quiet: bool
+    model_and_store: tuple[str, ...],
+    dummy: str | None,
+    dtype: str,
+    weight_bits: str | None,
+    group_size: int,
+    seed: int,
+    quiet: bool,
 ) -> None:
     """Convert MODEL (a Hugging Face directory or hub name) into the weight store STORE.
 
@@ -86,28 +69,31 @@ def convert(
     \b
     flexgen-jax convert facebook/opt-1.3b opt-1.3b-store --dtype bfloat16
     flexgen-jax convert --dummy facebook/opt-1.3b opt-1.3b-dummy
+    flexgen-jax convert opt-1.3b-store opt-1.3b-4bit --dtype bfloat16 --weight-bits 4
     """
-    with _plain_errors():
+    with plain_errors():
         from flexgen_jax import checkpoint, progress
 
         if len(model_and_store) != (2 if dummy is None else 1):
             raise click.UsageError("give either MODEL and STORE, or --dummy PRESET and STORE")
         store = Path(model_and_store[-1])
-        say = _silent if quiet else _say
+        tell = silent if quiet else say
+        form: dict[str, Any] = {"dtype": dtype, "group_size": group_size}
+        form["weight_bits"] = int(weight_bits) if weight_bits else None
         with progress.transfer("converting", quiet=quiet) as update:
             if dummy is not None:
                 path = checkpoint.convert_dummy(
-                    dummy, store, dtype=dtype, seed=seed, progress=update, say=say
+                    dummy, store, **form, seed=seed, progress=update, say=tell
                 )
             else:
                 path = checkpoint.convert(
-                    model_and_store[0], store, dtype=dtype, progress=update, say=say
+                    model_and_store[0], store, **form, progress=update, say=tell
                 )
-        say(f"weight store ready: {path}")
+        tell(f"weight store ready: {path}")
 
 
 @main.command()
-@click.option("--model", required=True, help="A weight store, Hugging Face directory or hub name.")
+@llm_options
 @click.option("-i", "--input", "input_path", type=click.Path(path_type=Path), help="JSONL.")
 @click.option("-o", "--output", "output_path", type=click.Path(path_type=Path), help="JSONL.")
 @click.option(
@@ -115,34 +101,6 @@ def convert(
     type=click.IntRange(min=1),
     metavar="N",
     help="Instead of an input: a block of made-up prompts of N tokens, to measure.",
-)
-@policy_options
-@click.option("--schedule", default="zigzag", show_default=True, help="Order of the operations.")
-@click.option("--dtype", type=DTYPES, default="float32", show_default=True)
-@click.option("--device-memory", metavar="SIZE", help="What 'auto' may use, such as 12GiB.")
-@click.option("--host-memory", metavar="SIZE", help="Likewise, in host memory.")
-@click.option(
-    "--path",
-    type=click.Path(),
-    metavar="DIR|_DUMMY_",
-    help="Where converted models are kept; _DUMMY_: random weights of the preset --model.",
-)
-@click.option(
-    "--offload-dir",
-    type=click.Path(),
-    help="Where cache and hidden states on disk are kept during the run, and converted models "
-    "without --path.",
-)
-@click.option(
-    "--weight-slots", type=int, help="Layers of weights held at once: 2 is one ahead. [default: 2]"
-)
-@click.option("--cache-slots", type=int, help="Likewise, cells of the KV cache. [default: 2]")
-@click.option(
-    "--disk-mode",
-    type=click.Choice(["auto", "mapped", "direct", "tensorstore"]),
-    default="auto",
-    show_default=True,
-    help="How the disk is used: through the page cache, past it, or by TensorStore.",
 )
 @click.option("--max-tokens", "--gen-len", type=int, default=32, show_default=True)
 @click.option(
@@ -157,24 +115,15 @@ def convert(
 @click.option("--stop-token-id", "stop_token_ids", type=int, multiple=True, help="Repeatable.")
 @click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-text token.")
 @click.option("--logprobs", type=int, help="Return this many likeliest tokens' log-probabilities.")
+@click.option("--prompt-logprobs", type=int, help="Likewise, at each token of the prompt.")
 @click.option("--trace", type=click.Path(path_type=Path), help="Write a Perfetto trace here.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the timeline here (PNG, SVG).")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
 @click.option("--quiet", is_flag=True, help="Say nothing but errors.")
 def generate(
-    model: str,
     input_path: Path | None,
     output_path: Path | None,
     prompt_len: int | None,
-    path: str | None,
-    schedule: str,
-    dtype: str,
-    device_memory: str | None,
-    host_memory: str | None,
-    offload_dir: str | None,
-    weight_slots: int | None,
-    cache_slots: int | None,
-    disk_mode: ReadMode,
     cut_gen_len: int | None,
     seed: int,
     trace: Path | None,
@@ -192,21 +141,14 @@ def generate(
     """
     from flexgen_jax.executor import ExecutionError
 
-    with _plain_errors():
-        import dataclasses
-
+    with plain_errors():
         from flexgen_jax import batch, measured, progress
-        from flexgen_jax.llm import LLM
         from flexgen_jax.sampling_params import SamplingParams
-        from storage.disk import DiskContext
 
-        chosen, changes = read_policy({name: options.pop(name) for name in NAMES})
-        if chosen != "auto":
-            chosen, changes = dataclasses.replace(chosen, **changes), {}
+        chosen = Chosen(options, seed=seed)
         if cut_gen_len is not None:
             options["max_tokens"] = min(options["max_tokens"], cut_gen_len)
-        slots = {"weight_slots": weight_slots, "cache_slots": cache_slots}
-        say = _silent if quiet else _say
+        tell = silent if quiet else say
         with contextlib.ExitStack() as stack:
             if prompt_len is not None:
                 if input_path is not None:
@@ -222,45 +164,23 @@ def generate(
             scratch = stack.enter_context(measured.directory(prompt_len))
             defaults = SamplingParams(**options)
             results = stack.enter_context(batch.Results(output_path or scratch / "out.jsonl"))
-            with progress.transfer("converting", quiet=quiet) as update:
-                store = measured.store(
-                    model,
-                    path,
-                    dtype=dtype,
-                    offload_dir=offload_dir,
-                    say=say,
-                    progress=update,
-                )
-            llm = LLM(
-                str(store),
-                policy=chosen,
-                schedule=schedule,
-                device_memory=device_memory,
-                host_memory=host_memory,
-                offload_dir=offload_dir,
-                dtype=dtype,
-                seed=seed,
-                disk=DiskContext(mode=disk_mode),
-                slots={name: count for name, count in slots.items() if count is not None},
-            )
-            with llm:
-                llm.policy = dataclasses.replace(llm.policy, **changes)
+            with chosen.llm(tell, quiet=quiet) as llm:
                 if input_path is None:
                     assert prompt_len is not None
                     input_path = measured.prompts(scratch, llm, prompt_len, defaults)
                 job = batch.read_job(llm, input_path, defaults)
-                say(_before(llm, job))
+                tell(_before(llm, job))
                 with progress.tokens(job.max_new_tokens, quiet=quiet) as advance:
                     try:
-                        batch.run_job(llm, job, results, model=model, progress=advance)
+                        batch.run_job(llm, job, results, model=chosen.model, progress=advance)
                     except KeyboardInterrupt:
                         raise Failure(f"interrupted: {_kept(results, job)}", code=130) from None
                     except (ExecutionError, batch.JobError) as error:
                         raise Failure(f"{error}. {_kept(results, job)}", code=1) from error
                 report = llm.report
-        say(_after(job, report, output_path))
+        tell(_after(job, report, output_path))
         if report is not None:
-            _write_pictures(report, trace, plot, say)
+            _write_pictures(report, trace, plot, tell)
         if as_json:
             figures = report.to_json() if report is not None else {"requests": 0}
             click.echo(json.dumps({**figures, "errors": len(job.errors)}, indent=2))
@@ -329,18 +249,18 @@ def _check_pictures(trace: Path | None, plot: Path | None) -> None:
 
 
 def _write_pictures(
-    report: Report, trace: Path | None, plot: Path | None, say: Callable[[str], None]
+    report: Report, trace: Path | None, plot: Path | None, tell: Callable[[str], None]
 ) -> None:
     if trace is not None:
         from scheduling.timeline import write_trace
 
         write_trace(trace, report.timeline)
-        say(f"trace (open it at ui.perfetto.dev): {trace}")
+        tell(f"trace (open it at ui.perfetto.dev): {trace}")
     if plot is not None:
         from scheduling.plot import plot as draw
 
         draw(report.timeline, plot)
-        say(f"timeline: {plot}")
+        tell(f"timeline: {plot}")
 
 
 @main.command()
@@ -354,7 +274,11 @@ def _write_pictures(
 @click.option("--max-tokens", type=click.IntRange(1, 256), default=48, show_default=True)
 def demo(output_dir: Path, max_tokens: int) -> None:
     """Run a bundled tiny model with all its weights on disk, and show what happened."""
-    with _plain_errors():
+    with plain_errors():
         from flexgen_jax.demo import run_demo
 
-        run_demo(output_dir, max_tokens, _say)
+        run_demo(output_dir, max_tokens, say)
+
+
+for command in (cli_scores.score, cli_scores.perplexity, cli_scores.compare):
+    main.add_command(command)

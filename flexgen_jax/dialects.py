@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from flexgen_jax.outputs import CompletionOutput, RequestOutput
+from flexgen_jax.outputs import CompletionOutput, Logprob, RequestOutput
 
 _PROMPT_FIELDS = ("prompt", "prompt_token_ids")
 # Fields of an OpenAI body that change nothing here, and those that would: with the value that
@@ -119,11 +119,16 @@ def answer(asked: Asked, output: RequestOutput, model: str) -> dict[str, Any]:
         record["stop_reason"] = completion.stop_reason
     if completion.logprobs is not None:
         record["cumulative_logprob"] = completion.cumulative_logprob
-        record["logprobs"] = [
-            {str(token): dataclasses.asdict(p) for token, p in entry.items()}
-            for entry in completion.logprobs
-        ]
+        record["logprobs"] = list(map(_entry, completion.logprobs))
+    if output.prompt_logprobs is not None:
+        record["prompt_logprobs"] = list(map(_entry, output.prompt_logprobs))
     return record
+
+
+def _entry(entry: Mapping[int, Logprob] | None) -> dict[str, Any] | None:
+    if entry is None:
+        return None
+    return {str(token): dataclasses.asdict(p) for token, p in entry.items()}
 
 
 def _openai_answer(

@@ -7,6 +7,7 @@ stores of :mod:`flexgen_jax.cells` fetch and keep.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +16,17 @@ import numpy as np
 from flexgen_jax import kernels
 from flexgen_jax.batch_state import BatchState, Generated
 from flexgen_jax.blocks import Block
-from flexgen_jax.cells import Cells, cache_name, cache_sizes, hidden_name, hidden_nbytes
-from flexgen_jax.kv_cache import LayerCache
+from flexgen_jax.cells import (
+    Cells,
+    cache_format,
+    cache_name,
+    cache_sizes,
+    hidden_name,
+    hidden_nbytes,
+)
+from flexgen_jax.kv_cache import KeptCache, LayerCache
 from flexgen_jax.sampling import sample
+from flexgen_jax.unpacking import Dense
 from flexgen_jax.weights import LayerWeights, Weights
 from scheduling.dependencies import Issue
 from scheduling.ops import (
@@ -47,6 +56,7 @@ class _Cell(NamedTuple):
     store: SequenceStore
     sizes: list[int]
     hosted: bool = False  # attention to it is computed on the host
+    values: str | None = None  # where the values lie if only some of them will be read
 
 
 class Rings(NamedTuple):
@@ -106,6 +116,8 @@ class BlockEffects:
             for placement in (cells.cache_of[number], cells.hidden_of[number])
             for cell in placement.cells
         }
+        self._form = cache_format(cells.policy)
+        self._sparsity = cells.policy.attention_sparsity
         self._cache: dict[tuple[int, int], _Cell] = {}
         self._hidden: list[_Cell] = []
         for index, batch in enumerate(block.batches):
@@ -115,12 +127,17 @@ class BlockEffects:
             for layer in range(1, self._head) if batch.num_steps > 1 else ():
                 name = cache_name(config, layer, index)
                 tier = tier_of[name]
+                sizes = cache_sizes(batch, config, weights.dtype, self._form)
+                sparse = self._sparsity < 1
                 self._cache[layer, index] = _Cell(
                     name,
                     cells.cache[tier],
-                    cache_sizes(batch, config, weights.dtype),
+                    sizes[: len(sizes) // 2] if sparse else sizes,
                     hosted=cells.policy.host_attention and tier is not Tier.DEVICE,
+                    values=f"{name}.values" if sparse else None,
                 )
+        self._value_sums: dict[str, jax.Array] = {}  # of sparse attention, per cell
+        self._dense = Dense(weights.dtype)
         self._loaded: dict[int, LayerWeights] = {}
         self._readers: dict[int, list[jax.Array]] = {}
         # What was loaded for a computation, and what is to be stored after it.
@@ -224,10 +241,12 @@ class BlockEffects:
         try:
             if isinstance(op, StoreHidden):
                 cell.store.put(cell.name, arrays, arrays[0].shape[-2])
-            elif op.step == 0:
-                cell.store.put(cell.name, arrays, self._states[op.batch].batch.cache_len)
-            else:
-                cell.store.append(cell.name, arrays)
+                return
+            for name, part in _parts(cell, arrays):
+                if op.step == 0:
+                    cell.store.put(name, part, self._states[op.batch].batch.cache_len)
+                else:
+                    cell.store.append(name, part)
         except KeyError:
             if self.wanted(op):
                 raise
@@ -253,7 +272,7 @@ class BlockEffects:
         if op.layer == 0 and op.step > 0 and self._border(op.batch, state):
             return None
         weights = self._weights.resident(op.layer) or self._loaded[op.layer]
-        marker = self._run_layer(op, state, weights)
+        marker = self._run_layer(op, state, self._weights.dense(weights))
         if op.layer in self._readers:
             self._readers[op.layer].append(marker)
         for slot in self._slots.pop((op.layer, op.batch), ()):
@@ -276,6 +295,9 @@ class BlockEffects:
         for (_, number), cell in self._cache.items():
             if number == batch:
                 cell.store.discard(cell.name)
+                if cell.values is not None:
+                    cell.store.discard(cell.values)
+                    self._value_sums.pop(cell.name, None)
         for key in [k for k in list(self._leaving) if k[2] == batch]:
             self._leaving.pop(key, None)
 
@@ -298,51 +320,99 @@ class BlockEffects:
             return marker
         (hidden,) = self._input(LoadHidden(step, layer, number))
         if layer == self._head:
-            logits = kernels.head(weights.params, weights.token_table, hidden, config=config)
+            head = weights.params, weights.token_table, hidden
+            if step == 0:
+                state.scores = [
+                    kernels.score(*head, wanted, config=config, k=state.num_scores)
+                    for wanted in state.wanted_scores()
+                ]
+            logits = kernels.head(*head, config=config)
             if self._on_logits is not None:
                 self._on_logits(step, number, logits)
-            state.sampled = sample(logits, state.arrays, np.int32(step), features=state.features)
+            forced = state.forced(step)
+            state.sampled = sample(
+                logits, state.arrays, np.int32(step), forced, features=state.features
+            )
             return state.sampled.token
         if step == 0:
             hidden, new, marker = kernels.prefill_layer(
-                weights.params, hidden, state.padding, config=config
+                weights.params, hidden, state.padding, config=config, form=self._form
             )
         else:
-            cache = LayerCache(*self._input(LoadCache(step, layer, number)))
-            layer_of = self._hosted_layer if self._cache[layer, number].hosted else self._layer
-            hidden, new, marker = layer_of(weights, hidden, cache, position, state)
+            cell = self._cache[layer, number]
+            arrays = self._input(LoadCache(step, layer, number))
+            cached = self._dense.of(self._form.unflatten(arrays, config.head_dim))
+            whole = not cell.hosted and cell.values is None
+            layer_of = self._layer if whole else partial(self._layer_in_parts, cell)
+            hidden, new, marker = layer_of(weights, hidden, cached, position, state)
         if step + 1 < batch.num_steps:
-            self._output(StoreCache(step, layer, number), new)
+            if step == 0 and self._sparsity < 1:
+                self._sum_values(self._cache[layer, number], new, state)
+            self._output(StoreCache(step, layer, number), tuple(jax.tree.leaves(new)))
         self._output(StoreHidden(step, layer, number), (hidden,))
         return marker
+
+    def _sum_values(self, cell: _Cell, new: KeptCache, state: BatchState) -> None:
+        value_sum = kernels.sum_values(new.value, state.padding)
+        home = self._host if cell.hosted else self._device
+        self._value_sums[cell.name] = jax.device_put(value_sum, home)
 
     def _layer(
         self,
         weights: LayerWeights,
         hidden: jax.Array,
-        cache: LayerCache,
+        cached: tuple[jax.Array, ...],
         position: np.int32,
         state: BatchState,
-    ) -> tuple[jax.Array, LayerCache, jax.Array]:
+    ) -> tuple[jax.Array, KeptCache, jax.Array]:
         return kernels.decode_layer(
-            weights.params, hidden, cache, position, state.padding, config=self._config
+            weights.params,
+            hidden,
+            LayerCache(*cached),
+            position,
+            state.padding,
+            config=self._config,
+            form=self._form,
         )
 
-    def _hosted_layer(
+    def _layer_in_parts(
         self,
+        cell: _Cell,
         weights: LayerWeights,
         hidden: jax.Array,
-        cache: LayerCache,
+        cached: tuple[jax.Array, ...],
         position: np.int32,
         state: BatchState,
-    ) -> tuple[jax.Array, LayerCache, jax.Array]:
-        """The query goes to the host and the result comes back; the cache never moves."""
-        query, new = kernels.decode_qkv(weights.params, hidden, config=self._config)
-        query, new = jax.device_put((query, new), self._host)
-        attended = kernels.attend_cached(query, cache, new, position, state.batch.padding())
+    ) -> tuple[jax.Array, KeptCache, jax.Array]:
+        """Where attention is computed on the host, or attends to a selection.
+
+        On the host: the query goes there and the result comes back; the cache never moves. To a
+        selection: only the values of the selected positions are fetched.
+        """
+        config = self._config
+        query, new, kept = kernels.decode_qkv(
+            weights.params, hidden, config=config, form=self._form
+        )
+        padding = state.padding
+        if cell.hosted:
+            query, new, kept = jax.device_put((query, new, kept), self._host)
+            padding = jax.device_put(state.batch.padding(), self._host)
+        if cell.values is None:
+            cache = LayerCache(*cached)
+            attended = kernels.attend_cached(query, cache, new, position, padding)
+        else:
+            (key,) = cached
+            chosen = kernels.select_cached(
+                query, key, new, position, padding, sparsity=self._sparsity
+            )
+            taken = cell.store.take(cell.values, chosen.positions)
+            (value,) = self._form.unflatten(taken, config.head_dim)
+            attended, self._value_sums[cell.name] = kernels.attend_selected(
+                chosen, value, new, kept, self._value_sums[cell.name]
+            )
         attended = jax.device_put(attended, self._device)
-        hidden, marker = kernels.decode_rest(weights.params, hidden, attended, config=self._config)
-        return hidden, new, marker
+        hidden, marker = kernels.decode_rest(weights.params, hidden, attended, config=config)
+        return hidden, kept, marker
 
     def results(self) -> Iterator[Generated]:
         """What every request of the block produced; books the last step's tokens first."""
@@ -354,6 +424,14 @@ class BlockEffects:
         """Gives back the room of all cells."""
         for number, state in enumerate(self._states):
             self._leave(number, state)
+
+
+def _parts(cell: _Cell, arrays: tuple[jax.Array, ...]) -> list[tuple[str, tuple[jax.Array, ...]]]:
+    """What is stored of a cell under which name: keys and values apart where they are read so."""
+    if cell.values is None:
+        return [(cell.name, arrays)]
+    half = len(arrays) // 2
+    return [(cell.name, arrays[:half]), (cell.values, arrays[half:])]
 
 
 def _key(op: LoadCache | StoreCache | LoadHidden | StoreHidden) -> tuple[type, int, int]:

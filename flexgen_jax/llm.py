@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flexgen_jax.batch_state import Generated
+from flexgen_jax.block_sizes import block_sizes
 from flexgen_jax.blocks import Block, Request, make_blocks
 from flexgen_jax.cells import Cells, WrapStore, place_cache, place_hidden
 from flexgen_jax.checkpoint import cache_directory, open_store, resolve
@@ -18,14 +19,17 @@ from flexgen_jax.generation import BlockEffects, OnLogits, Rings
 from flexgen_jax.kernels import compilations
 from flexgen_jax.memory import automatic_policy, parse_bytes
 from flexgen_jax.outputs import CompletionOutput, Logprob, RequestOutput
+from flexgen_jax.prompts import Prompt, RequestError, as_list, parse_prompt, shown
 from flexgen_jax.report import Report
 from flexgen_jax.sampling_params import SamplingParams
+from flexgen_jax.scoring import Score, score
 from flexgen_jax.tokenization import load_tokenizer
 from flexgen_jax.weights import Weights, place_weights
 from scheduling.ops import Op
 from scheduling.placement import Placement
 from scheduling.policy import Policy
 from scheduling.schedules import SCHEDULES
+from scheduling.sizes import Link
 from scheduling.timeline import Timeline
 from scheduling.transforms import serialized
 from scheduling.validate import validate
@@ -33,16 +37,11 @@ from scheduling.workload import Workload
 from storage.disk import DiskContext
 
 Schedule = Callable[[Workload], Iterable[Op]]
-Prompt = str | Sequence[int] | Mapping[str, Any]
 OnBlock = Callable[[list[RequestOutput]], None]
 
 
 # What a report keeps of a long job's timeline: about 100 MB.
 MAX_SPANS = 500_000
-
-
-class RequestError(ValueError):
-    """A prompt that cannot be run, or sampling parameters that do not fit it."""
 
 
 class LLM:
@@ -51,8 +50,9 @@ class LLM:
     Args:
         model: A weight store, a Hugging Face directory, or a hub name. The latter two are
             converted on first use into ``offload_dir`` (or the cache directory), and reused.
-        policy: A :class:`Policy`, or ``"auto"``: weights on the device while they fit, then in
-            host memory, the rest on disk.
+        policy: A :class:`Policy` (with ``weight_bits``, a model that is not quantised is quantised
+            on first use, and the result kept like a converted model), or ``"auto"``: weights on the
+            device while they fit, then in host memory, the rest on disk.
         schedule: A name of ``SCHEDULES`` or any function from a ``Workload`` to ops.
         device_memory: Bytes, or text such as ``"12GiB"``, that ``"auto"`` may use; None: what the
             machine has. ``host_memory``: likewise.
@@ -96,12 +96,14 @@ class LLM:
             raise ValueError(f"seed must be an integer of at least 0, got {seed!r}")
         if disk is not None and not isinstance(disk, DiskContext):
             raise ValueError(f"disk must be a DiskContext, got {disk!r}")
-        store = resolve(str(model), dtype=dtype, offload_dir=offload_dir, say=say or _log)
+        asked = {} if policy == "auto" else _weight_format(policy)
+        store = resolve(str(model), dtype=dtype, offload_dir=offload_dir, say=say or _log, **asked)
         self._model = open_store(store, dtype=dtype)
         self.config = self._model.config
         self.tokenizer = load_tokenizer(self._model.path)
         sizes = {name: file.nbytes for name, file in self._model.arrays.items()}
-        self._policy = automatic_policy(sizes, *limits) if policy == "auto" else policy
+        chosen = automatic_policy(sizes, *limits) if policy == "auto" else policy
+        self._policy = dataclasses.replace(chosen, weight_bits=self._model.format.bits)
         self.placement = place_weights(sizes, self.policy.weights)
         self.seed = seed
         self.report: Report | None = None
@@ -114,13 +116,14 @@ class LLM:
 
     @property
     def policy(self) -> Policy:
-        """What is in force. Everything but ``weights``, which are in place, may be changed."""
+        """What is in force. ``weights`` and ``weight_bits``, which are in place, are fixed."""
         return self._policy
 
     @policy.setter
     def policy(self, policy: Policy) -> None:
         _refuse_unbuilt(policy)
-        if policy.weights != self._policy.weights:
+        fixed = self._policy.weights, self._policy.weight_bits
+        if (policy.weights, policy.weight_bits) != fixed:
             raise ValueError("the weights are in place already; make another LLM to move them")
         self._policy = policy
 
@@ -146,7 +149,7 @@ class LLM:
             RequestError: prompts that cannot be run, all of them named; nothing has run.
             ExecutionError: an op failed.
         """
-        prompts = _as_list(prompts)
+        prompts = as_list(prompts)
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params or SamplingParams()] * len(prompts)
         if len(sampling_params) != len(prompts):
@@ -171,32 +174,69 @@ class LLM:
             RequestError: what is wrong with it.
         """
         if not isinstance(params, SamplingParams):
-            raise RequestError(f"sampling parameters must be SamplingParams, got {_shown(params)}")
-        text, ids = _parse_prompt(prompt)
+            raise RequestError(f"sampling parameters must be SamplingParams, got {shown(params)}")
+        text, ids = parse_prompt(prompt)
         if ids is None:
             assert text is not None
-            if self.tokenizer is None:
-                raise RequestError(
-                    "this model has no tokenizer files; give prompt_token_ids instead of text"
-                )
-            try:
-                ids = self.tokenizer.encode(text)
-            except UnicodeEncodeError as error:
-                raise RequestError(f"the prompt is no text: {error}") from error
+            ids = self.encode(text)
         if not ids:
             raise RequestError("the prompt has no tokens; give at least one")
-        vocab = self.config.vocab_size
-        for what, values in (("token id", ids), ("stop token id", params.stop_token_ids)):
-            bad = next((i for i in values if not 0 <= i < vocab), None)
-            if bad is not None:
-                raise RequestError(f"{what} {bad} is outside the vocabulary (0 to {vocab - 1})")
+        self._check_vocabulary("token id", ids)
+        self._check_vocabulary("stop token id", params.stop_token_ids)
         room = self.config.max_position_embeddings
         if len(ids) + params.max_tokens > room:
             raise RequestError(
                 f"too long: {len(ids)} prompt tokens and max_tokens {params.max_tokens} "
                 f"exceed the model's {room} positions"
             )
-        return Request(index, text, tuple(ids), params)
+        scored = None if params.prompt_logprobs is None else (*ids[1:], -1)
+        return Request(index, text, tuple(ids), params, scored=scored)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``, special tokens included.
+
+        Raises:
+            RequestError: no tokenizer, or no text.
+        """
+        if self.tokenizer is None:
+            raise RequestError(
+                "this model has no tokenizer files; give prompt_token_ids instead of text"
+            )
+        try:
+            return self.tokenizer.encode(text)
+        except UnicodeEncodeError as error:
+            raise RequestError(f"the prompt is no text: {error}") from error
+
+    def _check_vocabulary(self, what: str, ids: Iterable[int]) -> None:
+        vocab = self.config.vocab_size
+        bad = next((i for i in ids if not 0 <= i < vocab), None)
+        if bad is not None:
+            raise RequestError(f"{what} {bad} is outside the vocabulary (0 to {vocab - 1})")
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        continuations: Sequence[Prompt],
+        *,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Score]:
+        """How likely each continuation is after its prompt: one prefill, no new tokens.
+
+        A block reads the weights once for all its sequences, and keeps no cache: with
+        ``num_device_batches`` in the hundreds, once for thousands. Prefill attends in full
+        precision whatever ``cache_bits`` and ``attention_sparsity`` are.
+
+        Args:
+            prompts: As :meth:`generate` takes them. A text and its continuation are tokenised as
+                one text, so that the border falls where the tokenizer puts it.
+            continuations: Likewise, of the same kind.
+            progress: Told how many sequences were scored, batch by batch.
+
+        Raises:
+            RequestError: what cannot be scored, all of it named; nothing has run.
+            ExecutionError: an op failed.
+        """
+        return score(self, prompts, continuations, progress=progress)
 
     def run(
         self,
@@ -244,6 +284,7 @@ class LLM:
             compilations=compilations() - compiled,
             disk_bytes=self._weights.disk_bytes - bytes_read + cache_read,
             disk_bytes_written=cache_written,
+            moved=self.traffic(blocks),
             timeline=Timeline.concatenate(timelines, label="measured"),
         )
         return [outputs[r.index] for r in requests]
@@ -261,7 +302,7 @@ class LLM:
     def plan(self, blocks: Sequence[Block]) -> dict[str, Placement]:
         """Where weights, cache and hidden states lie: of the block with the largest cache."""
         config, dtype = self.config, self._weights.dtype
-        cache = [place_cache(b, config, dtype, self.policy.cache) for b in blocks]
+        cache = [place_cache(b, config, dtype, self.policy) for b in blocks]
         hidden = [place_hidden(b, config, dtype, self.policy.hidden) for b in blocks]
         largest = max(range(len(blocks)), key=lambda i: cache[i].nbytes(), default=None)
         empty = Placement(())
@@ -270,6 +311,16 @@ class LLM:
             "cache": empty if largest is None else cache[largest],
             "hidden": empty if largest is None else hidden[largest],
         }
+
+    def traffic(self, blocks: Sequence[Block]) -> dict[Link, int]:
+        """Bytes that the schedule moves over each link, if every request runs to its end."""
+        total = dict.fromkeys(Link, 0)
+        for block in blocks:
+            workload = self._workload(block)
+            assert workload.sizes is not None
+            for link, nbytes in workload.sizes.total(self._schedule(workload)).items():
+                total[link] += nbytes
+        return total
 
     def _cells(self, blocks: Sequence[Block]) -> Cells:
         return Cells(
@@ -283,7 +334,16 @@ class LLM:
         )
 
     def _workload(self, block: Block) -> Workload:
-        return block.workload(self._weights.num_layers, self._slots)
+        sizes = block_sizes(
+            block,
+            self.config,
+            self._model.format,
+            self.policy,
+            self.placement,
+            chunk_positions=(self._disk or DiskContext()).chunk_positions,
+        )
+        workload = block.workload(self._weights.num_layers, self._slots)
+        return dataclasses.replace(workload, sizes=sizes)
 
     def _run_block(
         self,
@@ -321,7 +381,7 @@ class LLM:
         if self.tokenizer is not None:
             text = self.tokenizer.decode(visible)
         if request.params.logprobs is not None:
-            logprobs = tuple(self._decoded(entry) for entry in generated.logprobs)
+            logprobs = self._decoded(generated.logprobs)
             cumulative = sum(
                 entry[token].logprob for entry, token in zip(logprobs, ids, strict=True)
             )
@@ -335,15 +395,19 @@ class LLM:
             logprobs=logprobs,
             cumulative_logprob=cumulative,
         )
-        return RequestOutput(str(request.index), request.prompt, request.token_ids, (completion,))
+        scored = None if request.scored is None else (None, *self._decoded(generated.scores))
+        return RequestOutput(
+            str(request.index), request.prompt, request.token_ids, (completion,), scored
+        )
 
-    def _decoded(self, entry: dict[int, Logprob]) -> dict[int, Logprob]:
+    def _decoded(self, entries: Sequence[dict[int, Logprob]]) -> tuple[dict[int, Logprob], ...]:
         if self.tokenizer is None:
-            return entry
-        return {
-            token: Logprob(p.logprob, p.rank, self.tokenizer.token(token))
-            for token, p in entry.items()
-        }
+            return tuple(entries)
+        text = self.tokenizer.token
+        return tuple(
+            {token: Logprob(p.logprob, p.rank, text(token)) for token, p in entry.items()}
+            for entry in entries
+        )
 
     def close(self) -> None:
         """Gives back the weights' memory and file handles."""
@@ -375,15 +439,12 @@ def _schedule(schedule: str | Schedule) -> tuple[str, Schedule]:
 
 def _refuse_unbuilt(policy: Policy) -> None:
     """A policy is never silently a no-op: what is not built yet is refused by name."""
-    unbuilt = {
-        "weight_bits": policy.weight_bits is not None,
-        "cache_bits": policy.cache_bits is not None,
-        "attention_sparsity below 1": policy.attention_sparsity != 1.0,
-        "num_stages above 1": policy.num_stages != 1,
-    }
-    asked = [name for name, given in unbuilt.items() if given]
-    if asked:
-        raise ValueError(f"not supported yet: {', '.join(asked)}; leave them at their defaults")
+    if policy.num_stages != 1:
+        raise ValueError("not supported yet: num_stages above 1; leave it at 1")
+
+
+def _weight_format(policy: Policy) -> dict[str, Any]:
+    return {"weight_bits": policy.weight_bits, "group_size": policy.group_size}
 
 
 def _checked_slots(slots: Mapping[str, Any]) -> dict[str, int]:
@@ -393,37 +454,3 @@ def _checked_slots(slots: Mapping[str, Any]) -> dict[str, int]:
             raise ValueError(f"no slots {name!r}; known: {', '.join(names)}")
     Workload(num_steps=1, num_layers=1, num_batches=1, **slots)  # checks the numbers
     return dict(slots)
-
-
-def _as_list(prompts: Any) -> list[Any]:
-    one = isinstance(prompts, (str, Mapping))
-    if one or (len(prompts) and all(isinstance(i, int) for i in prompts)):
-        return [prompts]
-    return list(prompts)
-
-
-def _parse_prompt(prompt: Prompt) -> tuple[str | None, list[int] | None]:
-    """(text, token ids); token ids win where both are given."""
-    if isinstance(prompt, Mapping):
-        if prompt.get("prompt_token_ids") is not None:
-            text, ids = prompt.get("prompt"), prompt["prompt_token_ids"]
-            return text if isinstance(text, str) else None, _token_ids(ids)
-        if "prompt" not in prompt:
-            raise RequestError("expected a 'prompt' or 'prompt_token_ids', found neither")
-        prompt = prompt["prompt"]
-    if isinstance(prompt, str):
-        return prompt, None
-    return None, _token_ids(prompt)
-
-
-def _token_ids(value: object) -> list[int]:
-    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
-        ids = list(value)
-        if all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-            return ids
-    raise RequestError(f"expected a text or a list of token ids, got {_shown(value)}")
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

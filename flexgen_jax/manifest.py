@@ -52,7 +52,8 @@ class Manifest:
 
     Attributes:
         dtype: Of the weights as they are computed with.
-        weight_bits: 4 if the weights are quantised, None if they are stored in ``dtype``.
+        weight_bits: 4 or 8 if the weights are quantised, None if they are stored in ``dtype``.
+        weight_group: Then the most elements that share a scale.
         source: Where they came from.
         tensors: Flat name -> what is stored, in layer order.
         format_version: Of the directory's layout.
@@ -62,6 +63,7 @@ class Manifest:
     source: Source
     tensors: Mapping[str, TensorEntry]
     weight_bits: int | None = None
+    weight_group: int | None = None
     format_version: int = FORMAT_VERSION
 
     @property
@@ -75,6 +77,7 @@ class Manifest:
             "format_version": self.format_version,
             "dtype": self.dtype,
             "weight_bits": self.weight_bits,
+            "weight_group": self.weight_group,
             "source": dataclasses.asdict(self.source),
             "tensors": {name: dataclasses.asdict(e) for name, e in self.tensors.items()},
         }
@@ -123,12 +126,16 @@ class Manifest:
             tensors[name] = TensorEntry.of(tuple(map(int, entry["shape"])), entry["dtype"])
             if entry["nbytes"] != tensors[name].nbytes:
                 raise ValueError(f"{name}: nbytes {entry['nbytes']} do not fit its shape")
+        bits, group = values["weight_bits"], values.get("weight_group")
+        if not (bits is None or (bits in (4, 8) and isinstance(group, int) and group >= 2)):
+            raise ValueError(f"weight_bits {bits!r} in groups of {group!r}")
         source = Source(str(values["source"]["name"]), str(values["source"]["fingerprint"]))
         return cls(
             dtype=dtype_of(values["dtype"]).name,
             source=source,
             tensors=tensors,
-            weight_bits=values["weight_bits"],
+            weight_bits=bits,
+            weight_group=group,
         )
 
 

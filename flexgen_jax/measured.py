@@ -50,6 +50,8 @@ def store(
     path: str | None,
     *,
     dtype: str,
+    weight_bits: int | None,
+    group_size: int,
     offload_dir: str | None,
     say: Callable[[str], None],
     progress: Callable[[int, int, str], None],
@@ -58,16 +60,33 @@ def store(
 
     Args:
         path: ``_DUMMY_``: random weights of the preset ``model``.
+        weight_bits: 4 or 8: quantised; None: as a weight store has them.
 
     Raises:
         As :func:`resolve` and :func:`convert_dummy`.
     """
     if path != DUMMY:
-        below = offload_dir if path is None else path
-        return resolve(model, dtype=dtype, offload_dir=below, say=say, progress=progress)
+        return resolve(
+            model,
+            dtype=dtype,
+            weight_bits=weight_bits,
+            group_size=group_size,
+            offload_dir=offload_dir if path is None else path,
+            say=say,
+            progress=progress,
+        )
     base = cache_directory() if offload_dir is None else Path(offload_dir)
     name = re.sub(r"[^\w.-]+", "--", model)
-    made = Path(os.path.abspath(base)) / "stores" / f"{name}-dummy-{dtype}"
+    form = f"{dtype}-{weight_bits}bit-g{group_size}" if weight_bits else dtype
+    made = Path(os.path.abspath(base)) / "stores" / f"{name}-dummy-{form}"
     if not is_store(made):
-        say(f"making random {dtype} weights of {model} in {made}, once")
-    return convert_dummy(model, made, dtype=dtype, progress=progress, say=say)
+        say(f"making random {form} weights of {model} in {made}, once")
+    return convert_dummy(
+        model,
+        made,
+        dtype=dtype,
+        weight_bits=weight_bits,
+        group_size=group_size,
+        progress=progress,
+        say=say,
+    )

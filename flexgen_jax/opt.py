@@ -8,11 +8,13 @@ Shapes: ``batch seq hidden`` for activations, ``batch heads seq head_dim`` for t
 Sequences are padded on the left, and ``padding[b]`` says by how many positions, so no token id is
 special: a prompt may contain the pad token. Matrix products accumulate in float32; softmax and
 layer norm are computed in float32; activations keep the dtype of the parameters.
+Wherever a kernel or the token table is taken, it may be :class:`Quantized`.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import math
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from flexgen_jax.config import OPTConfig
 from flexgen_jax.kv_cache import LayerCache, write_prompt, write_token
 from flexgen_jax.params import POSITION_OFFSET, nest, param_shapes
+from flexgen_jax.quantization import Quantized, dense
 
 Params = dict[str, Any]
 
@@ -63,7 +66,7 @@ def layer_norm(params: Params, x: Float[Array, "*dims hidden"]) -> Float[Array, 
 
 def linear(params: Params, x: Float[Array, "*dims n_in"]) -> Float[Array, "*dims n_out"]:
     """``x @ kernel + bias``, accumulated in float32, returned in the dtype of ``x``."""
-    y = _matmul(x, params["kernel"])
+    y = _matmul(x, dense(params["kernel"], x.dtype))
     if "bias" in params:
         y = y + params["bias"].astype(jnp.float32)
     return y.astype(x.dtype)
@@ -140,23 +143,102 @@ def attend_cached(
     The cache is only read, wherever it lies; ``new`` holds the token's own key and value. Attending
     everything under a mask beats slicing the filled prefix, which would copy it.
     """
-    index = jnp.arange(cache.key.shape[2])
+    weights, own = _cached_weights(query, cache.key, new.key, position, padding)
+    value = cache.value
+    weights = weights.astype(value.dtype)
+    if query.dtype == jnp.bfloat16:
+        weights = jnp.concatenate([weights, weights], axis=2)
+    out = jnp.einsum("bhqk,bhkd->bhqd", weights, value, preferred_element_type=jnp.float32)
+    out = out[:, :, :1] + own * new.value.astype(jnp.float32)
+    return out.astype(query.dtype)
+
+
+def _cached_weights(
+    query: Array, key: Array, own_key: Array, position: Array, padding: Array
+) -> tuple[Float[Array, "batch heads 1 seq"], Float[Array, "batch heads 1 1"]]:
+    """The softmax of :func:`attend_cached`: over the cached keys, and of the token's own."""
+    index = jnp.arange(key.shape[2])
     visible = (index[None, :] < position) & (index[None, :] >= padding[:, None])
     twice = query
     if query.dtype == jnp.bfloat16:  # as in attend
         twice = jnp.concatenate([query, query], axis=2)
-    scores = jnp.einsum("bhqd,bhkd->bhqk", twice, cache.key, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bhqd,bhkd->bhqk", twice, key, preferred_element_type=jnp.float32)
     scores = jnp.where(visible[:, None, None], scores[:, :, :1], MASKED)
-    own = jnp.sum(query.astype(jnp.float32) * new.key.astype(jnp.float32), -1, keepdims=True)
+    own = jnp.sum(query.astype(jnp.float32) * own_key.astype(jnp.float32), -1, keepdims=True)
     top = jnp.maximum(scores.max(axis=-1, keepdims=True), own)
     weights, own = jnp.exp(scores - top), jnp.exp(own - top)
     total = weights.sum(axis=-1, keepdims=True) + own
-    weights = (weights / total).astype(cache.value.dtype)
-    if query.dtype == jnp.bfloat16:
-        weights = jnp.concatenate([weights, weights], axis=2)
-    out = jnp.einsum("bhqk,bhkd->bhqd", weights, cache.value, preferred_element_type=jnp.float32)
-    out = out[:, :, :1] + (own / total) * new.value.astype(jnp.float32)
-    return out.astype(query.dtype)
+    return weights / total, own / total
+
+
+class Selection(NamedTuple):
+    """The cached positions that a new token attends to, per head.
+
+    ``kept`` says which of ``positions`` count: the share is of the visible positions, whose number
+    differs from row to row. ``weights`` are the positions' attention weights, and ``own`` the new
+    token's, which is always kept; ``rest`` is how many visible positions are left out.
+    """
+
+    positions: Int[Array, "batch heads selected"]
+    kept: Bool[Array, "batch heads selected"]
+    weights: Float[Array, "batch heads selected"]
+    own: Float[Array, "batch heads 1 1"]
+    rest: Float[Array, "batch"]
+
+
+def select_cached(
+    query: Float[Array, "batch heads 1 head_dim"],
+    key: Float[Array, "batch heads seq head_dim"],
+    new: LayerCache,
+    position: Int[Array, ""],
+    padding: Int[Array, "batch"],
+    sparsity: float,
+) -> Selection:
+    """The share ``sparsity`` of the visible positions with the largest weights (paper, section 5).
+
+    The weights are those of the softmax over all positions.
+    """
+    weights, own = _cached_weights(query, key, new.key, position, padding)
+    top, index = jax.lax.top_k(weights[:, :, 0], math.ceil(sparsity * weights.shape[-1]))
+    visible = (position - padding).astype(jnp.float32)
+    count = jnp.ceil(sparsity * visible)
+    kept = jnp.arange(top.shape[-1], dtype=jnp.float32) < count[:, None, None]
+    kept = jnp.broadcast_to(kept, top.shape)
+    # What is not kept is read as well, since shapes are fixed: let it be what is there.
+    return Selection(
+        jnp.where(kept, index, index[..., :1]), kept, jnp.where(kept, top, 0), own, visible - count
+    )
+
+
+def attend_selected(
+    selection: Selection,
+    value: Float[Array, "batch heads selected head_dim"] | Quantized,
+    new: LayerCache,
+    value_sum: Float[Array, "batch heads head_dim"],
+) -> Float[Array, "batch heads 1 head_dim"]:
+    """Attention to the selected positions, whose values are ``value``, and to the token itself.
+
+    The weight of what is left out falls on the mean of its values (SparQ attention, Ribar et al.,
+    2023), for which ``value_sum``, over all visible positions, is enough. FlexGen drops it.
+    """
+    x = jnp.where(selection.kept[..., None], dense(value, jnp.float32).astype(jnp.float32), 0)
+    weights = selection.weights
+    out = jnp.sum(weights[..., None] * x, axis=2, keepdims=True)
+    rest = jnp.maximum(selection.rest, 1)[:, None, None]
+    mean = (value_sum - x.sum(axis=2)) / rest
+    dropped = 1 - weights.sum(axis=-1)[..., None, None] - selection.own
+    dropped = jnp.where(selection.rest[:, None, None, None] > 0, dropped, 0)
+    out = out + dropped * mean[:, :, None] + selection.own * new.value.astype(jnp.float32)
+    return out.astype(new.value.dtype)
+
+
+def sum_values(
+    value: Float[Array, "batch heads seq head_dim"] | Quantized, padding: Int[Array, "batch"]
+) -> Float[Array, "batch heads head_dim"]:
+    """Over the positions that are not padding, in float32: what :func:`attend_selected` needs."""
+    x = dense(value, jnp.float32).astype(jnp.float32)
+    visible = jnp.arange(x.shape[2])[None, :] >= padding[:, None]
+    return jnp.sum(jnp.where(visible[:, None, :, None], x, 0), axis=2)
 
 
 def _project_qkv(params: Params, x: Array, config: OPTConfig) -> tuple[Array, Array, Array]:
@@ -266,7 +348,8 @@ def embed(
     config: OPTConfig,
 ) -> Float[Array, "batch seq hidden"]:
     """Token and position embeddings; ``first_position`` is the index of ``tokens[:, 0]``."""
-    return embed_rows(params, params["tokens"][tokens], first_position, padding, config)
+    rows = dense(params["tokens"][tokens], params["positions"].dtype)
+    return embed_rows(params, rows, first_position, padding, config)
 
 
 def embed_rows(
@@ -285,7 +368,7 @@ def embed_rows(
 
 def head(
     params: Params,
-    token_table: Float[Array, "vocab embed"],
+    token_table: Float[Array, "vocab embed"] | Quantized,
     hidden: Float[Array, "*dims hidden"],
     config: OPTConfig,
 ) -> Float[Array, "*dims vocab"]:
@@ -294,6 +377,7 @@ def head(
         hidden = layer_norm(params.get("norm", {}), hidden)
     if config.has_projection:
         hidden = linear(params["project_out"], hidden)
+    token_table = dense(token_table, hidden.dtype)
     rows = hidden.reshape(-1, hidden.shape[-1])
     lonely = rows.shape[0] == 1 and rows.dtype == jnp.bfloat16  # as in _matmul
     if lonely:

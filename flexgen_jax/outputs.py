@@ -40,10 +40,15 @@ class CompletionOutput:
 
 @dataclasses.dataclass(frozen=True)
 class RequestOutput:
-    """A prompt and its completions; ``request_id`` is its place in the input, as a string."""
+    """A prompt and its completions; ``request_id`` is its place in the input, as a string.
+
+    ``prompt_logprobs`` has an entry per prompt token, as ``CompletionOutput.logprobs`` has per new
+    one; the first is None, since nothing comes before it. None unless asked for.
+    """
 
     request_id: str
     prompt: str | None
     prompt_token_ids: tuple[int, ...]
     outputs: tuple[CompletionOutput, ...]
+    prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
     finished: bool = True

@@ -59,13 +59,23 @@ _OPTIONS = [
         is_flag=True,
         help="Compute attention next to the cache on the host.",
     ),
-    click.option("--compress-weight", is_flag=True, help="4-bit weights (not built yet)."),
-    click.option("--compress-cache", is_flag=True, help="4-bit cache (not built yet)."),
     click.option(
+        "--weight-bits",
+        type=click.Choice(["4", "8"]),
+        help="Quantise the weights, once, and keep the result like a converted model.",
+    ),
+    click.option("--compress-weight", is_flag=True, help="The same as --weight-bits 4."),
+    click.option("--cache-bits", type=click.Choice(["4", "8"]), help="Quantise the KV cache."),
+    click.option("--compress-cache", is_flag=True, help="The same as --cache-bits 4."),
+    click.option(
+        "--group-size", type=int, help="Elements that share a scale, at most. [default: 64]"
+    ),
+    click.option(
+        "--attention-sparsity",
         "--attn-sparsity",
         type=float,
         metavar="SHARE",
-        help="Attend to this share of the positions (not built yet below 1).",
+        help="Attend to this share of the positions, those with the largest weights.",
     ),
     click.option(
         "--sep-layer",
@@ -88,9 +98,12 @@ NAMES = (
     "overlap",
     "no_overlap",
     "host_attention",
+    "weight_bits",
     "compress_weight",
+    "cache_bits",
     "compress_cache",
-    "attn_sparsity",
+    "group_size",
+    "attention_sparsity",
     "sep_layer",
     "pin_weight",
 )
@@ -119,9 +132,10 @@ def read_policy(values: Mapping[str, Any]) -> tuple[Policy | Literal["auto"], di
         "num_device_batches": values["num_device_batches"],
         "overlap": False if values["no_overlap"] else values["overlap"],
         "host_attention": values["host_attention"] or None,
-        "weight_bits": 4 if values["compress_weight"] else None,
-        "cache_bits": 4 if values["compress_cache"] else None,
-        "attention_sparsity": values["attn_sparsity"],
+        "weight_bits": _bits(values, "weight_bits", "compress_weight"),
+        "cache_bits": _bits(values, "cache_bits", "compress_cache"),
+        "group_size": values["group_size"],
+        "attention_sparsity": values["attention_sparsity"],
     }
     changes = {name: value for name, value in given.items() if value is not None}
     policy, percent = values["policy"], values["percent"]
@@ -135,3 +149,13 @@ def read_policy(values: Mapping[str, Any]) -> tuple[Policy | Literal["auto"], di
         return Policy.from_json(json.loads(Path(policy).read_text(encoding="utf-8"))), changes
     except OSError as error:
         raise OSError(f"cannot read the policy {policy}: {error.strerror}") from error
+
+
+def _bits(values: Mapping[str, Any], name: str, short: str) -> int | None:
+    bits, compress = values[name], values[short]
+    if compress and bits == "8":
+        raise ValueError(
+            f"--{name.replace('_', '-')} 8 and --{short.replace('_', '-')} (4 bits) exclude each "
+            "other"
+        )
+    return int(bits) if bits else 4 if compress else None

@@ -22,29 +22,43 @@ from rich.text import Text
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-class _TokensPerSecond(ProgressColumn):
+class _PerSecond(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
     def render(self, task: Task) -> Text:
-        return Text("" if task.speed is None else f"{task.speed:.1f} tokens/s")
+        return Text("" if task.speed is None else f"{task.speed:.1f} {self._unit}/s")
+
+
+def tokens(
+    total: int, *, quiet: bool = False
+) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+    """A bar over at most ``total`` new tokens; see :func:`count`."""
+    return count(total, "generating", "tokens", quiet=quiet)
 
 
 @contextlib.contextmanager
-def tokens(total: int, *, quiet: bool = False) -> Iterator[Callable[[int], None]]:
-    """A bar over at most ``total`` new tokens with tokens/s and ETA; yields ``advance(count)``.
+def count(
+    total: int | None, what: str, unit: str, *, quiet: bool = False
+) -> Iterator[Callable[[int], None]]:
+    """A bar over at most ``total`` units with their rate and ETA; yields ``advance(count)``.
 
     Requests that stop early make the total an upper bound, so the bar ends by jumping to its end.
+    None: nobody knows.
     """
     columns = (
-        TextColumn("generating"),
+        TextColumn(what),
         BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f} tokens"),
-        _TokensPerSecond(),
+        TextColumn(f"{{task.completed:.0f}}/{total} {unit}" if total is not None else unit),
+        _PerSecond(unit),
         TimeElapsedColumn(),
         TextColumn("ETA"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task("tokens", total=total)
-        yield lambda count: bar.advance(task, count)
+        task = bar.add_task(what, total=total)
+        yield lambda more: bar.advance(task, more)
         bar.update(task, completed=total)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from scheduling.placement import Placement
 from scheduling.policy import Policy
+from scheduling.sizes import Link
 from scheduling.timeline import Timeline
 
 
@@ -26,6 +27,8 @@ class Report:
         compilations: Programs compiled for layers and heads during this run.
         disk_bytes: Bytes read from the disk tier: weights, cache and hidden states.
         disk_bytes_written: Bytes of cache and hidden states written there.
+        moved: Bytes that the schedule moves over each link, by the sizes of its cells; a batch
+            whose requests stop early moves less.
         timeline: Measured spans of the blocks, one after another; of a long job, of its first.
     """
 
@@ -42,6 +45,7 @@ class Report:
     compilations: int
     disk_bytes: int
     disk_bytes_written: int
+    moved: Mapping[Link, int]
     timeline: Timeline
 
     def __repr__(self) -> str:
@@ -66,12 +70,13 @@ class Report:
         values = {
             f.name: getattr(self, f.name)
             for f in dataclasses.fields(self)
-            if f.name not in ("policy", "placement", "timeline")
+            if f.name not in ("policy", "placement", "moved", "timeline")
         }
         return {
             "policy": self.policy.to_json(),
             "placement": {kind: placed.to_json() for kind, placed in self.placement.items()},
             **values,
+            "moved_bytes": {link.value: nbytes for link, nbytes in self.moved.items()},
             "tokens_per_second": self.tokens_per_second,
             "padding": self.padding,
             "streams": self.timeline.summary(),

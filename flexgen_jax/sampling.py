@@ -131,15 +131,28 @@ def _draw(logits: Array, arrays: SamplingArrays, step: Array, truncated: bool) -
     return jax.vmap(one)(logits, arrays)
 
 
+def scores(logits: Float[Array, "rows vocab"], token: Int[Array, "rows"], k: int) -> Sampled:
+    """Log-probability and rank of ``token`` in each row, and the ``k`` likeliest tokens."""
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    chosen = jnp.take_along_axis(logprobs, token[:, None], axis=1)
+    rank = 1 + jnp.sum(logprobs > chosen, axis=1, dtype=jnp.int32)
+    top, ids = jax.lax.top_k(logprobs, k)
+    return Sampled(token, chosen[:, 0], rank, ids.astype(jnp.int32), top)
+
+
 @partial(jax.jit, static_argnames="features")
 def sample(
     logits: Float[Array, "batch vocab"],
     arrays: SamplingArrays,
     step: Int[Array, ""],
+    forced: Int[Array, "batch"] | None = None,
     *,
     features: SamplingFeatures,
 ) -> Sampled:
-    """Draws the token of generated index ``step`` (0: the first) of every row."""
+    """Draws the token of generated index ``step`` (0: the first) of every row.
+
+    Where ``forced`` is not negative, that is the token.
+    """
     raw = logits
     if features.delayed_stop:
         early = step < arrays.min_tokens
@@ -151,14 +164,12 @@ def sample(
     else:
         token = jnp.argmax(logits, axis=-1)
     token = token.astype(jnp.int32)
+    if forced is not None:
+        token = jnp.where(forced >= 0, forced, token)
     k = features.num_logprobs
     if k is None:
         none = jnp.zeros(0, jnp.float32)
         return Sampled(
             token, none, none.astype(jnp.int32), jnp.zeros((0, 0), jnp.int32), none[None]
         )
-    logprobs = jax.nn.log_softmax(raw, axis=-1)
-    chosen = jnp.take_along_axis(logprobs, token[:, None], axis=1)
-    rank = 1 + jnp.sum(logprobs > chosen, axis=1, dtype=jnp.int32)
-    top, ids = jax.lax.top_k(logprobs, k)
-    return Sampled(token, chosen[:, 0], rank, ids.astype(jnp.int32), top)
+    return scores(raw, token, k)

@@ -11,7 +11,6 @@ from typing import Any
 _NOT_YET = {
     "n": 1,
     "stop": None,
-    "prompt_logprobs": None,
     "repetition_penalty": 1.0,
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
@@ -41,6 +40,7 @@ class SamplingParams:
         max_tokens: Most tokens to generate, at least 1.
         min_tokens: Tokens to generate before a stop token may be chosen.
         logprobs: Return the log-probabilities of the chosen and this many likeliest tokens.
+        prompt_logprobs: Likewise, at each position of the prompt.
         max_new_tokens: Hugging Face's name of ``max_tokens``.
         do_sample: Hugging Face's switch; False means ``temperature=0``.
 
@@ -133,13 +133,14 @@ class SamplingParams:
             "a list of token ids",
             ids,
         )
-        _require(
-            self.logprobs is None
-            or (_is_int(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS),
-            "logprobs",
-            f"null or an integer from 0 to {MAX_LOGPROBS}",
-            self.logprobs,
-        )
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            _require(
+                count is None or (_is_int(count) and 0 <= count <= MAX_LOGPROBS),
+                name,
+                f"null or an integer from 0 to {MAX_LOGPROBS}",
+                count,
+            )
 
     def updated(self, values: Mapping[str, Any]) -> SamplingParams:
         """A copy with ``values`` (as read from a JSON line) in place.

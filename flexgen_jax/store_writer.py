@@ -174,14 +174,19 @@ def _is_there(store: Path, manifest: Manifest) -> bool:
     existing = Manifest.load(store)
     if _identity(existing) != _identity(manifest):
         raise StoreError(
-            f"{store} exists already: it holds {existing.source.name} in {existing.dtype} "
-            f"(source {existing.source.fingerprint[:12]}), asked for was {manifest.source.name} in "
-            f"{manifest.dtype} (source {manifest.source.fingerprint[:12]}); remove it, or choose "
-            "another directory"
+            f"{store} exists already: it holds {_described(existing)}, asked for was "
+            f"{_described(manifest)}; remove it, or choose another directory"
         )
     for name in existing.tensors:
         describe_array(store / name)
     return True
+
+
+def _described(manifest: Manifest) -> str:
+    bits = f" quantised to {manifest.weight_bits} bits" if manifest.weight_bits else ""
+    group = f" in groups of {manifest.weight_group}" if manifest.weight_bits else ""
+    source = manifest.source
+    return f"{source.name} in {manifest.dtype}{bits}{group} (source {source.fingerprint[:12]})"
 
 
 def _identity(manifest: Manifest) -> dict[str, Any]:
@@ -190,6 +195,7 @@ def _identity(manifest: Manifest) -> dict[str, Any]:
         "fingerprint": manifest.source.fingerprint,
         "dtype": manifest.dtype,
         "weight_bits": manifest.weight_bits,
+        "weight_group": manifest.weight_group,
     }
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 
 from flexgen_jax.config import OPTConfig
-from flexgen_jax.params import nest, unit_names
+from flexgen_jax.params import nest, param_shapes, unit_names
+from flexgen_jax.quantization import Quantized, dequantize
+from flexgen_jax.unpacking import Dense
 from scheduling.placement import Placement, place
 from scheduling.policy import Split, Tier
 from storage.device import DeviceStore
@@ -29,13 +32,18 @@ class LayerWeights(NamedTuple):
     """What one layer computes with; ``token_table`` is the head's (vocab, embed), else None."""
 
     params: dict[str, Any]
-    token_table: jax.Array | None
+    token_table: jax.Array | Quantized | None
 
 
 def place_weights(sizes: dict[str, int], split: Split) -> Placement:
     """Deals whole tensors to tiers (DESIGN §4), in layer order. ``sizes``: name -> bytes."""
     tiers = place(list(sizes.values()), split)
     return Placement.of(zip(sizes, sizes.values(), tiers, strict=True))
+
+
+@partial(jax.jit, static_argnums=1)
+def _dequantize(rows: Quantized, dtype: str) -> jax.Array:
+    return dequantize(rows, dtype)
 
 
 class Weights:
@@ -56,6 +64,8 @@ class Weights:
     ) -> None:
         self.config: OPTConfig = model.config
         self.dtype = model.dtype
+        self.format = model.format
+        self._shapes = param_shapes(self.config)
         self.placement = placement
         tier_of = {cell.name: cell.tier for cell in placement.cells}
         disk = DiskStore(
@@ -73,6 +83,7 @@ class Weights:
         for unit in self.config.units:
             # Of the token table an embedding needs a few rows only: see token_rows.
             names = [n for n in unit_names(self.config, unit) if (unit, n) != _EMBEDDING]
+            names = list(self.format.order(names))
             by_tier = {t: tuple(n for n in names if tier_of[n] is t) for t in Tier}
             self._plan.append([(stores[t], group) for t, group in by_tier.items() if group])
         no_slot = Slot(0)  # what is resident takes no transient room
@@ -81,7 +92,9 @@ class Weights:
             for i, layer in enumerate(self._plan)
             if [store for store, _ in layer] == [stores[Tier.DEVICE]]
         }
-        self._table = stores[tier_of[_EMBEDDING[1]]]
+        table = self.format.stored_names(_EMBEDDING[1])
+        self._table = [(stores[tier_of[name]], name) for name in table]
+        self._dense = Dense(self.dtype)
 
     @staticmethod
     def _fill(
@@ -110,12 +123,24 @@ class Weights:
         """The layer's weights if all of them lie on the device, where loading is no work."""
         return self._resident.get(layer)
 
+    def dense(self, weights: LayerWeights) -> LayerWeights:
+        """``weights`` as computing takes them: what is in codes is dequantised, once per load.
+
+        The batches that compute with the same layer one after another share the result.
+        """
+        return weights if self.format.bits is None else self._dense.of(weights)
+
     def token_rows(self, tokens: np.ndarray) -> jax.Array:
         """Rows of the token table, (batch, seq, embed), of ``tokens`` (batch, seq), on the device.
 
         Looked up where the table lies: it is as large as several layers.
         """
-        return self._table.take(_EMBEDDING[1], tokens)
+        fields = [store.take(name, tokens) for store, name in self._table]
+        if len(fields) == 1:
+            return fields[0]
+        codes, affine = fields
+        size = self._shapes[_EMBEDDING[1]][-1]
+        return _dequantize(Quantized(codes, affine, self.format.bits or 0, size), self.dtype)
 
     def slot_nbytes(self, layer: int) -> int:
         """Bytes of slot memory that loading ``layer`` may take."""
@@ -128,8 +153,9 @@ class Weights:
             flat.update(store.load(names, slot))
         return self._assemble(layer, flat)
 
-    def _assemble(self, layer: int, flat: dict[str, jax.Array]) -> LayerWeights:
+    def _assemble(self, layer: int, arrays: dict[str, jax.Array]) -> LayerWeights:
         unit = self.config.units[layer]
+        flat = self.format.assemble(arrays, self._shapes)
         table = None
         if unit == "head":
             table = flat["embed.tokens" if self.config.tie_word_embeddings else "head.tokens"]
@@ -138,6 +164,7 @@ class Weights:
 
     def close(self) -> None:
         self._resident.clear()
+        self._dense.clear()
         for store in self._stores.values():
             store.close()
 

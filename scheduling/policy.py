@@ -64,7 +64,8 @@ class Policy:
         overlap: Load and store while computing.
         host_attention: Compute attention next to the cache on the host.
         weight_bits: 4 or 8: group-wise quantised weights. ``cache_bits``: the cache likewise.
-        attention_sparsity: Share of positions attended, in (0, 1].
+        group_size: The most elements that share a scale, where anything is quantised.
+        attention_sparsity: Share of the cached positions attended, in (0, 1].
         num_stages: Devices that the layers are pipelined over.
 
     Raises:
@@ -80,6 +81,7 @@ class Policy:
     host_attention: bool = False
     weight_bits: int | None = None
     cache_bits: int | None = None
+    group_size: int = 64
     attention_sparsity: float = 1.0
     num_stages: int = 1
 
@@ -100,6 +102,10 @@ class Policy:
             bits = getattr(self, name)
             if bits is not None and not (_is_int(bits) and bits in (4, 8)):
                 raise ValueError(f"{name} must be None, 4 or 8, got {bits!r}")
+        if not _is_int(self.group_size) or self.group_size < 2:
+            raise ValueError(
+                f"group_size must be an integer of at least 2, got {self.group_size!r}"
+            )
         sparsity = self.attention_sparsity
         if not (_is_number(sparsity) and 0 < sparsity <= 1):
             raise ValueError(f"attention_sparsity must be a number in (0, 1], got {sparsity!r}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from scheduling.sizes import Sizes
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workload:
@@ -20,6 +22,7 @@ class Workload:
         store_slots: How many results may wait to be stored, of each kind; a computation waits
             until there are fewer.
         device_batch_size: Requests of a batch. Descriptive, as ``prompt_len`` (tokens) is.
+        sizes: What its ops move, for cost models; two workloads are equal without them.
     """
 
     num_steps: int
@@ -32,11 +35,12 @@ class Workload:
     store_slots: int = 2
     device_batch_size: int = 1
     prompt_len: int = 1
+    sizes: Sizes | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name != "cached_layers" and (
+            if field.name not in ("cached_layers", "sizes") and (
                 not isinstance(value, int) or isinstance(value, bool) or value < 1
             ):
                 raise ValueError(f"{field.name} must be an integer of at least 1, got {value!r}")

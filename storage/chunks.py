@@ -8,6 +8,7 @@ import math
 import mmap
 import os
 import shutil
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -84,6 +85,7 @@ class RawChunks:
         # Storing and loading are two threads: each has its own bounce buffers.
         self._write_buffer = np.empty(0, np.uint8)
         self._read_buffers = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
+        self._reading = threading.Lock()  # loading and taking may be two threads as well
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="flexgen-copy")
 
     def write(self, name: str, first: int, count: int, layout: Layout, views: Views) -> None:
@@ -105,6 +107,13 @@ class RawChunks:
 
     def read(self, name: str, count: int, layout: Layout, views: Views) -> None:
         file = self._open(name, os.O_RDONLY)
+        try:
+            with self._reading:
+                self._read(file, count, layout, views)
+        finally:
+            os.close(file)
+
+    def _read(self, file: int, count: int, layout: Layout, views: Views) -> None:
         # While one run of chunks is read, the one before is copied to where it belongs.
         copies: list[Future[None]] = []
         try:
@@ -119,7 +128,6 @@ class RawChunks:
                 self._all(os.preadv, file, block, start * layout.nbytes)
                 copies.append(self._copier.submit(_spread, block, start, chunks, layout, views))
         finally:
-            os.close(file)
             for copy in copies:
                 copy.result()
 

@@ -85,11 +85,20 @@ class DeviceSequences:
     def load(self, name: str, slot: Slot) -> tuple[jax.Array, ...]:
         return self._groups[name].arrays
 
+    def take(self, name: str, index: jax.Array) -> tuple[jax.Array, ...]:
+        return take_positions(self._groups[name].arrays, index)
+
     def discard(self, name: str) -> None:
         self._groups.pop(name, None)
 
     def close(self) -> None:
         self._groups.clear()
+
+
+@jax.jit
+def take_positions(arrays: tuple[jax.Array, ...], index: jax.Array) -> tuple[jax.Array, ...]:
+    """``array[..., index[..., i], :]`` of each array."""
+    return tuple(jnp.take_along_axis(a, index[..., None], axis=-2) for a in arrays)
 
 
 @partial(jax.jit, static_argnums=1)

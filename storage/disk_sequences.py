@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from storage.chunks import Chunks, Layout, RawChunks, Views, ZarrChunks
+from storage.device import take_positions
 from storage.disk import DiskContext
 from storage.memory import available_memory, round_up
 from storage.slots import Slot
@@ -66,6 +67,7 @@ class DiskSequences:
             else RawChunks(directory, direct=direct)
         )
         self._groups: dict[str, _Group] = {}
+        self._taken = Slot()
         self.free_load = self.free_store = False
         self.bytes_read = self.bytes_written = 0
 
@@ -151,7 +153,18 @@ class DiskSequences:
         start = group.chunks * layout.positions
         for view, tail in zip(views, group.tail, strict=True):
             view[:, start : group.length] = tail[:, : group.length - start]
+            view[:, group.length :] = 0  # what an earlier load left may be of another dtype
         return tuple(jax.block_until_ready(jax.device_put(whole, self._device)))
+
+    def take(self, name: str, index: jax.Array) -> tuple[jax.Array, ...]:
+        """Everything is read: a position of a head is a small part of a disk's page.
+
+        Even one position in ten, of each head, touches nearly every page.
+        """
+        self._taken.begin(self.slot_nbytes(self._groups[name].sizes))
+        taken = take_positions(self.load(name, self._taken), index)
+        self._taken.release(taken)
+        return taken
 
     def _failed(self, verb: str, name: str, error: Exception) -> StorageError:
         reason = getattr(error, "strerror", None) or error
@@ -163,4 +176,5 @@ class DiskSequences:
 
     def close(self) -> None:
         self._groups.clear()
+        self._taken.begin()
         self._chunks.close()

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from storage.device import grow, take_rows
+from storage.device import grow, take_positions, take_rows
 from storage.memory import aligned_bytes
 from storage.slots import Slot
 from storage.store import check_capacity, full_nbytes
@@ -73,14 +73,17 @@ class _Group:
 class HostSequences:
     """Sequences in main memory that a CPU device reads where they lie.
 
-    For the CPU backend, and beside an accelerator for attention on the host. Appending writes into
+    For the CPU backend; and beside an accelerator, which pinned memory serves faster, for attention
+    on the host and for taking single positions. Appending writes into
     memory that computations alias; by then they are done, since what is appended is their result.
     """
 
-    free_load, free_store = True, False
+    free_store = False
 
     def __init__(self, device: Any = None) -> None:
-        self._device = device or jax.local_devices(backend="cpu")[0]
+        self._home = jax.local_devices(backend="cpu")[0]
+        self._device = device or self._home
+        self.free_load = self._device.platform == "cpu"
         self._groups: dict[str, _Group] = {}
 
     @property
@@ -126,6 +129,12 @@ class HostSequences:
 
     def load(self, name: str, slot: Slot) -> tuple[jax.Array, ...]:
         return tuple(jax.device_put(self._groups[name].arrays, self._device))
+
+    def take(self, name: str, index: jax.Array) -> tuple[jax.Array, ...]:
+        """Gathered here; only the positions asked for go to where ``index`` lies."""
+        (device,) = index.devices()
+        arrays, index = jax.device_put((tuple(self._groups[name].arrays), index), self._home)
+        return jax.device_put(take_positions(arrays, index), device)
 
     def discard(self, name: str) -> None:
         self._groups.pop(name, None)
@@ -206,6 +215,10 @@ class PinnedSequences:
         # One call for all pieces: every transfer pays a fixed price.
         pieces = jax.device_put([*group.pieces, *tail], self._on_device)
         return jax.block_until_ready(_joined(tuple(pieces), group.capacity))
+
+    def take(self, name: str, index: jax.Array) -> tuple[jax.Array, ...]:
+        # Pinned memory cannot be indexed where it lies: everything travels.
+        return take_positions(self.load(name, Slot()), index)
 
     def discard(self, name: str) -> None:
         self._groups.pop(name, None)

@@ -52,9 +52,9 @@ class SequenceStore(Protocol):
     """One tier's groups of arrays that grow along their last but one axis, the sequence.
 
     A group is all that one name stands for: the keys and values of one layer and batch, say, both
-    ``(batch, heads, seq, head_dim)``. One thread may store while another one loads, as long as they
-    do not touch the same name; what is loaded is read until the slot is begun again or the name is
-    stored to again, whose new arrays are computed from it.
+    ``(batch, heads, seq, head_dim)``. One thread may store, another one load and a third one take,
+    as long as they do not touch the same name; what is loaded is read until the slot is begun again
+    or the name is stored to again, whose new arrays are computed from it.
 
     Attributes:
         free_load: Loading is no work: the arrays are read where they lie.
@@ -101,6 +101,17 @@ class SequenceStore(Protocol):
         Raises:
             KeyError: no such name.
             StorageError: the tier could not deliver.
+        """
+        ...
+
+    def take(self, name: str, index: jax.Array) -> tuple[jax.Array, ...]:
+        """Some positions, of each array: ``array[..., index[..., i], :]`` at position ``i``.
+
+        Args:
+            index: Integers, shaped as the arrays' leading axes and one more.
+
+        Raises:
+            As :meth:`load`.
         """
         ...
 

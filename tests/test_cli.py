@@ -268,9 +268,9 @@ def test_openai_lines_are_answered_in_their_dialect(job):
     ("options", "words"),
     [
         (["--percent", "80", "30", "100", "0", "100", "0"], "exceed 100"),
-        (["--compress-weight"], "not supported yet: weight_bits"),
-        (["--compress-cache"], "not supported yet: cache_bits"),
-        (["--attn-sparsity", "0.1"], "not supported yet: attention_sparsity"),
+        (["--compress-weight", "--weight-bits", "8"], "--weight-bits 8 and --compress-weight"),
+        (["--compress-cache", "--cache-bits", "8"], "--cache-bits 8 and --compress-cache"),
+        (["--attn-sparsity", "0"], "attention_sparsity must be a number in (0, 1]"),
         (["--sep-layer", "true"], "not supported yet: --sep-layer"),
         (["--pin-weight", "false"], "not supported: --pin-weight false"),
         (["--overlap", "--no-overlap"], "exclude each other"),

@@ -177,7 +177,7 @@ def test_logprobs_zero_gives_the_chosen_token_only(logits):
         ("ignore_eos", 1, "true or false"),
         ("n", 2, "not supported yet"),
         ("stop", "\n", "not supported yet"),
-        ("prompt_logprobs", 1, "not supported yet"),
+        ("prompt_logprobs", 99, "prompt_logprobs must be null or an integer from 0 to 20"),
         ("repetition_penalty", 1.2, "not supported yet"),
         ("logit_bias", {1: 2.0}, "not supported yet"),
     ],

@@ -70,7 +70,10 @@ def test_another_version(store, version, cure):
 
 def test_quantised_weights_are_not_mistaken(store):
     edit(store / "flexgen_manifest.json", weight_bits=4)
-    with pytest.raises(StoreError, match="quantised to 4 bits"):
+    with pytest.raises(StoreError, match=r"wrong entry.*weight_bits 4 in groups of None"):
+        open_store(store)
+    edit(store / "flexgen_manifest.json", weight_group=64)
+    with pytest.raises(StoreError, match=r"expected embed\.tokens\.codes as uint8"):
         open_store(store)
 
 

@@ -28,6 +28,7 @@ def test_it_is_complete_and_small():
         "README.md",
         "config.json",
         "generation_config.json",
+        "held_out.txt",
         "model.safetensors",
         "prompts.jsonl",
         "special_tokens_map.json",
@@ -35,7 +36,7 @@ def test_it_is_complete_and_small():
         "tokenizer_config.json",
     } <= files.keys()
     assert sum(files.values()) <= 8_000_000
-    assert not any(name.endswith(".txt") for name in files)
+    assert [name for name in files if name.endswith(".txt")] == ["held_out.txt"]
 
 
 def test_the_special_tokens_are_opts(tokenizer):

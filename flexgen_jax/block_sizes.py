@@ -1,0 +1,107 @@
+"""The sizes of a block's ops, from the model, the policy and the placement."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+
+from flexgen_jax.blocks import Batch, Block
+from flexgen_jax.cells import cache_format, cache_name, hidden_name, place_cache, place_hidden
+from flexgen_jax.config import OPTConfig
+from flexgen_jax.params import param_shapes, unit_names
+from scheduling.placement import Placement
+from scheduling.policy import Policy, Tier
+from scheduling.sizes import BatchSizes, CacheCell, Sizes
+
+if TYPE_CHECKING:
+    from flexgen_jax.weight_format import WeightFormat
+
+
+def block_sizes(
+    block: Block,
+    config: OPTConfig,
+    form: WeightFormat,
+    policy: Policy,
+    weights: Placement,
+    *,
+    chunk_positions: int,
+) -> Sizes:
+    """What the ops of ``block`` move and unpack.
+
+    Args:
+        weights: Where the stored tensors lie.
+        chunk_positions: Of the cache on disk.
+    """
+    hidden = {c.name: c.tier for c in place_hidden(block, config, form.dtype, policy.hidden).cells}
+    itemsize = jnp.dtype(form.dtype).itemsize
+    moved, dense = _weights(config, form, weights)
+    return Sizes(
+        weights=moved,
+        dense=dense,
+        batches=tuple(
+            BatchSizes(
+                rows=batch.rows,
+                prompt_len=batch.prompt_len,
+                num_steps=batch.num_steps,
+                hidden_tier=hidden[hidden_name(number)],
+                hidden_nbytes=batch.rows * config.hidden_size * itemsize,
+            )
+            for number, batch in enumerate(block.batches)
+        ),
+        cache=_cache(block, config, form, policy),
+        chunk_positions=chunk_positions,
+    )
+
+
+def _weights(
+    config: OPTConfig, form: WeightFormat, placement: Placement
+) -> tuple[tuple[Mapping[Tier, int], ...], tuple[int, ...]]:
+    cells, shapes = {c.name: c for c in placement.cells}, param_shapes(config)
+    itemsize = jnp.dtype(form.dtype).itemsize
+    moved, dense = [], []
+    for unit in config.units:
+        by_tier = dict.fromkeys(Tier, 0)
+        unpacked = 0
+        for name in unit_names(config, unit):
+            if (unit, name) == ("embed", "embed.tokens"):
+                continue  # rows of it are looked up where it lies
+            for stored in form.stored_names(name):
+                by_tier[cells[stored].tier] += cells[stored].nbytes
+            if form.quantizes(name):
+                unpacked += itemsize * math.prod(shapes[name])
+        moved.append(by_tier)
+        dense.append(unpacked)
+    return tuple(moved), tuple(dense)
+
+
+def _cache(
+    block: Block, config: OPTConfig, form: WeightFormat, policy: Policy
+) -> dict[tuple[int, int], CacheCell]:
+    tiers = {c.name: c.tier for c in place_cache(block, config, form.dtype, policy).cells}
+    kept = cache_format(policy)
+    per_head = sum(kept.position_nbytes(config.head_dim, form.dtype))
+    itemsize = jnp.dtype(form.dtype).itemsize
+
+    def cell(batch: Batch, tier: Tier) -> CacheCell:
+        heads = 2 * batch.rows * config.num_attention_heads
+        hosted = policy.host_attention and tier is not Tier.DEVICE
+        sparsity = policy.attention_sparsity
+        # Keys as a whole; of the values the selected ones, which a disk reads whole as well.
+        read = (1 + sparsity) / 2 if tier is Tier.HOST else 1.0
+        return CacheCell(
+            tier=tier,
+            position_nbytes=heads * per_head,
+            loaded=read,
+            sent=0.0 if hosted else (1 + sparsity) / 2 if sparsity < 1 else 1.0,
+            dense_nbytes=heads * config.head_dim * itemsize if kept.bits else 0,
+        )
+
+    return {
+        (layer, number): cell(batch, tiers[cache_name(config, layer, number)])
+        for layer in range(1, len(config.units) - 1)
+        for number, batch in enumerate(block.batches)
+        if batch.num_steps > 1
+    }

@@ -1,0 +1,43 @@
+"""How the commands speak to a person: one line for what went wrong, and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import click
+
+
+class Failure(click.ClickException):
+    """One line for a person, and an exit code: 2 for what the user can mend, 1 for the rest."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, code: int = 2) -> None:
+        super().__init__(message)
+        self.exit_code = code  # type: ignore[misc] # click declares it for the class
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Turns expected errors into one line; anything else keeps its traceback."""
+    from flexgen_jax.executor import ExecutionError
+    from storage.store import StorageError
+
+    try:
+        yield
+    except ExecutionError as error:
+        raise Failure(str(error), code=1) from error
+    except (ValueError, ImportError, OSError, StorageError) as error:
+        raise Failure(str(error)) from error
+    except KeyboardInterrupt:
+        raise Failure("interrupted", code=130) from None
+
+
+def say(message: str) -> None:
+    """On the standard error."""
+    click.echo(message, err=True)
+
+
+def silent(message: str) -> None:
+    """Takes the place of ``say`` where nothing is to be said."""

@@ -1,0 +1,163 @@
+"""The command line's options for an ``LLM``, shared by the commands that run one."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from flexgen_jax.policy_options import NAMES as POLICY_NAMES
+from flexgen_jax.policy_options import policy_options, read_policy
+
+if TYPE_CHECKING:
+    from flexgen_jax.llm import LLM
+    from scheduling.policy import Policy
+
+DTYPES = click.Choice(["float32", "bfloat16"])
+
+_BEFORE = [
+    click.option(
+        "--model", required=True, help="A weight store, Hugging Face directory or hub name."
+    ),
+]
+_AFTER = [
+    click.option(
+        "--schedule", default="zigzag", show_default=True, help="Order of the operations."
+    ),
+    click.option("--dtype", type=DTYPES, default="float32", show_default=True),
+    click.option("--device-memory", metavar="SIZE", help="What 'auto' may use, such as 12GiB."),
+    click.option("--host-memory", metavar="SIZE", help="Likewise, in host memory."),
+    click.option(
+        "--path",
+        type=click.Path(),
+        metavar="DIR|_DUMMY_",
+        help="Where converted models are kept; _DUMMY_: random weights of the preset --model.",
+    ),
+    click.option(
+        "--offload-dir",
+        type=click.Path(),
+        help="Where cache and hidden states on disk are kept during the run, and converted models "
+        "without --path.",
+    ),
+    click.option(
+        "--weight-slots",
+        type=int,
+        help="Layers of weights held at once: 2 is one ahead. [default: 2]",
+    ),
+    click.option("--cache-slots", type=int, help="Likewise, cells of the KV cache. [default: 2]"),
+    click.option(
+        "--disk-mode",
+        type=click.Choice(["auto", "mapped", "direct", "tensorstore"]),
+        default="auto",
+        show_default=True,
+        help="How the disk is used: through the page cache, past it, or by TensorStore.",
+    ),
+]
+NAMES = (
+    *POLICY_NAMES,
+    "model",
+    "schedule",
+    "dtype",
+    "device_memory",
+    "host_memory",
+    "path",
+    "offload_dir",
+    "weight_slots",
+    "cache_slots",
+    "disk_mode",
+)
+
+
+def llm_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options; :class:`Chosen` makes an ``LLM`` of their values."""
+    for option in reversed(_AFTER):
+        command = option(command)
+    command = policy_options(command)
+    for option in reversed(_BEFORE):
+        command = option(command)
+    return command
+
+
+class Chosen:
+    """What the options say, checked as far as that goes without a model.
+
+    Args:
+        options: By name, as click gives them; those that are an ``LLM``'s are taken out.
+        seed: Of the ``LLM``.
+
+    Raises:
+        ValueError: options that exclude each other, or ask for what is not there.
+    """
+
+    def __init__(self, options: dict[str, Any], *, seed: int = 0) -> None:
+        self._values = {name: options.pop(name) for name in NAMES}
+        policy, changes = read_policy(self._values)
+        if policy != "auto":
+            policy, changes = dataclasses.replace(policy, **changes), {}
+        self._policy, self._changes, self._seed = policy, changes, seed
+
+    @property
+    def model(self) -> str:
+        """As it was given."""
+        return str(self._values["model"])
+
+    @property
+    def compression(self) -> dict[str, Any]:
+        """``weight_bits``, ``cache_bits`` and ``attention_sparsity`` as they are asked for."""
+        names = ("weight_bits", "cache_bits", "attention_sparsity")
+        if self._policy == "auto":
+            return {name: self._changes.get(name) for name in names}
+        return {name: getattr(self._policy, name) for name in names}
+
+    @contextlib.contextmanager
+    def llm(self, say: Callable[[str], None], *, quiet: bool, **changes: Any) -> Iterator[LLM]:
+        """The ``LLM``, its model converted if need be.
+
+        Args:
+            say: Told what takes long.
+            changes: Of the policy, beyond the options.
+        """
+        from flexgen_jax import measured, progress
+        from flexgen_jax.checkpoint import GROUP_SIZE
+        from flexgen_jax.llm import LLM
+        from storage.disk import DiskContext
+
+        v = self._values
+        policy: Policy | Any = self._policy
+        wanted = {**self._changes, **changes}
+        if policy != "auto":
+            policy, wanted = dataclasses.replace(policy, **changes), {}
+        bits = changes.get("weight_bits", self.compression["weight_bits"])
+        group = GROUP_SIZE if policy == "auto" else policy.group_size
+        group = wanted.get("group_size", group)
+        with progress.transfer("converting", quiet=quiet) as update:
+            store = measured.store(
+                self.model,
+                v["path"],
+                dtype=v["dtype"],
+                weight_bits=bits,
+                group_size=group,
+                offload_dir=v["offload_dir"],
+                say=say,
+                progress=update,
+            )
+        slots = {"weight_slots": v["weight_slots"], "cache_slots": v["cache_slots"]}
+        llm = LLM(
+            str(store),
+            policy=policy,
+            schedule=v["schedule"],
+            device_memory=v["device_memory"],
+            host_memory=v["host_memory"],
+            offload_dir=v["offload_dir"],
+            dtype=v["dtype"],
+            seed=self._seed,
+            disk=DiskContext(mode=v["disk_mode"]),
+            slots={name: count for name, count in slots.items() if count is not None},
+        )
+        with llm:
+            wanted.pop("weight_bits", None)  # are what the store has
+            llm.policy = dataclasses.replace(llm.policy, **wanted)
+            yield llm

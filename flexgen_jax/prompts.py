@@ -1,0 +1,48 @@
+"""What may be given as a prompt, and what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+
+
+class RequestError(ValueError):
+    """A prompt that cannot be run, or sampling parameters that do not fit it."""
+
+
+def as_list(prompts: Any) -> list[Any]:
+    """One prompt or many, as a list."""
+    one = isinstance(prompts, (str, Mapping))
+    if one or (len(prompts) and all(isinstance(i, int) for i in prompts)):
+        return [prompts]
+    return list(prompts)
+
+
+def parse_prompt(prompt: Prompt) -> tuple[str | None, list[int] | None]:
+    """(text, token ids); token ids win where both are given."""
+    if isinstance(prompt, Mapping):
+        if prompt.get("prompt_token_ids") is not None:
+            text, ids = prompt.get("prompt"), prompt["prompt_token_ids"]
+            return text if isinstance(text, str) else None, _token_ids(ids)
+        if "prompt" not in prompt:
+            raise RequestError("expected a 'prompt' or 'prompt_token_ids', found neither")
+        prompt = prompt["prompt"]
+    if isinstance(prompt, str):
+        return prompt, None
+    return None, _token_ids(prompt)
+
+
+def _token_ids(value: object) -> list[int]:
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        ids = list(value)
+        if all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            return ids
+    raise RequestError(f"expected a text or a list of token ids, got {shown(value)}")
+
+
+def shown(value: object) -> str:
+    """A short ``repr``."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

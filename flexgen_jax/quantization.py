@@ -1,0 +1,149 @@
+"""Group-wise quantisation: asymmetric min-max codes of 4 or 8 bits (paper, section 5).
+
+Groups lie along the last axis: each has a scale and a zero, in bfloat16, and an element is
+``zero + code * scale``. A :class:`Quantized` array is a pytree leaf type: it may stand wherever an
+array may that is only multiplied with, looked up in, or attended to. Knows no tier and no file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, BFloat16, Float, UInt8
+
+BITS = (4, 8)
+GROUP = 64
+# What is larger saturates, infinities too: a group's range then is a finite float32.
+_LARGEST = float(2.0**126)
+_SMALLEST = float(np.finfo(np.float32).tiny)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("codes", "affine"),
+    meta_fields=("bits", "size"),
+)
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """An array in codes.
+
+    Attributes:
+        codes: The last axis, filled up to whole groups; of 4 bits, a byte holds two neighbours,
+            the first one below.
+        affine: The groups' scales, then their zeros, along the last axis.
+        bits: 4 or 8.
+        size: Of the last axis.
+    """
+
+    codes: UInt8[Array, "*dims packed"]
+    affine: BFloat16[Array, "*dims two_groups"]
+    bits: int
+    size: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.codes.shape[:-1], self.size)
+
+    def __getitem__(self, rows: Any) -> Quantized:
+        """Indexing of the leading axes."""
+        return Quantized(self.codes[rows], self.affine[rows], self.bits, self.size)
+
+
+def grouping(size: int, group: int = GROUP) -> tuple[int, int]:
+    """How many groups an axis of ``size`` has, and their size: equal, even, at most ``group``.
+
+    80 elements in groups of at most 64 are two groups of 40, not 64 and 16.
+    """
+    count = -(-size // group)
+    return count, -(-size // (2 * count)) * 2
+
+
+def quantized_shapes(
+    shape: tuple[int, ...], bits: int, group: int = GROUP
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Field -> (shape, dtype) of the two arrays that an array of ``shape`` becomes."""
+    count, size = grouping(shape[-1], group)
+    return {
+        "codes": ((*shape[:-1], count * size * bits // 8), "uint8"),
+        "affine": ((*shape[:-1], 2 * count), "bfloat16"),
+    }
+
+
+def _truncated(x: Array) -> tuple[Array, Array]:
+    """The float32 ``x`` cut to bfloat16's bits, and whether that lost any."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    return bits & jnp.uint32(0xFFFF0000), (bits & jnp.uint32(0xFFFF)) != 0
+
+
+def _outward(bits: Array, step: Array) -> BFloat16[Array, "*dims"]:
+    """The truncated ``bits``, one step away from zero where ``step``."""
+    bits = jnp.where(step, bits + jnp.uint32(0x10000), bits)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
+
+
+def _floor(x: Array) -> BFloat16[Array, "*dims"]:
+    bits, lost = _truncated(x)
+    return _outward(bits, lost & (x < 0))
+
+
+def _ceil(x: Array) -> BFloat16[Array, "*dims"]:
+    bits, lost = _truncated(x)
+    return _outward(bits, lost & (x > 0))
+
+
+def quantize(x: Float[Array, "*dims size"], *, bits: int = 4, group: int = GROUP) -> Quantized:
+    """``x`` in codes: each element is off by at most half its group's scale.
+
+    Zeros are rounded down and scales up to bfloat16, so that the codes reach every element of the
+    group. A constant group has codes 0. Infinities, and what is beyond 2^126, saturate; a NaN
+    makes its group NaN.
+
+    Args:
+        bits: 4 or 8.
+        group: The most elements of a group, along the last axis.
+    """
+    if bits not in BITS:
+        raise ValueError(f"bits must be 4 or 8, got {bits!r}")
+    size = x.shape[-1]
+    count, width = grouping(size, group)
+    x32 = jnp.clip(x.astype(jnp.float32), -_LARGEST, _LARGEST)
+    widths = [(0, 0)] * (x.ndim - 1) + [(0, count * width - size)]
+    groups = jnp.pad(x32, widths, mode="edge").reshape(*x.shape[:-1], count, width)
+    zero = _floor(groups.min(axis=-1))
+    low = zero.astype(jnp.float32)
+    levels = (1 << bits) - 1
+    scale = _ceil(jnp.maximum((groups.max(axis=-1) - low) / levels, _SMALLEST))
+    steps = (groups - low[..., None]) / scale.astype(jnp.float32)[..., None]
+    codes = jnp.clip(jnp.round(steps), 0, levels).astype(jnp.uint8)
+    codes = codes.reshape(*x.shape[:-1], count * width)
+    if bits == 4:
+        pairs = codes.reshape(*codes.shape[:-1], -1, 2)
+        codes = pairs[..., 0] | (pairs[..., 1] << 4)
+    return Quantized(codes, jnp.concatenate([scale, zero], axis=-1), bits, size)
+
+
+def dequantize(q: Quantized, dtype: Any = jnp.float32) -> Float[Array, "*dims size"]:
+    """The inverse of :func:`quantize`, computed in float32 and returned as ``dtype``."""
+    codes = q.codes
+    if q.bits == 4:
+        codes = jnp.stack([codes & 15, codes >> 4], axis=-1)
+        codes = codes.reshape(*codes.shape[:-2], -1)
+    scale, zero = jnp.split(q.affine.astype(jnp.float32), 2, axis=-1)
+    groups = codes.reshape(*scale.shape, -1).astype(jnp.float32)
+    x = zero[..., None] + groups * scale[..., None]
+    return x.reshape(codes.shape)[..., : q.size].astype(dtype)
+
+
+def dense(x: Array | Quantized, dtype: Any) -> Array:
+    """``x`` as an array, which it may be already."""
+    return dequantize(x, dtype) if isinstance(x, Quantized) else x
+
+
+def dense_tree(tree: Any, dtype: Any) -> Any:
+    """All of ``tree`` as arrays."""
+    return jax.tree.map(lambda x: dense(x, dtype), tree, is_leaf=lambda x: isinstance(x, Quantized))

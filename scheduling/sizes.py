@@ -1,0 +1,182 @@
+"""What the ops of a workload move over each link, and what computing has to unpack.
+
+The sizes come from whoever knows the model; quantisation, sparse attention and attention on the
+host are differences of size here, not cases.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Iterable, Mapping
+
+from scheduling.ops import (
+    Compute,
+    LoadCache,
+    LoadHidden,
+    LoadWeights,
+    Op,
+    StoreCache,
+    StoreHidden,
+)
+from scheduling.policy import Tier
+
+
+class Link(enum.Enum):
+    """A way between two tiers. What goes from disk to device takes two of them."""
+
+    DISK_TO_HOST = "disk to host"
+    HOST_TO_DEVICE = "host to device"
+    DEVICE_TO_HOST = "device to host"
+    HOST_TO_DISK = "host to disk"
+
+
+Moved = dict[Link, int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheCell:
+    """The cache of one layer and batch.
+
+    Attributes:
+        tier: Where it lies.
+        position_nbytes: Of one position of all its rows, keys and values, as they are kept.
+        loaded: The share of the filled positions' bytes that a load brings to the host's memory.
+        sent: The share that goes on to the device: 0 where attention is computed on the host.
+        dense_nbytes: Per position: what attending unpacks; 0 if it is kept as it is computed with.
+    """
+
+    tier: Tier
+    position_nbytes: int
+    loaded: float = 1.0
+    sent: float = 1.0
+    dense_nbytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchSizes:
+    """One batch of a block.
+
+    Attributes:
+        rows: Requests, empty rows included.
+        prompt_len: Positions of prefill.
+        num_steps: Its own, at most the workload's.
+        hidden_tier: Where its hidden states lie between layers.
+        hidden_nbytes: Of one position of all its rows.
+    """
+
+    rows: int
+    prompt_len: int
+    num_steps: int
+    hidden_tier: Tier
+    hidden_nbytes: int
+
+    def cached(self, step: int) -> int:
+        """Positions in the cache when ``step`` begins."""
+        return self.prompt_len + step - 1 if step else 0
+
+    def positions(self, step: int) -> int:
+        """Positions that ``step`` computes."""
+        return 1 if step else self.prompt_len
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What there is to move, in bytes.
+
+    Attributes:
+        weights: Per layer, tier -> bytes that a load moves, as they are stored.
+        dense: Per layer, bytes of the arrays that are made of stored codes, once per load.
+        batches: The batches of the block.
+        cache: (layer, batch) -> its cell.
+        chunk_positions: What the cache on disk is written and read by; newer positions wait in
+            host memory.
+    """
+
+    weights: tuple[Mapping[Tier, int], ...]
+    dense: tuple[int, ...]
+    batches: tuple[BatchSizes, ...]
+    cache: Mapping[tuple[int, int], CacheCell]
+    chunk_positions: int = 1
+
+    def moved(self, op: Op) -> Moved:
+        """Bytes that ``op`` moves, by link; links that it does not use are left out."""
+        match op:
+            case LoadWeights():
+                return _inward(self.weights[op.layer])
+            case LoadCache() if op.step and (op.layer, op.batch) in self.cache:
+                cell, batch = self.cache[op.layer, op.batch], self.batches[op.batch]
+                filled = batch.cached(op.step)
+                whole = self._whole(filled) if cell.tier is Tier.DISK else filled
+                return _links(
+                    {
+                        Link.DISK_TO_HOST: _if(cell.tier is Tier.DISK, cell, whole, cell.loaded),
+                        Link.HOST_TO_DEVICE: _if(
+                            cell.tier is not Tier.DEVICE, cell, filled, cell.sent
+                        ),
+                    }
+                )
+            case StoreCache() if (op.layer, op.batch) in self.cache:
+                cell, batch = self.cache[op.layer, op.batch], self.batches[op.batch]
+                if op.step + 1 >= batch.num_steps:
+                    return {}  # nobody will read it
+                new, filled = batch.positions(op.step), batch.cached(op.step)
+                whole = self._whole(filled + new) - self._whole(filled)
+                return _links(
+                    {
+                        Link.DEVICE_TO_HOST: _if(cell.tier is not Tier.DEVICE, cell, new),
+                        Link.HOST_TO_DISK: _if(cell.tier is Tier.DISK, cell, whole),
+                    }
+                )
+            case LoadHidden() | StoreHidden():
+                return self._hidden(op)
+            case _:
+                return {}
+
+    def _whole(self, positions: int) -> int:
+        return positions // self.chunk_positions * self.chunk_positions
+
+    def _hidden(self, op: LoadHidden | StoreHidden) -> Moved:
+        batch = self.batches[op.batch]
+        edge = 0 if isinstance(op, LoadHidden) else len(self.weights) - 1
+        if op.layer == edge:  # tokens, which a step begins and ends with
+            return {}
+        nbytes = batch.positions(op.step) * batch.hidden_nbytes
+        where = {batch.hidden_tier: nbytes}
+        return _inward(where) if isinstance(op, LoadHidden) else _outward(where)
+
+    def unpacked(self, op: Op) -> int:
+        """Bytes of cache that computing ``op`` unpacks; its weights come on top, once per load."""
+        if not isinstance(op, Compute) or not op.step:
+            return 0
+        cell = self.cache.get((op.layer, op.batch))
+        return cell.dense_nbytes * self.batches[op.batch].cached(op.step) if cell else 0
+
+    def total(self, ops: Iterable[Op]) -> Moved:
+        """Bytes that ``ops`` move in all, by link; an op of a batch that has left moves none."""
+        total = dict.fromkeys(Link, 0)
+        for op in ops:
+            batch = getattr(op, "batch", None)
+            step = getattr(op, "step", 0)
+            if batch is None or step < self.batches[batch].num_steps:
+                for link, nbytes in self.moved(op).items():
+                    total[link] += nbytes
+        return total
+
+
+def _if(there: bool, cell: CacheCell, positions: int, share: float = 1.0) -> int:
+    return round(positions * cell.position_nbytes * share) if there else 0
+
+
+def _links(moved: Moved) -> Moved:
+    return {link: nbytes for link, nbytes in moved.items() if nbytes}
+
+
+def _inward(where: Mapping[Tier, int]) -> Moved:
+    disk, host = where.get(Tier.DISK, 0), where.get(Tier.HOST, 0)
+    return _links({Link.DISK_TO_HOST: disk, Link.HOST_TO_DEVICE: disk + host})
+
+
+def _outward(where: Mapping[Tier, int]) -> Moved:
+    disk, host = where.get(Tier.DISK, 0), where.get(Tier.HOST, 0)
+    return _links({Link.DEVICE_TO_HOST: disk + host, Link.HOST_TO_DISK: disk})
