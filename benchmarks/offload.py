@@ -34,10 +34,10 @@ from tables import table
 HERE = Path(__file__).resolve().parent
 PEERS = ("hf", "accelerate", "flexgen")
 # FlexGen's six numbers: weights, cache, hidden on device and on host; the rest on disk.
-POLICIES = {
-    "device": (100, 0, 100, 0, 100, 0),
-    "weights-disk": (0, 0, 100, 0, 100, 0),
-    "cache-disk": (0, 0, 0, 0, 100, 0),
+POLICIES: dict[str, tuple[tuple[float, ...], dict[str, Any]]] = {
+    "device": ((100, 0, 100, 0, 100, 0), {}),
+    "weights-disk": ((0, 0, 100, 0, 100, 0), {}),
+    "cache-disk": ((0, 0, 0, 0, 100, 0), {}),
 }
 UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
@@ -50,6 +50,9 @@ class Config:
     batch: int
     num_batches: int = 1
     percent: tuple[float, ...] | None = None
+    weight_bits: int | None = None
+    cache_bits: int | None = None
+    sparsity: float = 1.0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -107,6 +110,11 @@ class Bench:
             command += ["--scratch", str(self.args.work / "scratch"), "--parent", str(os.getpid())]
             command += ["--percent", *map(str, config.percent)]
             command += ["--num-batches", str(config.num_batches)]
+            if config.weight_bits:
+                command += ["--weight-bits", str(config.weight_bits)]
+            if config.cache_bits:
+                command += ["--cache-bits", str(config.cache_bits)]
+            command += ["--sparsity", str(config.sparsity), "--throttle", str(self.args.throttle)]
             command += ["--disk-mode", self.args.disk_mode]
             command += ["--chunk-positions", str(self.args.chunk_positions)]
         command += ["--batch", str(config.batch), "--prompt-len", str(self.args.prompt_len)]
@@ -123,6 +131,9 @@ class Bench:
         per_token = 4 * shapes["num_hidden_layers"] * shapes["hidden_size"]
         tokens = config.batch * config.num_batches * (self.args.prompt_len + self.args.gen_len)
         stored = sum(f.stat().st_size for f in self.store.rglob("*") if f.is_file())
+        # Codes, and two bfloat16 for 64 of them.
+        weights *= (config.weight_bits + 0.5) / 16 if config.weight_bits else 1
+        cache *= (config.cache_bits + 0.5) / 16 if config.cache_bits else 1
         return round((weights * stored + cache * tokens * per_token) / 100)
 
     def run(self, config: Config, limit: int | None, repeat: int, kind: str = "run") -> None:
@@ -131,6 +142,10 @@ class Bench:
             "batch": config.batch,
             "num_batches": config.num_batches,
             "percent": config.percent,
+            "weight_bits": config.weight_bits,
+            "cache_bits": config.cache_bits,
+            "sparsity": config.sparsity,
+            "throttle": self.args.throttle,
             "preset": self.args.preset,
             "prompt_len": self.args.prompt_len,
             "gen_len": self.args.gen_len,
@@ -178,7 +193,10 @@ class Bench:
             names = ("tokens_per_second", "seconds", "prefill_seconds", "decode_seconds")
             names += ("peak_rss_nbytes", "peak_anon_nbytes", "read_nbytes", "disk_bytes_per_second")
             medians = {n: statistics.median(r[n] for r in repeats) for n in names}
-            told = {n: repeats[0][n] for n in ("preset", "prompt_len", "gen_len", "percent")}
+            fields = ("preset", "prompt_len", "gen_len", "percent", "weight_bits", "cache_bits")
+            fields += ("sparsity", "throttle", "placed_nbytes", "planned_disk_nbytes")
+            fields += ("disk_tier_nbytes", "disk_tier_written_nbytes")
+            told = {n: repeats[0][n] for n in fields if n in repeats[0]}
             summary = {**told, "limit_nbytes": limit, "name": name, "batch": batch, **medians}
             summary["num_batches"] = num_batches
             summary["spread"] = [f(r["tokens_per_second"] for r in repeats) for f in (min, max)]
@@ -309,11 +327,11 @@ def _say(line: str) -> None:
 
 def configurations(args: argparse.Namespace) -> list[Config]:
     found = [Config(name, batch) for name in PEERS for batch in args.peer_batches]
-    for name, percent in {**POLICIES, **dict(args.policy)}.items():
+    for name, (percent, compression) in {**POLICIES, **dict(args.policy)}.items():
         chosen = [shapes for key, shapes in args.blocks if key == name]
         chosen = chosen or [shapes for key, shapes in args.blocks if key is None]
         shapes = chosen[-1] if chosen else [(16, 1), (16, 4)]
-        found += [Config(f"ours-{name}", *shape, percent=tuple(percent)) for shape in shapes]
+        found += [Config(f"ours-{name}", *s, percent=percent, **compression) for s in shapes]
     names = list(dict.fromkeys(c.name for c in found))
     unknown = [name for name in args.only or () if name not in names]
     if unknown:
@@ -340,12 +358,19 @@ def _blocks(text: str) -> tuple[str | None, list[tuple[int, int]]]:
     return name or None, [(int(batch), int(number)) for batch, number in parts]
 
 
-def _policy(text: str) -> tuple[str, tuple[float, ...]]:
-    name, _, numbers = text.partition("=")
-    percent = tuple(float(n) for n in numbers.split(","))
-    if len(percent) != 6:
+def _policy(text: str) -> tuple[str, tuple[tuple[float, ...], dict[str, Any]]]:
+    name, _, words = text.partition("=")
+    kinds: dict[str, tuple[str, Any]] = {
+        "w": ("weight_bits", int),
+        "c": ("cache_bits", int),
+        "s": ("sparsity", float),
+    }
+    numbers = [word for word in words.split(",") if word[:1] not in kinds]
+    letters = [word for word in words.split(",") if word[:1] in kinds]
+    if len(numbers) != 6:
         raise argparse.ArgumentTypeError(f"{text!r}: NAME= and six percentages")
-    return name, percent
+    compression = {kinds[word[0]][0]: kinds[word[0]][1](word[1:]) for word in letters}
+    return name, (tuple(map(float, numbers)), compression)
 
 
 def _integers(text: str) -> list[int]:
@@ -373,9 +398,11 @@ def parse() -> argparse.Namespace:
         type=_policy,
         action="append",
         default=[],
-        metavar="NAME=WD,WH,CD,CH,HD,HH",
-        help="one more of ours, in percent: weights, cache, hidden on device and host",
+        metavar="NAME=WD,WH,CD,CH,HD,HH[,w4][,c4][,s0.1]",
+        help="one more of ours, in percent: weights, cache, hidden on device and host; then bits "
+        "of weights and cache, and the share of the positions attended to",
     )
+    add("--throttle", type=float, default=0.0, help="ours: bytes per second of its disk tier")
     add("--disk-mode", default="auto", help="how ours reads: auto, mapped, direct, tensorstore")
     add("--chunk-positions", type=int, default=16, help="of ours, of the cache on disk")
     add("--limit", type=_limits, default=[None, *_limits("2GiB,4GiB")], metavar="none,2GiB,...")
@@ -410,7 +437,7 @@ def run_all(bench: Bench, configs: list[Config]) -> None:
     device = [c for c in configs if c.name == "ours-device"] if None in args.limit else []
     offloaded = [c for c in configs if c.percent and not c.in_memory]
     shapes = {c.shape for c in offloaded} - {c.shape for c in device}
-    percent = POLICIES["device"]
+    percent, _ = POLICIES["device"]
     shapes = set() if args.no_compute_alone else shapes
     alone = [Config("ours-device", *s, percent=percent) for s in sorted(shapes)]
     for repeat in range(args.repeat):  # outermost: what is compared ran in the same minutes

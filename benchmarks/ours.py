@@ -15,6 +15,8 @@ import jax
 from machine import die_first, die_with, measured
 
 import flexgen_jax as fg
+from scheduling.sizes import Link
+from storage.wrappers import Throttled
 
 
 class _Enough(Exception):
@@ -58,8 +60,17 @@ def _prefill_end(llm: fg.LLM) -> float:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     policy = fg.Policy.from_percent(
-        *args.percent, device_batch_size=args.batch, num_device_batches=args.num_batches
+        *args.percent,
+        device_batch_size=args.batch,
+        num_device_batches=args.num_batches,
+        weight_bits=args.weight_bits,
+        cache_bits=args.cache_bits,
+        attention_sparsity=args.sparsity,
     )
+
+    def slow(tier: fg.Tier, store: Any) -> Any:
+        throttled = tier is fg.Tier.DISK and args.throttle
+        return Throttled(store, args.throttle) if throttled else store
 
     def make() -> fg.LLM:
         return fg.LLM(
@@ -68,6 +79,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             policy=policy,
             offload_dir=str(args.scratch),
             disk=fg.DiskContext(mode=args.disk_mode, chunk_positions=args.chunk_positions),
+            wrap_store=slow,
         )
 
     prompts = [[2 + i % 97] * args.prompt_len for i in range(policy.block_size)]
@@ -76,7 +88,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     gc.collect()  # its weights may hang in a cycle, and would count for the measured run
     # A new LLM: the old one maps files, and the pages of mapped files cannot be evicted.
     with make() as llm:
-        figures = measured(lambda: llm.generate(prompts, params), args.store)
+        figures = measured(lambda: llm.generate(prompts, params), llm.store)
         report = llm.report
         prefill = _prefill_end(llm)
     return {
@@ -87,6 +99,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "compilations": report.compilations,
         # What was asked of the disk tier; what the page cache served is not in read_nbytes.
         "disk_tier_nbytes": report.disk_bytes,
+        "planned_disk_nbytes": [
+            report.moved[link] for link in (Link.DISK_TO_HOST, Link.HOST_TO_DISK)
+        ],
+        "placed_nbytes": {kind: placed.nbytes() for kind, placed in report.placement.items()},
         "disk_tier_written_nbytes": report.disk_bytes_written,
         "streams": {n: round(s["busy_seconds"], 3) for n, s in report.timeline.summary().items()},
         "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},
@@ -103,6 +119,10 @@ def main() -> None:
     parser.add_argument("--num-batches", type=int, default=1)
     parser.add_argument("--prompt-len", type=int, default=256)
     parser.add_argument("--gen-len", type=int, default=32)
+    parser.add_argument("--weight-bits", type=int)
+    parser.add_argument("--cache-bits", type=int)
+    parser.add_argument("--sparsity", type=float, default=1.0)
+    parser.add_argument("--throttle", type=float, default=0.0, help="bytes per second of the disk")
     parser.add_argument("--disk-mode", default="auto")
     parser.add_argument("--chunk-positions", type=int, default=16)
     parser.add_argument("--parent", type=int, default=os.getppid())

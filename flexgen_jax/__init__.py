@@ -19,12 +19,15 @@ if TYPE_CHECKING:
     from flexgen_jax.executor import ExecutionError
     from flexgen_jax.llm import LLM
     from flexgen_jax.outputs import CompletionOutput, Logprob, RequestOutput
+    from flexgen_jax.planning import Plan, plan
     from flexgen_jax.prompts import RequestError
     from flexgen_jax.report import Report
     from flexgen_jax.sampling_params import SamplingParams
     from flexgen_jax.scoring import Perplexity, Score, perplexity
+    from scheduling.hardware import Hardware
     from scheduling.policy import Policy, Split, Tier
     from scheduling.schedules import SCHEDULES
+    from scheduling.simulate import simulate
     from scheduling.timeline import Timeline, write_trace
     from scheduling.validate import ScheduleError, validate
     from scheduling.workload import Workload
@@ -41,6 +44,10 @@ _HOME = {
     "CompletionOutput": "flexgen_jax.outputs",
     "Logprob": "flexgen_jax.outputs",
     "RequestOutput": "flexgen_jax.outputs",
+    "Plan": "flexgen_jax.planning",
+    "plan": "flexgen_jax.planning",
+    "Hardware": "scheduling.hardware",
+    "simulate": "scheduling.simulate",
     "Report": "flexgen_jax.report",
     "SamplingParams": "flexgen_jax.sampling_params",
     "Perplexity": "flexgen_jax.scoring",

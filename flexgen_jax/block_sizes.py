@@ -52,7 +52,24 @@ def block_sizes(
             for number, batch in enumerate(block.batches)
         ),
         cache=_cache(block, config, form, policy),
+        resident={tier: weights.nbytes(tier) for tier in Tier},
+        matmul_flops=_matmul_flops(config),
+        hidden_size=config.hidden_size,
         chunk_positions=chunk_positions,
+    )
+
+
+def _matmul_flops(config: OPTConfig) -> tuple[float, ...]:
+    """Two for each element of a matrix that a position is multiplied with."""
+    shapes = param_shapes(config)
+    return tuple(
+        2.0
+        * sum(
+            math.prod(shapes[name])
+            for name in unit_names(config, unit)
+            if name.endswith(".kernel") or (unit == "head" and name.endswith(".tokens"))
+        )
+        for unit in config.units
     )
 
 
@@ -95,6 +112,7 @@ def _cache(
             tier=tier,
             position_nbytes=heads * per_head,
             loaded=read,
+            hosted=hosted,
             sent=0.0 if hosted else (1 + sparsity) / 2 if sparsity < 1 else 1.0,
             dense_nbytes=heads * config.head_dim * itemsize if kept.bits else 0,
         )

@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from flexgen_jax import cli_scores
+from flexgen_jax import cli_plan, cli_scores
 from flexgen_jax._version import __version__
 from flexgen_jax.cli_errors import Failure, plain_errors, say, silent
 from flexgen_jax.llm_options import DTYPES, Chosen, llm_options
+from flexgen_jax.pictures import check_pictures, write_pictures
 
 if TYPE_CHECKING:
     from flexgen_jax.batch import Job, Results
@@ -160,7 +160,7 @@ def generate(
                 raise Failure(f"no input file {input_path}")
             elif input_path.resolve() == output_path.resolve():
                 raise Failure(f"input and output are the same file, {input_path}")
-            _check_pictures(trace, plot)
+            check_pictures(trace, plot)
             scratch = stack.enter_context(measured.directory(prompt_len))
             defaults = SamplingParams(**options)
             results = stack.enter_context(batch.Results(output_path or scratch / "out.jsonl"))
@@ -180,7 +180,7 @@ def generate(
                 report = llm.report
         tell(_after(job, report, output_path))
         if report is not None:
-            _write_pictures(report, trace, plot, tell)
+            write_pictures(report.timeline, trace, plot, tell)
         if as_json:
             figures = report.to_json() if report is not None else {"requests": 0}
             click.echo(json.dumps({**figures, "errors": len(job.errors)}, indent=2))
@@ -237,32 +237,6 @@ def _kept(results: Results, job: Job) -> str:
     )
 
 
-def _check_pictures(trace: Path | None, plot: Path | None) -> None:
-    """What would fail after hours of work fails before."""
-    for path in (trace, plot):
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise Failure(f"cannot write {path}: it is a directory, or its directory is missing")
-    if plot is not None:
-        from scheduling.plot import check_format
-
-        check_format(plot)
-
-
-def _write_pictures(
-    report: Report, trace: Path | None, plot: Path | None, tell: Callable[[str], None]
-) -> None:
-    if trace is not None:
-        from scheduling.timeline import write_trace
-
-        write_trace(trace, report.timeline)
-        tell(f"trace (open it at ui.perfetto.dev): {trace}")
-    if plot is not None:
-        from scheduling.plot import plot as draw
-
-        draw(report.timeline, plot)
-        tell(f"timeline: {plot}")
-
-
 @main.command()
 @click.option(
     "--output-dir",
@@ -280,5 +254,11 @@ def demo(output_dir: Path, max_tokens: int) -> None:
         run_demo(output_dir, max_tokens, say)
 
 
-for command in (cli_scores.score, cli_scores.perplexity, cli_scores.compare):
+for command in (
+    cli_scores.score,
+    cli_scores.perplexity,
+    cli_scores.compare,
+    cli_plan.plan,
+    cli_plan.simulate,
+):
     main.add_command(command)

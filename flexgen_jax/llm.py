@@ -99,6 +99,7 @@ class LLM:
         asked = {} if policy == "auto" else _weight_format(policy)
         store = resolve(str(model), dtype=dtype, offload_dir=offload_dir, say=say or _log, **asked)
         self._model = open_store(store, dtype=dtype)
+        self.store = self._model.path  # where the weights lie, converted if need be
         self.config = self._model.config
         self.tokenizer = load_tokenizer(self._model.path)
         sizes = {name: file.nbytes for name, file in self._model.arrays.items()}

@@ -3,6 +3,7 @@
 Knows no array, no file and no device: the standard library and NumPy only.
 """
 
+from scheduling.cost_model import CostModel
 from scheduling.dependencies import (
     Issue,
     Need,
@@ -13,6 +14,7 @@ from scheduling.dependencies import (
     needs,
     stream_of,
 )
+from scheduling.hardware import Hardware
 from scheduling.ops import (
     Barrier,
     Compute,
@@ -30,6 +32,8 @@ from scheduling.ops import (
 from scheduling.placement import Cell, Placement, place
 from scheduling.policy import Policy, Split, Tier
 from scheduling.schedules import SCHEDULES, lock_step, row_by_row, zigzag
+from scheduling.simulate import simulate
+from scheduling.sizes import Link, Sizes
 from scheduling.timeline import Span, Timeline, compare, to_perfetto, write_trace
 from scheduling.transforms import first_n, serialize, serialized
 from scheduling.validate import validate
@@ -40,8 +44,11 @@ __all__ = [
     "Barrier",
     "Cell",
     "Compute",
+    "CostModel",
     "FreeWeights",
+    "Hardware",
     "Issue",
+    "Link",
     "LoadCache",
     "LoadHidden",
     "LoadWeights",
@@ -50,6 +57,7 @@ __all__ = [
     "Placement",
     "Policy",
     "ScheduleError",
+    "Sizes",
     "Span",
     "Split",
     "StoreCache",
@@ -71,6 +79,7 @@ __all__ = [
     "row_by_row",
     "serialize",
     "serialized",
+    "simulate",
     "stream_of",
     "to_perfetto",
     "validate",

@@ -40,6 +40,7 @@ class CacheCell:
 
     Attributes:
         tier: Where it lies.
+        hosted: Attention to it is computed on the host.
         position_nbytes: Of one position of all its rows, keys and values, as they are kept.
         loaded: The share of the filled positions' bytes that a load brings to the host's memory.
         sent: The share that goes on to the device: 0 where attention is computed on the host.
@@ -51,6 +52,7 @@ class CacheCell:
     loaded: float = 1.0
     sent: float = 1.0
     dense_nbytes: int = 0
+    hosted: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,10 @@ class Sizes:
         dense: Per layer, bytes of the arrays that are made of stored codes, once per load.
         batches: The batches of the block.
         cache: (layer, batch) -> its cell.
+        resident: Bytes of weights per tier.
+        matmul_flops: Per layer, FLOP of its matrix products per position.
+        hidden_size: Width of a query or a key, over all heads: attention's FLOP are four times it
+            per pair of positions.
         chunk_positions: What the cache on disk is written and read by; newer positions wait in
             host memory.
     """
@@ -97,6 +103,9 @@ class Sizes:
     dense: tuple[int, ...]
     batches: tuple[BatchSizes, ...]
     cache: Mapping[tuple[int, int], CacheCell]
+    resident: Mapping[Tier, int]
+    matmul_flops: tuple[float, ...]
+    hidden_size: int
     chunk_positions: int = 1
 
     def moved(self, op: Op) -> Moved:

@@ -1,0 +1,146 @@
+"""Predictions without weights: the paper's machine, the commands, and agreement with runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import flexgen_jax as fg
+from flexgen_jax.cli import main
+
+ZIGZAG = ("zigzag", fg.SCHEDULES["zigzag"])
+# Policy, and tokens/s that the paper measured on its T4 with 512 prompt and 32 new tokens.
+PAPER = {
+    "facebook/opt-6.7b": ((100, 0, 100, 0, 100, 0), 2, 1, False, 25.26),
+    "facebook/opt-30b": ((20, 80, 0, 100, 0, 100), 48, 3, True, 7.32),
+    "facebook/opt-175b": ((0, 50, 0, 0, 0, 100), 32, 8, True, 0.69),
+}
+
+
+def paper_policy(model):
+    percent, batch, batches, hosted, _ = PAPER[model]
+    return fg.Policy.from_percent(
+        *percent, device_batch_size=batch, num_device_batches=batches, host_attention=hosted
+    )
+
+
+@pytest.mark.parametrize("model", sorted(PAPER))
+def test_the_papers_machine_within_a_factor_of_two(model):
+    found = fg.plan(
+        model,
+        paper_policy(model),
+        fg.Hardware.preset("t4"),
+        prompt_len=512,
+        gen_len=32,
+        schedule=ZIGZAG,
+    )
+    assert 0.5 < found.tokens_per_second / PAPER[model][-1] < 2
+    assert found.misfits == []
+    assert found.lower_bound
+    assert max(found.lower_bound.values()) <= found.timeline.seconds
+
+
+def test_the_placement_is_what_a_run_places(tmp_path):
+    """The same code places; the same figures come out."""
+    policy = fg.Policy(
+        device_batch_size=4,
+        num_device_batches=2,
+        weights=fg.Split(device=20, host=30, disk=50),
+        cache=fg.Split(device=40, host=20, disk=40),
+        hidden=fg.Split(device=50, host=50),
+    )
+    config = Path(__file__).parent / "goldens" / "pre_norm" / "config.json"
+    found = fg.plan(
+        str(config),
+        policy,
+        fg.Hardware.preset("laptop"),
+        prompt_len=16,
+        gen_len=6,
+        schedule=ZIGZAG,
+        dtype="float32",
+    )
+    params = fg.SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+    store = fg.convert_dummy(config, tmp_path / "store")
+    with fg.LLM(str(store), policy=policy, offload_dir=str(tmp_path)) as llm:
+        llm.generate([[5] * 16] * 8, params)
+        report = llm.report
+    assert found.placement == report.placement
+    assert found.workload.sizes.total(fg.SCHEDULES["zigzag"](found.workload)) == report.moved
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def test_the_commands(tmp_path):
+    common = ["--model", "facebook/opt-30b", "--prompt-len", 512, "--hardware", "t4"]
+    policy = [
+        "--percent",
+        *(20, 80, 0, 100, 0, 100),
+        "--gpu-batch-size",
+        48,
+        "--num-gpu-batches",
+        3,
+    ]
+    done = run("plan", *common, *policy, "--cpu-cache-compute", "--json")
+    assert done.exit_code == 0, done.output
+    figures = json.loads(done.stdout)
+    assert {"policy", "placement", "predicted", "peak_bytes", "bound"} <= figures.keys()
+    predicted = figures["predicted"]
+    assert predicted["tokens_per_second"] == pytest.approx(48 * 3 * 32 / predicted["seconds"])
+    assert predicted["prefill_seconds"] + predicted["decode_seconds"] == pytest.approx(
+        predicted["seconds"]
+    )
+    assert figures["lower_bound_seconds"] <= predicted["seconds"]
+    shown = run("plan", *common, *policy)
+    assert "tokens/s" in shown.output
+    assert "no schedule of this block takes less than" in shown.output
+    small = ["--model", "facebook/opt-125m", "--prompt-len", 64, "--gen-len", 4]
+    small += ["--hardware", "laptop", "--percent", *(0, 0, 0, 0, 100, 0)]
+    done = run("simulate", *small, "--trace", tmp_path / "t.json", "--schedule", "row_by_row")
+    assert done.exit_code == 0, done.output
+    assert "row_by_row" in done.output
+    assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    streams = json.loads(run("simulate", *small, "--json").stdout)["streams"]
+    assert streams["load weights"]["busy_seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--hardware", "abacus"], "neither a preset"),
+        (["--model", "facebook/opt-1.4b"], "presets"),
+        (["--prompt-len", 3000], "at most the model's 2048 positions"),
+        (["--schedule", "zigzga"], "no schedule 'zigzga'"),
+        (["--num-gpu-batches", 2], "give --percent or --policy"),
+    ],
+)
+def test_mistakes_are_named(arguments, words):
+    common = ["--model", "facebook/opt-125m", "--prompt-len", 64, "--hardware", "t4"]
+    done = run("plan", *common, *arguments)
+    assert done.exit_code == 2
+    assert words in done.output
+
+
+def test_what_does_not_fit_is_said():
+    everything = fg.Policy(device_batch_size=8, num_device_batches=1)
+    found = fg.plan(
+        "facebook/opt-30b",
+        everything,
+        fg.Hardware.preset("t4"),
+        prompt_len=512,
+        gen_len=32,
+        schedule=ZIGZAG,
+    )
+    assert "device" in found.misfits[0]
+    assert not found.to_json()["fits"]
+    automatic = fg.plan(
+        "facebook/opt-30b",
+        "auto",
+        fg.Hardware.preset("t4"),
+        prompt_len=512,
+        gen_len=32,
+        schedule=ZIGZAG,
+    )
+    assert 0 < automatic.policy.weights.device < 30
