@@ -45,6 +45,7 @@ def block_sizes(
             BatchSizes(
                 rows=batch.rows,
                 prompt_len=batch.prompt_len,
+                capacity=batch.cache_len,
                 num_steps=batch.num_steps,
                 hidden_tier=hidden[hidden_name(number)],
                 hidden_nbytes=batch.rows * config.hidden_size * itemsize,

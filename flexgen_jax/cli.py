@@ -180,7 +180,8 @@ def generate(
                 report = llm.report
         tell(_after(job, report, output_path))
         if report is not None:
-            write_pictures(report.timeline, trace, plot, tell)
+            both = [report.predicted, report.timeline]
+            write_pictures([t for t in both if t is not None], trace, plot, tell)
         if as_json:
             figures = report.to_json() if report is not None else {"requests": 0}
             click.echo(json.dumps({**figures, "errors": len(job.errors)}, indent=2))
@@ -218,6 +219,10 @@ def _after(job: Job, report: Report | None, output_path: Path | None) -> str:
                 else ""
             )
         )
+    if report is not None and report.predicted is not None:
+        predicted, measured = report.predicted.seconds, report.timeline.seconds
+        ratio = measured / predicted
+        lines.append(f"predicted {predicted:.1f} s, measured {measured:.1f} s: ratio {ratio:.2f}")
     for line, record in list(job.errors.items())[:3]:
         lines.append(f"line {line}: {record['error']['message']}")
     if len(job.errors) > 3:
@@ -260,5 +265,6 @@ for command in (
     cli_scores.compare,
     cli_plan.plan,
     cli_plan.simulate,
+    cli_plan.profile,
 ):
     main.add_command(command)

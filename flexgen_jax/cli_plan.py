@@ -76,6 +76,34 @@ def simulate(**options: Any) -> None:
             click.echo(f"  {stream:13s} {figures['busy_seconds']:10.2f} s  {share:6.1%}")
 
 
+@click.command()
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="The JSON to write."
+)
+@click.option(
+    "--offload-dir",
+    type=click.Path(path_type=Path),
+    default=Path(),
+    help="On the disk to measure. [default: the current directory]",
+)
+@click.option("--dtype", type=DTYPES, default="bfloat16", show_default=True)
+@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON on stdout too.")
+def profile(output: Path, offload_dir: Path, dtype: str, repeats: int, as_json: bool) -> None:
+    """Measure this machine: disk, links, arithmetic, memory. Takes about a minute."""
+    with plain_errors():
+        from flexgen_jax.profile import profile as measure
+
+        if output.is_dir() or not output.absolute().parent.is_dir():
+            raise Failure(f"cannot write {output}: it is a directory, or its directory is missing")
+        hardware = measure(offload_dir, dtype=dtype, repeats=repeats, say=say)
+        text = json.dumps(hardware.to_json(), indent=2)
+        output.write_text(text + "\n", encoding="utf-8")
+        say(f"{hardware.name}: {output}")
+        if as_json:
+            click.echo(text)
+
+
 def _plan(options: dict[str, Any]) -> Plan:
     import dataclasses
 
@@ -101,7 +129,7 @@ def _plan(options: dict[str, Any]) -> Plan:
         schedule=(name, SCHEDULES[name]),
         dtype=options["dtype"],
     )
-    write_pictures(found.timeline, options["trace"], options["plot"], say)
+    write_pictures([found.timeline], options["trace"], options["plot"], say)
     return found
 
 

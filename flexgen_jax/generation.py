@@ -146,6 +146,19 @@ class BlockEffects:
         self._leaving: dict[tuple[type, int, int], tuple[jax.Array, ...]] = {}
         self._last_marker: jax.Array | None = None
         self._finished = False
+        self._cells = cells
+        self.peak_bytes = dict.fromkeys(Tier, 0)  # of cells, slots and dense copies
+
+    def _sample(self) -> None:
+        """Notes what the stores, the slots and the dense copies hold now."""
+        held = {
+            tier: self._cells.cache[tier].nbytes + self._cells.hidden[tier].nbytes
+            for tier in self._cells.cache
+        }
+        held[Tier.DEVICE] += sum(ring.nbytes for ring in self._rings)
+        held[Tier.DEVICE] += self._dense.nbytes + self._weights.dense_nbytes
+        for tier, nbytes in held.items():
+            self.peak_bytes[tier] = max(self.peak_bytes[tier], nbytes)
 
     def _cell(self, op: LoadCache | StoreCache | LoadHidden | StoreHidden) -> _Cell | None:
         """None for what has no cell: the tokens that a step begins and ends with, and a cache
@@ -282,6 +295,8 @@ class BlockEffects:
 
     def _border(self, batch: int, state: BatchState) -> bool:
         """Books the tokens of the step before; True if the batch is finished and leaves."""
+        if batch == 0:
+            self._sample()
         self._book(state)
         if state.finished:
             self._leave(batch, state)
@@ -294,12 +309,15 @@ class BlockEffects:
         self._hidden[batch].store.discard(self._hidden[batch].name)
         for (_, number), cell in self._cache.items():
             if number == batch:
-                cell.store.discard(cell.name)
-                if cell.values is not None:
-                    cell.store.discard(cell.values)
-                    self._value_sums.pop(cell.name, None)
+                self._discard(cell)
         for key in [k for k in list(self._leaving) if k[2] == batch]:
             self._leaving.pop(key, None)
+
+    def _discard(self, cell: _Cell) -> None:
+        cell.store.discard(cell.name)
+        if cell.values is not None:
+            cell.store.discard(cell.values)
+            self._value_sums.pop(cell.name, None)
 
     def _book(self, state: BatchState) -> None:
         count = state.collect()
@@ -345,6 +363,8 @@ class BlockEffects:
             whole = not cell.hosted and cell.values is None
             layer_of = self._layer if whole else partial(self._layer_in_parts, cell)
             hidden, new, marker = layer_of(weights, hidden, cached, position, state)
+        if step + 1 == batch.num_steps and step:
+            self._discard(self._cache[layer, number])  # nobody reads it any more
         if step + 1 < batch.num_steps:
             if step == 0 and self._sparsity < 1:
                 self._sum_values(self._cache[layer, number], new, state)

@@ -25,10 +25,12 @@ from flexgen_jax.sampling_params import SamplingParams
 from flexgen_jax.scoring import Score, score
 from flexgen_jax.tokenization import load_tokenizer
 from flexgen_jax.weights import Weights, place_weights
+from scheduling.hardware import Hardware
 from scheduling.ops import Op
 from scheduling.placement import Placement
-from scheduling.policy import Policy
+from scheduling.policy import Policy, Tier
 from scheduling.schedules import SCHEDULES
+from scheduling.simulate import simulate
 from scheduling.sizes import Link
 from scheduling.timeline import Timeline
 from scheduling.transforms import serialized
@@ -61,6 +63,8 @@ class LLM:
         seed: For requests that have none of their own.
         disk: How the disk tier is read.
         say: Told in plain words what takes long (a conversion); None: the ``flexgen_jax`` logger.
+        hardware: Of this machine, as ``flexgen-jax profile`` measures it: then every run is
+            predicted, too.
         slots: How many slots loads may fill ahead and stores may lag behind: ``weight_slots``,
             ``cache_slots``, ``hidden_slots``, ``store_slots`` of the :class:`Workload`.
         wrap_store: Given (tier, store), returns the store to use: a throttle, a log, faults
@@ -83,6 +87,7 @@ class LLM:
         seed: int = 0,
         disk: DiskContext | None = None,
         say: Callable[[str], None] | None = None,
+        hardware: Hardware | None = None,
         slots: Mapping[str, int] | None = None,
         wrap_store: WrapStore | None = None,
     ) -> None:
@@ -109,7 +114,7 @@ class LLM:
         self.seed = seed
         self.report: Report | None = None
         self._slots = _checked_slots(slots or {})
-        self._disk, self._wrap_store = disk, wrap_store
+        self._disk, self._wrap_store, self._hardware = disk, wrap_store, hardware
         self._scratch = cache_directory() if offload_dir is None else Path(offload_dir)
         self._weights = Weights(self._model, self.placement, context=disk, wrap=wrap_store)
         self._rings: Rings | None = None
@@ -258,11 +263,14 @@ class LLM:
         started = time.perf_counter()
         outputs: dict[int, RequestOutput] = {}
         timelines: list[tuple[float, Timeline]] = []
+        peak = {tier: self.placement.nbytes(tier) for tier in Tier}
         spans = 0
         with self._cells(blocks) as cells:
             for number, block in enumerate(blocks):
                 begun = time.perf_counter() - started
-                results, timeline = self._run_block(block, number, cells, progress, on_logits)
+                results, timeline, held = self._run_block(block, number, cells, progress, on_logits)
+                for tier in Tier:
+                    peak[tier] = max(peak[tier], held[tier] + self.placement.nbytes(tier))
                 finished = [self._output(g) for g in results]
                 spans += len(timeline.spans)
                 if spans <= MAX_SPANS or not timelines:
@@ -285,7 +293,9 @@ class LLM:
             compilations=compilations() - compiled,
             disk_bytes=self._weights.disk_bytes - bytes_read + cache_read,
             disk_bytes_written=cache_written,
+            peak_bytes=peak,
             moved=self.traffic(blocks),
+            predicted=self.predict(blocks),
             timeline=Timeline.concatenate(timelines, label="measured"),
         )
         return [outputs[r.index] for r in requests]
@@ -312,6 +322,28 @@ class LLM:
             "cache": empty if largest is None else cache[largest],
             "hidden": empty if largest is None else hidden[largest],
         }
+
+    def predict(self, blocks: Sequence[Block]) -> Timeline | None:
+        """What the simulator expects of ``blocks``, one after another; None without ``hardware``.
+
+        Of a long job the first blocks, as ``Report.timeline`` keeps them.
+        """
+        if self._hardware is None:
+            return None
+        parts: list[tuple[float, Timeline]] = []
+        seconds, spans = 0.0, 0
+        for block in blocks:
+            workload = self._workload(block)
+            part = simulate(self._order()(workload), workload, self._hardware)
+            spans += len(part.spans)
+            if spans > MAX_SPANS and parts:
+                break
+            parts.append((seconds, part))
+            seconds += part.seconds
+        return Timeline.concatenate(parts, label="predicted")
+
+    def _order(self) -> Schedule:
+        return self._schedule if self.policy.overlap else serialized(self._schedule)
 
     def traffic(self, blocks: Sequence[Block]) -> dict[Link, int]:
         """Bytes that the schedule moves over each link, if every request runs to its end."""
@@ -353,9 +385,9 @@ class LLM:
         cells: Cells,
         progress: Callable[[int], None] | None,
         on_logits: OnLogits | None,
-    ) -> tuple[list[Generated], Timeline]:
+    ) -> tuple[list[Generated], Timeline, Mapping[Tier, int]]:
         workload = self._workload(block)
-        schedule = self._schedule if self.policy.overlap else serialized(self._schedule)
+        schedule = self._order()
         # The same slots for all blocks: making one costs as much as reading a layer.
         rings = self._rings or Rings.of(workload)
         self._rings = None  # after a failure something may still be reading them
@@ -373,7 +405,7 @@ class LLM:
         self._rings = rings
         results = list(effects.results())
         effects.close()
-        return results, timeline
+        return results, timeline, effects.peak_bytes
 
     def _output(self, generated: Generated) -> RequestOutput:
         request, ids = generated.request, generated.token_ids

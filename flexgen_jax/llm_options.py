@@ -49,6 +49,11 @@ _AFTER = [
     ),
     click.option("--cache-slots", type=int, help="Likewise, cells of the KV cache. [default: 2]"),
     click.option(
+        "--hardware",
+        metavar="FILE",
+        help="This machine, as 'profile' measured it: predict the run beside measuring it.",
+    ),
+    click.option(
         "--disk-mode",
         type=click.Choice(["auto", "mapped", "direct", "tensorstore"]),
         default="auto",
@@ -67,6 +72,7 @@ NAMES = (
     "offload_dir",
     "weight_slots",
     "cache_slots",
+    "hardware",
     "disk_mode",
 )
 
@@ -123,6 +129,7 @@ class Chosen:
         from flexgen_jax import measured, progress
         from flexgen_jax.checkpoint import GROUP_SIZE
         from flexgen_jax.llm import LLM
+        from scheduling.hardware import Hardware
         from storage.disk import DiskContext
 
         v = self._values
@@ -154,6 +161,7 @@ class Chosen:
             offload_dir=v["offload_dir"],
             dtype=v["dtype"],
             seed=self._seed,
+            hardware=Hardware.load(v["hardware"]) if v["hardware"] else None,
             disk=DiskContext(mode=v["disk_mode"]),
             slots={name: count for name, count in slots.items() if count is not None},
         )

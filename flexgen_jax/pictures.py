@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,16 +24,19 @@ def check_pictures(trace: Path | None, plot: Path | None) -> None:
 
 
 def write_pictures(
-    timeline: Timeline, trace: Path | None, plot: Path | None, tell: Callable[[str], None]
+    timelines: Sequence[Timeline],
+    trace: Path | None,
+    plot: Path | None,
+    tell: Callable[[str], None],
 ) -> None:
-    """Those that a path is given for; ``tell`` says where they are."""
+    """Those that a path is given for, of all ``timelines``; ``tell`` says where they are."""
     if trace is not None:
         from scheduling.timeline import write_trace
 
-        write_trace(trace, timeline)
+        write_trace(trace, *timelines)
         tell(f"trace (open it at ui.perfetto.dev): {trace}")
     if plot is not None:
         from scheduling.plot import plot as draw
 
-        draw(timeline, plot)
+        draw(timelines, plot)
         tell(f"timeline: {plot}")

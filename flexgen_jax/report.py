@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from scheduling.placement import Placement
-from scheduling.policy import Policy
+from scheduling.policy import Policy, Tier
 from scheduling.sizes import Link
-from scheduling.timeline import Timeline
+from scheduling.timeline import Timeline, compare
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
@@ -27,9 +27,12 @@ class Report:
         compilations: Programs compiled for layers and heads during this run.
         disk_bytes: Bytes read from the disk tier: weights, cache and hidden states.
         disk_bytes_written: Bytes of cache and hidden states written there.
+        peak_bytes: The most that weights, cells, slots and dense copies took in each tier at the
+            borders of steps.
         moved: Bytes that the schedule moves over each link, by the sizes of its cells; a batch
             whose requests stop early moves less.
         timeline: Measured spans of the blocks, one after another; of a long job, of its first.
+        predicted: The same, as the simulator expected it; None if the hardware is not known.
     """
 
     policy: Policy
@@ -45,8 +48,10 @@ class Report:
     compilations: int
     disk_bytes: int
     disk_bytes_written: int
+    peak_bytes: Mapping[Tier, int]
     moved: Mapping[Link, int]
     timeline: Timeline
+    predicted: Timeline | None = None
 
     def __repr__(self) -> str:
         """Short: spans and cells run to megabytes."""
@@ -70,14 +75,16 @@ class Report:
         values = {
             f.name: getattr(self, f.name)
             for f in dataclasses.fields(self)
-            if f.name not in ("policy", "placement", "moved", "timeline")
+            if f.name not in ("policy", "placement", "moved", "peak_bytes", "timeline", "predicted")
         }
         return {
             "policy": self.policy.to_json(),
             "placement": {kind: placed.to_json() for kind, placed in self.placement.items()},
             **values,
+            "peak_bytes": {tier.value: nbytes for tier, nbytes in self.peak_bytes.items()},
             "moved_bytes": {link.value: nbytes for link, nbytes in self.moved.items()},
             "tokens_per_second": self.tokens_per_second,
             "padding": self.padding,
             "streams": self.timeline.summary(),
+            "predicted": compare(self.predicted, self.timeline) if self.predicted else None,
         }

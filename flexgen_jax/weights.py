@@ -115,6 +115,11 @@ class Weights:
         return len(self._plan)
 
     @property
+    def dense_nbytes(self) -> int:
+        """Bytes of the dense copies that are there now."""
+        return self._dense.nbytes
+
+    @property
     def disk_bytes(self) -> int:
         """Bytes read from the disk tier so far."""
         return self._disk.bytes_read

@@ -31,7 +31,7 @@ from scheduling.ops import (
 )
 from scheduling.placement import Cell, Placement, place
 from scheduling.policy import Policy, Split, Tier
-from scheduling.schedules import SCHEDULES, lock_step, row_by_row, zigzag
+from scheduling.schedules import SCHEDULES, diagonal, lock_step, row_by_row, zigzag
 from scheduling.simulate import simulate
 from scheduling.sizes import Link, Sizes
 from scheduling.timeline import Span, Timeline, compare, to_perfetto, write_trace
@@ -69,6 +69,7 @@ __all__ = [
     "Workload",
     "bind",
     "compare",
+    "diagonal",
     "first_n",
     "format_schedule",
     "lock_step",

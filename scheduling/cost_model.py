@@ -101,28 +101,49 @@ class CostModel:
         return ((DEVICE, device), (HOST, host)) if host else ((DEVICE, device),)
 
     def peak_nbytes(self) -> dict[Tier, int]:
-        """The most that lies in each tier: weights, the filled cache, hidden states, and slots."""
+        """The most that lies in each tier: weights, cache, hidden states; on the device the slots.
+
+        The slots of the weights hold what is read from disk, and what comes from the host if that
+        has to move; of the dense copies there is one for the layers and one for the head, and one
+        of a cell of the cache.
+        """
         w, sizes = self.workload, self.sizes
         peak = {tier: sizes.resident.get(tier, 0) for tier in Tier}
         cells: list[int] = []
         for (_, number), cell in sizes.cache.items():
             batch = sizes.batches[number]
-            nbytes = cell.position_nbytes * (batch.prompt_len + batch.num_steps - 1)
+            nbytes = cell.position_nbytes * batch.capacity
             peak[cell.tier] += nbytes
-            if cell.tier is not Tier.DEVICE and cell.sent:
+            host_moves = self.hardware.host_to_device is not None and cell.sent > 0
+            if cell.tier is Tier.DISK or (cell.tier is Tier.HOST and host_moves):
                 cells.append(nbytes)
         hidden = [b.hidden_nbytes * b.prompt_len for b in sizes.batches]
         for batch, nbytes in zip(sizes.batches, hidden, strict=True):
             peak[batch.hidden_tier] += nbytes
+        shared = self.hardware.host_to_device is None
         moved = sorted(
-            (by.get(Tier.HOST, 0) + by.get(Tier.DISK, 0) for by in sizes.weights), reverse=True
+            (
+                by.get(Tier.DISK, 0) + (0 if shared else by.get(Tier.HOST, 0))
+                for by in sizes.weights
+            ),
+            reverse=True,
         )
         away = [
-            n for b, n in zip(sizes.batches, hidden, strict=True) if b.hidden_tier != Tier.DEVICE
+            nbytes
+            for batch, nbytes in zip(sizes.batches, hidden, strict=True)
+            if batch.hidden_tier is Tier.DISK or (batch.hidden_tier is Tier.HOST and not shared)
         ]
-        slots = sum(moved[: w.weight_slots])
-        slots += w.cache_slots * max(cells, default=0) + w.hidden_slots * max(away, default=0)
-        peak[Tier.DEVICE] += slots + max(sizes.dense) + max(hidden)
+        slots = w.weight_slots * moved[0] + w.hidden_slots * max(away, default=0)
+        slots += w.cache_slots * max(cells, default=0)
+        unpacked = max(
+            (
+                c.dense_nbytes * sizes.batches[number].capacity
+                for (_, number), c in sizes.cache.items()
+            ),
+            default=0,
+        )
+        peak[Tier.DEVICE] += slots + max(sizes.dense[:-1], default=0) + sizes.dense[-1] + unpacked
+        return peak
         return peak
 
     def lower_bound(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Orders of execution. A schedule is any function from a ``Workload`` to ops; these are three."""
+"""Orders of execution. A schedule is any function from a ``Workload`` to ops; these are four."""
 
 from __future__ import annotations
 
@@ -96,6 +96,29 @@ def lock_step(w: Workload) -> Iterator[Op]:
         yield Barrier()
 
 
+def diagonal(w: Workload) -> Iterator[Op]:
+    """The paper's diagonal block schedule (appendix A.2): batches at different steps share a pass.
+
+    Batch after batch joins, ``num_steps / num_batches`` passes after the one before, and leaves
+    when it is through; so the caches that are held at one time are of different lengths, and their
+    sum is smaller than where all grow together. It takes more passes than zig-zag: it pays where
+    more batches follow one another than are held at once.
+    """
+    gap = max(1, w.num_steps // w.num_batches)
+    for turn in range((w.num_batches - 1) * gap + w.num_steps):
+        joined = min(w.num_batches, turn // gap + 1)
+        # Old batches first: what they leave makes room.
+        active = [b for b in range(joined) if turn - b * gap < w.num_steps]
+        for layer in range(w.num_layers):
+            yield LoadWeights(turn - active[-1] * gap, layer)
+            for batch in active:
+                step = turn - batch * gap
+                yield from _load(w, step, layer, batch)
+                yield Compute(step, layer, batch)
+                yield from _store(w, step, layer, batch)
+            yield FreeWeights(layer)
+
+
 def _load(w: Workload, step: int, layer: int, batch: int) -> Iterator[Op]:
     yield from _load_cache(w, step, layer, batch)
     yield LoadHidden(step, layer, batch)
@@ -117,5 +140,5 @@ def _store_cache(w: Workload, step: int, layer: int, batch: int) -> Iterator[Op]
 
 
 SCHEDULES: Mapping[str, Callable[[Workload], Iterator[Op]]] = MappingProxyType(
-    {"zigzag": zigzag, "row_by_row": row_by_row, "lock_step": lock_step}
+    {"zigzag": zigzag, "row_by_row": row_by_row, "lock_step": lock_step, "diagonal": diagonal}
 )

@@ -62,6 +62,7 @@ class BatchSizes:
     Attributes:
         rows: Requests, empty rows included.
         prompt_len: Positions of prefill.
+        capacity: Positions that there is room for in its cache.
         num_steps: Its own, at most the workload's.
         hidden_tier: Where its hidden states lie between layers.
         hidden_nbytes: Of one position of all its rows.
@@ -69,6 +70,7 @@ class BatchSizes:
 
     rows: int
     prompt_len: int
+    capacity: int
     num_steps: int
     hidden_tier: Tier
     hidden_nbytes: int

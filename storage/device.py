@@ -65,7 +65,7 @@ class DeviceSequences:
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for group in self._groups.values() for array in group.arrays)
+        return sum(array.nbytes for group in list(self._groups.values()) for array in group.arrays)
 
     def slot_nbytes(self, sizes: Sequence[int]) -> int:
         return 0

@@ -88,7 +88,7 @@ class HostSequences:
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for group in self._groups.values() for array in group.arrays)
+        return sum(array.nbytes for group in list(self._groups.values()) for array in group.arrays)
 
     def slot_nbytes(self, sizes: Sequence[int]) -> int:
         return 0
@@ -173,7 +173,8 @@ class PinnedSequences:
     @property
     def nbytes(self) -> int:
         return sum(
-            sum(full_nbytes(group.pieces[0], group.capacity)) for group in self._groups.values()
+            sum(full_nbytes(group.pieces[0], group.capacity))
+            for group in list(self._groups.values())
         )
 
     def slot_nbytes(self, sizes: Sequence[int]) -> int:

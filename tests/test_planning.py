@@ -69,6 +69,65 @@ def test_the_placement_is_what_a_run_places(tmp_path):
     assert found.workload.sizes.total(fg.SCHEDULES["zigzag"](found.workload)) == report.moved
 
 
+SPLITS = {
+    "disk": fg.Split(device=0, disk=100),
+    "mixed": fg.Split(device=30, host=30, disk=40),
+    "host": fg.Split(device=0, host=100),
+    "device": fg.Split(),
+}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A model whose cells are whole pages, and its store."""
+    config = fg.OPTConfig(
+        vocab_size=512,
+        hidden_size=1024,
+        num_hidden_layers=3,
+        ffn_dim=2048,
+        num_attention_heads=16,
+        max_position_embeddings=128,
+    )
+    directory = tmp_path_factory.mktemp("wide")
+    return config, str(fg.convert_dummy(config, directory / "store")), str(directory)
+
+
+@pytest.mark.parametrize("where", sorted(SPLITS))
+@pytest.mark.parametrize(
+    "choices", [{}, {"weight_bits": 4, "cache_bits": 8}, {"cache_bits": 4}], ids=str
+)
+def test_the_planned_peak_is_what_a_run_holds(wide, where, choices):
+    config, store, directory = wide
+    split = SPLITS[where]
+    policy = fg.Policy(
+        device_batch_size=4,
+        num_device_batches=3,
+        weights=split,
+        cache=split,
+        hidden=split,
+        **choices,
+    )
+    planned = fg.plan(
+        config,
+        policy,
+        fg.Hardware.preset("laptop"),
+        prompt_len=32,
+        gen_len=8,
+        schedule=ZIGZAG,
+        dtype="float32",
+    )
+    params = fg.SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+    context = fg.DiskContext(mode="direct", small_nbytes=0)
+    with fg.LLM(
+        store, policy=policy, offload_dir=directory, disk=context, say=lambda _: None
+    ) as llm:
+        llm.generate([[5] * 32] * 12, params)
+        held = llm.report.peak_bytes
+    for tier in fg.Tier:
+        assert planned.peak_bytes[tier] == pytest.approx(held[tier], rel=0.05), tier
+    assert llm.report.to_json()["peak_bytes"]["device"] == held[fg.Tier.DEVICE]
+
+
 def run(*arguments):
     return CliRunner().invoke(main, [str(a) for a in arguments])
 

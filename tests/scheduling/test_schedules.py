@@ -16,6 +16,7 @@ from scheduling import (
     Stream,
     Workload,
     bind,
+    diagonal,
     first_n,
     format_schedule,
     lock_step,
@@ -40,6 +41,7 @@ ONE = Workload(num_steps=2, num_layers=3, num_batches=1)
         ("zigzag", zigzag, TWO),
         ("row_by_row", row_by_row, TWO),
         ("lock_step", lock_step, TWO),
+        ("diagonal", diagonal, TWO),
         ("lock_step_one_batch", lock_step, ONE),
         ("zigzag_serialized", serialized(zigzag), ONE),
     ],
@@ -65,6 +67,7 @@ def test_one_slot_is_enough_for_those_that_do_not_load_ahead(workload):
     )
     validate(zigzag(single), single)
     validate(row_by_row(single), single)
+    validate(diagonal(single), single)
     with pytest.raises(ScheduleError, match="weight_slots of at least 2, and this workload has 1"):
         list(lock_step(single))
 
@@ -77,6 +80,32 @@ def test_how_often_weights_are_loaded(workload):
     passes = workload.num_steps * workload.num_layers
     assert loads(zigzag) == loads(lock_step) == passes
     assert loads(row_by_row) == passes * workload.num_batches
+
+
+def most_held(schedule, workload, prompt_len):
+    """Positions of the fullest moment, over the batches that are not through."""
+    held, most = {}, 0
+    for op in schedule(workload):
+        if isinstance(op, Compute) and op.layer == 1:
+            held[op.batch] = prompt_len + op.step
+            most = max(most, sum(held.values()))
+            if op.step == workload.num_steps - 1:
+                del held[op.batch]
+    return most
+
+
+def test_diagonal_batches_share_passes_and_hold_less():
+    """As the paper has it: zig-zag holds s + n of each batch, diagonal (2s + n)(n - 1)/2n."""
+    steps, batches, prompt_len = 24, 8, 10
+    w = Workload(num_steps=steps, num_layers=3, num_batches=batches)
+    passes = sum(isinstance(op, LoadWeights) for op in diagonal(w)) // 3
+    assert passes == (batches - 1) * (steps // batches) + steps
+    # the first batch of the last step: the others are still a position behind
+    assert most_held(zigzag, w, prompt_len) == batches * (prompt_len + steps - 2) + 1
+    formula = batches * (2 * prompt_len + steps) * (steps - 1) / (2 * steps)
+    assert most_held(diagonal, w, prompt_len) == pytest.approx(formula, rel=0.15)
+    many = Workload(num_steps=4, num_layers=3, num_batches=12)
+    assert most_held(diagonal, many, 10) <= sum(10 + step for step in range(4))
 
 
 @given(workloads())
@@ -120,7 +149,7 @@ def test_lock_step_is_one_load_ahead_and_ends_each_batch_with_a_barrier(batches)
 
 
 def test_the_table_cannot_be_changed():
-    assert set(SCHEDULES) == {"zigzag", "row_by_row", "lock_step"}
+    assert set(SCHEDULES) == {"zigzag", "row_by_row", "lock_step", "diagonal"}
     with pytest.raises(TypeError):
         SCHEDULES["mine"] = zigzag
 

@@ -3,7 +3,7 @@
 Perplexity, divergence from full precision, bytes over each link and tokens/s, with the weights and
 the cache on disk, for 4 and 8 bits in groups of 64 and 32 and for sparse attention.
 
-    python benchmarks/compression.py --out compression.jsonl
+    python benchmarks/quality.py --out quality.jsonl
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main() -> None:
         rows = compare(make, text, ways, context=args.context)
     with args.out.open("a") if args.out else sys.stdout as out:
         for row in rows:
-            values = {"benchmark": "compression", "context": args.context, **row.to_json()}
+            values = {"benchmark": "quality", "context": args.context, **row.to_json()}
             print(json.dumps(values), file=out)
 
 
