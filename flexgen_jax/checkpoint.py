@@ -188,6 +188,14 @@ def is_store(path: str | Path) -> bool:
     return (Path(path) / MANIFEST_NAME).is_file()
 
 
+def stored_dtype(path: str | Path) -> str | None:
+    """The dtype of the weight store at ``path``; None if there is none that can be read."""
+    try:
+        return Manifest.load(Path(path)).dtype
+    except StoreError:
+        return None
+
+
 def open_store(path: str | Path, *, dtype: str | None = None) -> StoredModel:
     """Checks a weight store without reading its weights.
 

@@ -37,7 +37,9 @@ def main() -> None:
 @main.command()
 @click.argument("model_and_store", nargs=-1, metavar="[MODEL] STORE")
 @click.option("--dummy", metavar="PRESET", help="Random weights of this preset; needs no MODEL.")
-@click.option("--dtype", type=DTYPES, default="float32", show_default=True)
+@click.option(
+    "--dtype", type=DTYPES, help="Of the weights. [default: a weight store's own, or float32]"
+)
 @click.option(
     "--weight-bits",
     type=click.Choice(["4", "8"]),
@@ -55,7 +57,7 @@ def main() -> None:
 def convert(
     model_and_store: tuple[str, ...],
     dummy: str | None,
-    dtype: str,
+    dtype: str | None,
     weight_bits: str | None,
     group_size: int,
     seed: int,
@@ -69,7 +71,7 @@ def convert(
     \b
     flexgen-jax convert facebook/opt-1.3b opt-1.3b-store --dtype bfloat16
     flexgen-jax convert --dummy facebook/opt-1.3b opt-1.3b-dummy
-    flexgen-jax convert opt-1.3b-store opt-1.3b-4bit --dtype bfloat16 --weight-bits 4
+    flexgen-jax convert opt-1.3b-store opt-1.3b-4bit --weight-bits 4
     """
     with plain_errors():
         from flexgen_jax import checkpoint, progress
@@ -78,6 +80,7 @@ def convert(
             raise click.UsageError("give either MODEL and STORE, or --dummy PRESET and STORE")
         store = Path(model_and_store[-1])
         tell = silent if quiet else say
+        dtype = dtype or checkpoint.stored_dtype(model_and_store[0]) or "float32"
         form: dict[str, Any] = {"dtype": dtype, "group_size": group_size}
         form["weight_bits"] = int(weight_bits) if weight_bits else None
         with progress.transfer("converting", quiet=quiet) as update:

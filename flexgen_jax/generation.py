@@ -151,10 +151,10 @@ class BlockEffects:
 
     def _sample(self) -> None:
         """Notes what the stores, the slots and the dense copies hold now."""
-        held = {
-            tier: self._cells.cache[tier].nbytes + self._cells.hidden[tier].nbytes
-            for tier in self._cells.cache
-        }
+        held = dict.fromkeys(Tier, 0)
+        for stores in (self._cells.cache, self._cells.hidden):
+            for tier, store in stores.items():
+                held[tier] += store.nbytes
         held[Tier.DEVICE] += sum(ring.nbytes for ring in self._rings)
         held[Tier.DEVICE] += self._dense.nbytes + self._weights.dense_nbytes
         for tier, nbytes in held.items():

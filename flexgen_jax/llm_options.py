@@ -27,7 +27,11 @@ _AFTER = [
     click.option(
         "--schedule", default="zigzag", show_default=True, help="Order of the operations."
     ),
-    click.option("--dtype", type=DTYPES, default="float32", show_default=True),
+    click.option(
+        "--dtype",
+        type=DTYPES,
+        help="Of the computation. [default: a weight store's own, or float32]",
+    ),
     click.option("--device-memory", metavar="SIZE", help="What 'auto' may use, such as 12GiB."),
     click.option("--host-memory", metavar="SIZE", help="Likewise, in host memory."),
     click.option(
@@ -127,12 +131,13 @@ class Chosen:
             changes: Of the policy, beyond the options.
         """
         from flexgen_jax import measured, progress
-        from flexgen_jax.checkpoint import GROUP_SIZE
+        from flexgen_jax.checkpoint import GROUP_SIZE, stored_dtype
         from flexgen_jax.llm import LLM
         from scheduling.hardware import Hardware
         from storage.disk import DiskContext
 
         v = self._values
+        dtype = v["dtype"] or stored_dtype(self.model) or "float32"
         policy: Policy | Any = self._policy
         wanted = {**self._changes, **changes}
         if policy != "auto":
@@ -144,7 +149,7 @@ class Chosen:
             store = measured.store(
                 self.model,
                 v["path"],
-                dtype=v["dtype"],
+                dtype=dtype,
                 weight_bits=bits,
                 group_size=group,
                 offload_dir=v["offload_dir"],
@@ -159,7 +164,7 @@ class Chosen:
             device_memory=v["device_memory"],
             host_memory=v["host_memory"],
             offload_dir=v["offload_dir"],
-            dtype=v["dtype"],
+            dtype=dtype,
             seed=self._seed,
             hardware=Hardware.load(v["hardware"]) if v["hardware"] else None,
             disk=DiskContext(mode=v["disk_mode"]),

@@ -419,7 +419,7 @@ def test_convert_and_run_the_store(job, tmp_path):
     store = tmp_path / "store"
     result = CliRunner().invoke(main, ["convert", MODEL, str(store), "--dtype", "bfloat16"])
     assert result.exit_code == 0, result.output
-    result, _ = job([{"prompt_token_ids": [5]}], model=str(store))
+    result, _ = job([{"prompt_token_ids": [5]}], "--dtype", "float32", model=str(store))
     assert result.exit_code == 2
     assert "--dtype" in result.stderr
     assert "bfloat16" in result.stderr
@@ -548,3 +548,24 @@ def test_a_cache_that_does_not_fit_on_the_disk_is_refused_before_the_run(job, mo
     assert result.exit_code == 2
     assert "the cache and hidden states of a block need" in result.stderr
     assert records is None
+
+
+def test_a_weight_store_brings_its_dtype(tmp_path):
+    """Asked for or not: what was converted once is not to be repeated."""
+    config = Path(__file__).parent / "goldens" / "pre_norm" / "config.json"
+    store, packed = tmp_path / "store", tmp_path / "packed"
+    for arguments in (
+        ["convert", "--dummy", config, store, "--dtype", "bfloat16"],
+        ["convert", store, packed, "--weight-bits", "4"],
+        ["generate", "--model", store, "--prompt-len", 8, "--max-tokens", 2, "--json"],
+        ["generate", "--model", packed, "--prompt-len", 8, "--max-tokens", 2, "--json"],
+    ):
+        done = CliRunner().invoke(main, [str(a) for a in [*arguments, "--quiet"]])
+        assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["policy"]["weight_bits"] == 4
+    assert json.loads((packed / "flexgen_manifest.json").read_text())["dtype"] == "bfloat16"
+    wrong = CliRunner().invoke(
+        main, ["generate", "--model", str(store), "--prompt-len", "8", "--dtype", "float32"]
+    )
+    assert wrong.exit_code == 2
+    assert "holds bfloat16" in wrong.output

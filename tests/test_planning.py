@@ -94,7 +94,7 @@ def wide(tmp_path_factory):
 
 @pytest.mark.parametrize("where", sorted(SPLITS))
 @pytest.mark.parametrize(
-    "choices", [{}, {"weight_bits": 4, "cache_bits": 8}, {"cache_bits": 4}], ids=str
+    "choices", [{}, {"weight_bits": 4, "cache_bits": 8}], ids=["plain", "in codes"]
 )
 def test_the_planned_peak_is_what_a_run_holds(wide, where, choices):
     config, store, directory = wide

@@ -78,6 +78,7 @@ def test_the_files_agree_with_each_other(trained):
         "README.md",
         "config.json",
         "generation_config.json",
+        "held_out.txt",
         "model.safetensors",
         "special_tokens_map.json",
         "tokenizer.json",
