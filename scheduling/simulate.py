@@ -18,6 +18,9 @@ from scheduling.ops import Compute, FreeWeights, LoadWeights, Op
 from scheduling.timeline import Span, Timeline
 from scheduling.workload import Workload
 
+_STREAMS = tuple(Stream)
+_NUMBER = {stream: number for number, stream in enumerate(_STREAMS)}
+
 
 @dataclasses.dataclass
 class _Active:
@@ -55,8 +58,9 @@ class _Simulation:
         self._costs = CostModel(workload, hardware)
         self._issues = bind(ops, workload)
         self._limit = limit
-        self._waiting: dict[Stream, deque[Issue]] = {stream: deque() for stream in Stream}
-        self._active: dict[Stream, _Active] = {}
+        # By stream; indices, since hashing an enum's members a million times takes seconds.
+        self._waiting: list[deque[Issue]] = [deque() for _ in _STREAMS]
+        self._active: list[_Active | None] = [None] * len(_STREAMS)
         self._done = bytearray()  # by index
         self._pending = 0
         self._exhausted = False
@@ -67,7 +71,7 @@ class _Simulation:
         spans: list[Span] = []
         while True:
             self._begin(spans)
-            if not self._active:
+            if not any(self._active):
                 if self._exhausted and not self._pending:
                     break
                 raise AssertionError("a bound schedule cannot deadlock")
@@ -84,26 +88,28 @@ class _Simulation:
                 self._exhausted = True
                 break
             self._done.append(0)
-            self._waiting[issue.stream].append(issue)
+            self._waiting[_NUMBER[issue.stream]].append(issue)
             self._pending += 1
             came = True
         return came
 
     def _begin(self, spans: list[Span]) -> None:
         """Starts everything that can start now; what is no work is done at once."""
+        done = self._done
         again = True
         while again:
             again = self._fetch()
-            for stream, queue in self._waiting.items():
-                while queue and stream not in self._active:
+            for number, queue in enumerate(self._waiting):
+                while queue and self._active[number] is None:
                     issue = queue[0]
-                    if not all(self._done[need] for need in issue.needs):
+                    if not all(map(done.__getitem__, issue.needs)):
                         break
                     queue.popleft()
                     pieces = self._pieces(issue.op)
                     if pieces:
-                        first = pieces[0][1]
-                        self._active[stream] = _Active(issue, self._now, deque(pieces), first)
+                        self._active[number] = _Active(
+                            issue, self._now, deque(pieces), pieces[0][1]
+                        )
                     else:
                         self._finish(issue)
                     again = True
@@ -124,20 +130,22 @@ class _Simulation:
 
     def _advance(self, spans: list[Span]) -> None:
         """To the moment at which the next piece is through."""
+        active = [a for a in self._active if a is not None]
         users: dict[str, int] = {}
-        for active in self._active.values():
-            resource = active.pieces[0][0]
+        for one in active:
+            resource = one.pieces[0][0]
             users[resource] = users.get(resource, 0) + 1
-        step = min(a.left * users[a.pieces[0][0]] for a in self._active.values())
+        step = min([one.left * users[one.pieces[0][0]] for one in active])
         self._now += step
-        for stream, active in list(self._active.items()):
-            active.left -= step / users[active.pieces[0][0]]
-            if active.left > 1e-12 * self._now:
+        for one in active:
+            one.left -= step / users[one.pieces[0][0]]
+            if one.left > 1e-12 * self._now:
                 continue
-            active.pieces.popleft()
-            if active.pieces:
-                active.left = active.pieces[0][1]
+            one.pieces.popleft()
+            if one.pieces:
+                one.left = one.pieces[0][1]
                 continue
-            del self._active[stream]
-            spans.append(Span.of(active.issue.op, stream, active.start, self._now))
-            self._finish(active.issue)
+            stream = one.issue.stream
+            self._active[_NUMBER[stream]] = None
+            spans.append(Span.of(one.issue.op, stream, one.start, self._now))
+            self._finish(one.issue)

@@ -1,0 +1,136 @@
+"""Is the prediction right? Policies x schedules x throttles, predicted and run; JSON lines.
+
+The machine is profiled first; each combination runs ``--repeat`` times after a warm-up, and the
+median of its measured totals is held against the simulator's.
+
+    python benchmarks/predict.py --preset facebook/opt-125m --out predict.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import flexgen_jax as fg
+from flexgen_jax.profile import profile
+from storage.wrappers import Throttled
+
+DISK = fg.Split(device=0, disk=100)
+HALF = fg.Split(device=50, disk=50)
+POLICIES: dict[str, dict[str, Any]] = {
+    "all on the device": {},
+    "weights on disk": {"weights": DISK},
+    "half of the weights on disk": {"weights": HALF},
+    "weights and cache on disk": {"weights": DISK, "cache": DISK},
+    "4-bit weights on disk": {"weights": DISK, "weight_bits": 4},
+    "8-bit cache": {"cache_bits": 8},
+}
+# Name -> schedule, overlap.
+ORDERS = {
+    "zigzag": ("zigzag", True),
+    "zigzag, no overlap": ("zigzag", False),
+    "row_by_row": ("row_by_row", True),
+    "diagonal": ("diagonal", True),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--preset", default="facebook/opt-125m")
+    add("--prompt-len", type=int, default=64)
+    add("--gen-len", type=int, default=12)
+    add("--block", type=int, nargs=2, default=(16, 2), metavar=("BATCH", "BATCHES"))
+    add("--throttle", type=float, nargs="+", default=[0.0, 2e8], help="bytes/s of weights' disk")
+    add("--repeat", type=int, default=3)
+    add("--work", type=Path, help="keep the store here")
+    add("--out", type=Path, help="append here instead of printing")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="flexgen-jax-bench-") as scratch:
+        work = args.work or Path(scratch)
+        work.mkdir(parents=True, exist_ok=True)
+        store = work / f"{Path(args.preset).name}-bfloat16-store"
+        fg.convert_dummy(args.preset, store, dtype="bfloat16")
+        hardware = profile(work, say=lambda line: print(line, file=sys.stderr))
+        with args.out.open("a") if args.out else sys.stdout as out:
+            for throttle in args.throttle:
+                for policy in POLICIES:
+                    if throttle and "weights" not in policy:
+                        continue  # nothing is throttled
+                    for order in ORDERS:
+                        record = measure(args, store, scratch, hardware, policy, order, throttle)
+                        print(json.dumps(record), file=out, flush=True)
+                        ratio = record["predicted_seconds"] / record["measured_seconds"]
+                        print(f"{policy}, {order}, {throttle:g}: {ratio:.2f}", file=sys.stderr)
+
+
+def measure(
+    args: argparse.Namespace,
+    store: Path,
+    scratch: str,
+    hardware: fg.Hardware,
+    policy: str,
+    order: str,
+    throttle: float,
+) -> dict[str, Any]:
+    """One combination."""
+    schedule, overlap = ORDERS[order]
+    batch, batches = args.block
+    chosen = fg.Policy(
+        device_batch_size=batch, num_device_batches=batches, overlap=overlap, **POLICIES[policy]
+    )
+
+    def slow(tier: fg.Tier, inner: Any) -> Any:
+        weights = not hasattr(inner, "append")  # cells are stores of sequences
+        slowed = throttle and tier is fg.Tier.DISK and weights
+        return Throttled(inner, throttle) if slowed else inner
+
+    if throttle:
+        slower = min(throttle, hardware.disk_to_host)
+        hardware = dataclasses.replace(hardware, disk_to_host=slower)
+    params = fg.SamplingParams(temperature=0.0, max_tokens=args.gen_len, ignore_eos=True)
+    prompts = [[2 + i % 97] * args.prompt_len for i in range(chosen.block_size)]
+    totals = []
+    with fg.LLM(
+        str(store),
+        dtype="bfloat16",
+        policy=chosen,
+        schedule=schedule,
+        offload_dir=scratch,
+        disk=fg.DiskContext(mode="direct", small_nbytes=0),
+        wrap_store=slow,
+        hardware=hardware,
+        say=lambda _: None,
+    ) as llm:
+        for _ in range(args.repeat + 1):
+            llm.generate(prompts, params)
+            assert llm.report is not None
+            totals.append(llm.report.timeline.seconds)
+        predicted = llm.report.predicted
+        assert predicted is not None
+        streams = llm.report.to_json()["predicted"]
+    measured = statistics.median(totals[1:])
+    return {
+        "benchmark": "predict",
+        "preset": args.preset,
+        "policy": policy,
+        "order": order,
+        "throttle": throttle,
+        "block": list(args.block),
+        "prompt_len": args.prompt_len,
+        "gen_len": args.gen_len,
+        "predicted_seconds": round(predicted.seconds, 4),
+        "measured_seconds": round(measured, 4),
+        "spread": [round(min(totals[1:]), 4), round(max(totals[1:]), 4)],
+        "streams": streams,
+    }
+
+
+if __name__ == "__main__":
+    main()
