@@ -110,7 +110,7 @@ def diagonal(w: Workload) -> Iterator[Op]:
         # Old batches first: what they leave makes room.
         active = [b for b in range(joined) if turn - b * gap < w.num_steps]
         for layer in range(w.num_layers):
-            yield LoadWeights(turn - active[-1] * gap, layer)
+            yield LoadWeights(turn - active[0] * gap, layer)
             for batch in active:
                 step = turn - batch * gap
                 yield from _load(w, step, layer, batch)
