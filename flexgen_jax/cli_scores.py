@@ -61,7 +61,7 @@ def score(input_path: Path, output_path: Path, as_json: bool, quiet: bool, **opt
         if input_path.resolve() == output_path.resolve():
             raise Failure(f"input and output are the same file, {input_path}")
         tell = silent if quiet else say
-        chosen = Chosen(options)
+        chosen = _prefill_only(Chosen(options))
         with Results(output_path) as results, chosen.llm(tell, quiet=quiet) as llm:
             job = read_score_job(llm, input_path)
             tell(f"{len(job.requests)} sequences, {len(job.errors)} bad lines")
@@ -100,7 +100,7 @@ def perplexity(
     with plain_errors():
         from flexgen_jax import progress, scoring
 
-        chosen = Chosen(options)
+        chosen = _prefill_only(Chosen(options))
         with chosen.llm(silent if quiet else say, quiet=quiet) as llm:
             tokens = llm.encode(_read(text_path))
             windows = scoring.count_windows(llm, tokens, context, stride)
@@ -170,6 +170,17 @@ def compare(
         click.echo(json.dumps([row.to_json() for row in rows], indent=2))
     else:
         click.echo(_table(rows))
+
+
+def _prefill_only(chosen: Chosen) -> Chosen:
+    """Refuses what would change nothing."""
+    asked = chosen.compression
+    if asked["cache_bits"] is not None or asked["attention_sparsity"] not in (None, 1.0):
+        raise Failure(
+            "a score is one prefill, which keeps no cache: --cache-bits and --attention-sparsity "
+            "change nothing here; 'compare' measures what they cost"
+        )
+    return chosen
 
 
 def _read(path: Path) -> str:

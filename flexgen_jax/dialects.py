@@ -146,18 +146,19 @@ def _openai_answer(
                 for entry, _ in chosen
             ],
         }
+    choice = {
+        "index": 0,
+        "text": completion.text,
+        "logprobs": logprobs,
+        "finish_reason": completion.finish_reason,
+    }
+    if output.prompt_logprobs is not None:  # vLLM's addition to the form
+        choice["prompt_logprobs"] = list(map(_entry, output.prompt_logprobs))
     body = {
         "id": f"cmpl-{asked.id}",
         "object": "text_completion",
         "model": model,
-        "choices": [
-            {
-                "index": 0,
-                "text": completion.text,
-                "logprobs": logprobs,
-                "finish_reason": completion.finish_reason,
-            }
-        ],
+        "choices": [choice],
         "usage": {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": new_tokens,

@@ -121,6 +121,8 @@ def plan(
     Raises:
         ValueError: a model, lengths or a schedule that cannot be.
     """
+    if policy != "auto" and policy.num_stages != 1:
+        raise ValueError("not supported yet: num_stages above 1; leave it at 1")
     config = model if isinstance(model, OPTConfig) else config_of(model)
     room = config.max_position_embeddings
     if prompt_len < 1 or gen_len < 1 or prompt_len + gen_len > room:

@@ -246,8 +246,12 @@ def test_openai_lines_are_answered_in_their_dialect(job):
         {**line, "custom_id": "b", "url": "/v1/chat/completions"},
         {**line, "custom_id": "c", "body": {**body, "n": 3}},
         {**line, "custom_id": "d", "body": {**body, "echo": True}},
+        {**line, "custom_id": "e", "body": {**body, "prompt_logprobs": 1}},
     ]
     result, records = job(lines, "--ignore-eos")
+    scored = records.pop()["response"]["body"]["choices"][0]["prompt_logprobs"]
+    assert scored[0] is None
+    assert ["6" in scored[1], "7" in scored[2]] == [True, True]
     assert result.exit_code == 0
     good = records[0]
     assert good["custom_id"] == "a"

@@ -182,6 +182,18 @@ def test_mistakes_are_named(arguments, words):
     assert words in done.output
 
 
+def test_stages_are_not_ignored():
+    with pytest.raises(ValueError, match="not supported yet: num_stages"):
+        fg.plan(
+            "facebook/opt-125m",
+            fg.Policy(num_stages=2),
+            fg.Hardware.preset("t4"),
+            prompt_len=16,
+            gen_len=2,
+            schedule=ZIGZAG,
+        )
+
+
 def test_what_does_not_fit_is_said():
     everything = fg.Policy(device_batch_size=8, num_device_batches=1)
     found = fg.plan(

@@ -260,6 +260,10 @@ def test_the_commands_print_figures(offload, tmp_path):
     nothing = CliRunner().invoke(main, ["compare", *common])
     assert nothing.exit_code == 2
     assert "nothing to compare" in nothing.output
+    for ignored in (["--cache-bits", "4"], ["--attention-sparsity", "0.1"]):
+        refused = CliRunner().invoke(main, ["perplexity", *common, *ignored])
+        assert refused.exit_code == 2
+        assert "change nothing here" in refused.output
     quantised = next(Path(offload).glob("stores/*4bit*"))
     refused = CliRunner().invoke(
         main, ["compare", *["--model", str(quantised)], *common[2:], *small, *ways]
