@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -9,8 +10,9 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 
 from flexgen_jax.blocks import Batch, Block
-from flexgen_jax.cells import cache_format, cache_name, hidden_name, place_cache, place_hidden
+from flexgen_jax.cells import cache_format, hidden_name, place_cache, place_hidden
 from flexgen_jax.config import OPTConfig
+from flexgen_jax.kernels import rows_per_call
 from flexgen_jax.params import param_shapes, unit_names
 from scheduling.placement import Placement
 from scheduling.policy import Policy, Tier
@@ -49,6 +51,7 @@ def block_sizes(
                 num_steps=batch.num_steps,
                 hidden_tier=hidden[hidden_name(number)],
                 hidden_nbytes=batch.rows * config.hidden_size * itemsize,
+                workspace=_workspace(batch, config, itemsize),
             )
             for number, batch in enumerate(block.batches)
         ),
@@ -58,6 +61,19 @@ def block_sizes(
         hidden_size=config.hidden_size,
         chunk_positions=chunk_positions,
     )
+
+
+def _workspace(batch: Batch, config: OPTConfig, itemsize: int) -> int:
+    """Bytes that the largest computation takes beside its arguments: prefill's, or the head's.
+
+    Of some rows what a layer makes of them, attention's weights and the MLP's width foremost, in
+    float32; of all rows the layer's results.
+    """
+    seq, hidden = batch.prompt_len, config.hidden_size
+    rows = rows_per_call(batch.rows, seq)
+    some = rows * seq * (config.ffn_dim + 6 * hidden + config.num_attention_heads * seq) * 4
+    results = batch.rows * seq * 4 * hidden * itemsize
+    return max(some + results, 3 * batch.rows * config.vocab_size * 4)
 
 
 def _matmul_flops(config: OPTConfig) -> tuple[float, ...]:
@@ -98,15 +114,15 @@ def _weights(
 def _cache(
     block: Block, config: OPTConfig, form: WeightFormat, policy: Policy
 ) -> dict[tuple[int, int], CacheCell]:
-    tiers = {c.name: c.tier for c in place_cache(block, config, form.dtype, policy).cells}
     kept = cache_format(policy)
     per_head = sum(kept.position_nbytes(config.head_dim, form.dtype))
     itemsize = jnp.dtype(form.dtype).itemsize
+    sparsity = policy.attention_sparsity
 
-    def cell(batch: Batch, tier: Tier) -> CacheCell:
-        heads = 2 * batch.rows * config.num_attention_heads
+    @functools.cache
+    def cell(rows: int, tier: Tier) -> CacheCell:
+        heads = 2 * rows * config.num_attention_heads
         hosted = policy.host_attention and tier is not Tier.DEVICE
-        sparsity = policy.attention_sparsity
         # Keys as a whole; of the values the selected ones, which a disk reads whole as well.
         read = (1 + sparsity) / 2 if tier is Tier.HOST else 1.0
         return CacheCell(
@@ -118,9 +134,14 @@ def _cache(
             dense_nbytes=heads * config.head_dim * itemsize if kept.bits else 0,
         )
 
-    return {
-        (layer, number): cell(batch, tiers[cache_name(config, layer, number)])
+    places = [
+        (layer, number, batch.rows)
         for layer in range(1, len(config.units) - 1)
         for number, batch in enumerate(block.batches)
         if batch.num_steps > 1
+    ]
+    dealt = place_cache(block, config, form.dtype, policy).cells  # in the same order
+    return {
+        (layer, number): cell(rows, placed.tier)
+        for (layer, number, rows), placed in zip(places, dealt, strict=True)
     }

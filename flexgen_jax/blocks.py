@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -47,11 +48,11 @@ class Batch:
     rows: int
     prompt_len: int
 
-    @property
+    @cached_property
     def num_steps(self) -> int:
         return max(r.params.max_tokens for r in self.requests)
 
-    @property
+    @cached_property
     def cache_len(self) -> int:
         """Positions of the KV cache. The last token is never fed back: it needs no place."""
         need = self.prompt_len + self.num_steps - 1

@@ -154,6 +154,11 @@ class Cells:
         return stores
 
     @property
+    def buffered_nbytes(self) -> int:
+        """Host memory in which cells on disk collect what is not written yet."""
+        return sum(disk.buffered_nbytes for disk in self._disks)
+
+    @property
     def disk_bytes_read(self) -> int:
         return sum(disk.bytes_read for disk in self._disks)
 

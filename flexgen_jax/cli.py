@@ -172,6 +172,7 @@ def generate(
                     assert prompt_len is not None
                     input_path = measured.prompts(scratch, llm, prompt_len, defaults)
                 job = batch.read_job(llm, input_path, defaults)
+                llm.choose_policy(job.requests)
                 tell(_before(llm, job))
                 with progress.tokens(job.max_new_tokens, quiet=quiet) as advance:
                     try:
@@ -182,9 +183,8 @@ def generate(
                         raise Failure(f"{error}. {_kept(results, job)}", code=1) from error
                 report = llm.report
         tell(_after(job, report, output_path))
-        if report is not None:
-            both = [report.predicted, report.timeline]
-            write_pictures([t for t in both if t is not None], trace, plot, tell)
+        if report is not None and (trace or plot):
+            write_pictures([report.predicted, report.timeline], trace, plot, tell)
         if as_json:
             figures = report.to_json() if report is not None else {"requests": 0}
             click.echo(json.dumps({**figures, "errors": len(job.errors)}, indent=2))
@@ -203,6 +203,7 @@ def _before(llm: LLM, job: Job) -> str:
             f"{len(job.requests)} requests, {len(job.errors)} bad lines; "
             f"blocks of {policy.device_batch_size} x {policy.num_device_batches}, "
             + ", ".join(how),
+            *([f"chosen: {llm.why}"] if llm.why else []),
             *(placement.describe(kind) for kind, placement in placed.items() if placement.cells),
         ]
     )
@@ -222,10 +223,8 @@ def _after(job: Job, report: Report | None, output_path: Path | None) -> str:
                 else ""
             )
         )
-    if report is not None and report.predicted is not None:
-        predicted, measured = report.predicted.seconds, report.timeline.seconds
-        ratio = measured / predicted
-        lines.append(f"predicted {predicted:.1f} s, measured {measured:.1f} s: ratio {ratio:.2f}")
+    if report is not None and report.timeline.seconds:
+        lines.append(report.beside_prediction())
     for line, record in list(job.errors.items())[:3]:
         lines.append(f"line {line}: {record['error']['message']}")
     if len(job.errors) > 3:

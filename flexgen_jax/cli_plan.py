@@ -12,10 +12,11 @@ import click
 from flexgen_jax.cli_errors import Failure, plain_errors, say
 from flexgen_jax.llm_options import DTYPES
 from flexgen_jax.pictures import check_pictures, write_pictures
-from flexgen_jax.policy_options import NAMES, policy_options, read_policy
+from flexgen_jax.policy_options import NAMES, allowed, policy_options, read_policy
 
 if TYPE_CHECKING:
     from flexgen_jax.planning import Plan
+    from scheduling.hardware import Hardware
 
 _BEFORE = [
     click.option(
@@ -53,7 +54,7 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
 def plan(**options: Any) -> None:
     """Predict a block: placement, time and memory, without weights or an accelerator."""
     with plain_errors():
-        found = _plan(options)
+        found = _plan(options, help_wanted=True)
         if options["as_json"]:
             click.echo(json.dumps(found.to_json(), indent=2))
         else:
@@ -78,7 +79,25 @@ def simulate(**options: Any) -> None:
 
 @click.command()
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), required=True, help="The JSON to write."
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="The JSON to write. [default: where 'auto' looks for this machine's]",
+)
+@click.option(
+    "--calibrate",
+    "reports",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="REPORT",
+    help="Instead of measuring, fit the constants to a run: what 'generate --json' printed. "
+    "Repeatable.",
+)
+@click.option(
+    "--hardware",
+    "start",
+    metavar="NAME|FILE",
+    help="What to calibrate. [default: this machine's, as it is known]",
 )
 @click.option(
     "--offload-dir",
@@ -89,22 +108,65 @@ def simulate(**options: Any) -> None:
 @click.option("--dtype", type=DTYPES, default="bfloat16", show_default=True)
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON on stdout too.")
-def profile(output: Path, offload_dir: Path, dtype: str, repeats: int, as_json: bool) -> None:
-    """Measure this machine: disk, links, arithmetic, memory. Takes about a minute."""
+def profile(
+    output: Path | None,
+    reports: tuple[Path, ...],
+    start: str | None,
+    offload_dir: Path,
+    dtype: str,
+    repeats: int,
+    as_json: bool,
+) -> None:
+    """Measure this machine: disk, links, arithmetic, memory. Takes about a minute.
+
+    Runs on this machine use what it keeps, for --policy auto and for predictions.
+    """
     with plain_errors():
+        from flexgen_jax.machine import profile_path, save, this_machine
         from flexgen_jax.profile import profile as measure
+        from scheduling.hardware import Hardware
 
-        if output.is_dir() or not output.absolute().parent.is_dir():
+        path = output or profile_path(dtype)
+        if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
             raise Failure(f"cannot write {output}: it is a directory, or its directory is missing")
-        hardware = measure(offload_dir, dtype=dtype, repeats=repeats, say=say)
-        text = json.dumps(hardware.to_json(), indent=2)
-        output.write_text(text + "\n", encoding="utf-8")
-        say(f"{hardware.name}: {output}")
+        if reports:
+            known = Hardware.load(start) if start else this_machine(dtype)
+            hardware = _calibrated(known, reports)
+        elif start:
+            raise Failure("--hardware goes with --calibrate: measuring starts from nothing")
+        else:
+            hardware = measure(offload_dir, dtype=dtype, repeats=repeats, say=say)
+        save(hardware, path)
+        say(f"{hardware.name}: {path}")
         if as_json:
-            click.echo(text)
+            click.echo(json.dumps(hardware.to_json(), indent=2))
 
 
-def _plan(options: dict[str, Any]) -> Plan:
+def _calibrated(hardware: Hardware, reports: tuple[Path, ...]) -> Hardware:
+    from scheduling.calibrate import Observation, calibrated, factors
+
+    rows = []
+    for path in reports:
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            rows += [Observation.from_json(row) for row in values["observations"]]
+        except OSError as error:
+            raise Failure(f"cannot read {path}: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise Failure(
+                f"{path} is no report: expected what 'generate --json' prints ({error})"
+            ) from error
+        if values["hardware"] != hardware.name:
+            raise Failure(
+                f"{path} was predicted for {values['hardware']!r}, not for {hardware.name!r}: "
+                "give that with --hardware"
+            )
+    for name, factor in factors(rows).items():
+        say(f"{name}: {factor:.2f} times as long as predicted")
+    return calibrated(hardware, rows)
+
+
+def _plan(options: dict[str, Any], *, help_wanted: bool = False) -> Plan:
     import dataclasses
 
     from flexgen_jax.planning import plan
@@ -112,10 +174,11 @@ def _plan(options: dict[str, Any]) -> Plan:
     from scheduling.schedules import SCHEDULES
 
     policy, changes = read_policy({name: options[name] for name in NAMES})
+    allow = allowed(options["allow"])
     if policy != "auto":
-        policy = dataclasses.replace(policy, **changes)
-    elif changes:
-        raise Failure("give --percent or --policy FILE beside what changes a policy")
+        if allow:
+            raise Failure("--allow is for --policy auto: it searches; --percent says it all")
+        policy, changes = dataclasses.replace(policy, **changes), {}
     name = options["schedule"]
     if name not in SCHEDULES:
         raise Failure(f"no schedule {name!r}; known: {', '.join(sorted(SCHEDULES))}")
@@ -128,8 +191,12 @@ def _plan(options: dict[str, Any]) -> Plan:
         gen_len=options["gen_len"],
         schedule=(name, SCHEDULES[name]),
         dtype=options["dtype"],
+        fixed=changes,
+        allow=allow,
+        help_wanted=help_wanted,
     )
-    write_pictures([found.timeline], options["trace"], options["plot"], say)
+    if options["trace"] or options["plot"]:
+        write_pictures([found.timeline], options["trace"], options["plot"], say)
     return found
 
 
@@ -138,8 +205,9 @@ def _described(found: Plan) -> str:
 
     policy = found.policy
     name, least = bound(found.lower_bound)
-    seconds = found.timeline.seconds
+    seconds = found.seconds
     peak = ", ".join(f"{t.value} {n / 1e9:.1f} GB" for t, n in found.peak_bytes.items())
+    peak += f"; computing takes {found.workspace_bytes / 1e9:.2f} GB of the device on top"
     rate, prefill = found.tokens_per_second, found.prefill_seconds
     shape = f"{policy.device_batch_size} x {policy.num_device_batches}"
     times = (
@@ -154,6 +222,11 @@ def _described(found: Plan) -> str:
         f"{floor}: {least / seconds:.0%} of the prediction",
         f"peak: {peak}",
     ]
+    if found.why:
+        lines.insert(2, f"chosen: {found.why}")
+    helps = [f"{name} ({gain:.2f} x)" for name, gain in found.would_help.items()]
+    if helps:
+        lines.append("what would help: " + ", ".join(helps[:4]))
     if found.misfits:
         lines.append("does not fit: " + "; ".join(found.misfits))
     return "\n".join(lines)

@@ -6,6 +6,7 @@ Owns every fact about the architecture that can be known without weights. Knows 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -84,7 +85,7 @@ class OPTConfig:
         """Post-layer-norm models (OPT-350m) end without a norm of their own."""
         return self.do_layer_norm_before and not self.remove_final_layer_norm
 
-    @property
+    @functools.cached_property
     def units(self) -> tuple[str, ...]:
         """The layers that a schedule sees: ``embed``, ``layer_0`` ..., ``head``."""
         return ("embed", *(f"layer_{i}" for i in range(self.num_hidden_layers)), "head")

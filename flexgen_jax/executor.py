@@ -17,11 +17,11 @@ import threading
 import time
 from array import array
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
-from scheduling.dependencies import Issue, Stream, bind
+from scheduling.dependencies import Issue, Stream, bind, stream_of_kind, wait_reason
 from scheduling.ops import Op
 from scheduling.timeline import Span, Timeline
 from scheduling.workload import Workload
@@ -66,6 +66,14 @@ class _Cancelled(Exception):
     """Raised on a waiting thread when the run ends early."""
 
 
+class _Place(NamedTuple):
+    """An issue by its stream and its number there, and why something waits for it."""
+
+    stream: Stream
+    place: int
+    reason: str
+
+
 class _Run:
     """The state of one execution that its threads share."""
 
@@ -81,15 +89,18 @@ class _Run:
     def now(self) -> float:
         return time.perf_counter() - self.origin
 
-    def wait_until_done(self, places: Iterable[tuple[Stream, int]]) -> None:
+    def wait_until_done(self, places: Iterable[_Place]) -> str | None:
+        """Why it had to wait, if it had to: for what came last."""
+        reason = None
         with self.changed:
-            for stream, place in places:
-                while self.done.get(stream, 0) <= place:
-                    if self.cancelled:
-                        raise _Cancelled
-                    self.changed.wait()
+            waiting = [p for p in places if self.done.get(p.stream, 0) <= p.place]
+            while waiting and not self.cancelled:
+                reason = waiting[0].reason
+                self.changed.wait()
+                waiting = [p for p in waiting if self.done.get(p.stream, 0) <= p.place]
             if self.cancelled:
                 raise _Cancelled
+        return reason
 
     def mark_done(self, stream: Stream) -> None:
         with self.changed:
@@ -102,8 +113,10 @@ class _Run:
             self.cancelled = True
             self.changed.notify_all()
 
-    def record(self, issue: Issue, start: float, end: float) -> None:
-        self.spans.append(Span.of(issue.op, issue.stream, start, end))
+    def record(
+        self, issue: Issue, start: float, end: float, wait: str | None, waited: float
+    ) -> None:
+        self.spans.append(Span.of(issue.op, issue.stream, start, end, wait, waited))
 
 
 class _Worker(threading.Thread):
@@ -112,24 +125,24 @@ class _Worker(threading.Thread):
     def __init__(self, run: _Run, stream: Stream, watch: _Watch) -> None:
         super().__init__(name=f"flexgen-{stream.value}", daemon=True)
         self._run, self._stream, self._watch = run, stream, watch
-        self.queue: queue.SimpleQueue[tuple[Issue, list[tuple[Stream, int]]] | None] = (
-            queue.SimpleQueue()
-        )
+        self.queue: queue.SimpleQueue[tuple[Issue, list[_Place]] | None] = queue.SimpleQueue()
 
     def run(self) -> None:
         run = self._run
         while (item := self.queue.get()) is not None:
             issue, places = item
             try:
-                run.wait_until_done(places)
+                since = run.now()
+                reason = run.wait_until_done(places)
                 if run.effects.wanted(issue.op):
                     run.effects.make_room(issue)
                     start = run.now()
                     ready = run.effects.perform(issue)
+                    waited = start - since if reason else 0.0
                     if ready is None:
-                        run.record(issue, start, run.now())
+                        run.record(issue, start, run.now(), reason, waited)
                     else:
-                        self._watch.queue.put((issue, start, ready))
+                        self._watch.queue.put((issue, start, ready, reason))
             except _Cancelled:
                 return
             except BaseException as error:
@@ -144,12 +157,14 @@ class _Watch(threading.Thread):
     def __init__(self, run: _Run) -> None:
         super().__init__(name="flexgen-watch", daemon=True)
         self._run = run
-        self.queue: queue.SimpleQueue[tuple[Issue, float, Any] | None] = queue.SimpleQueue()
+        self.queue: queue.SimpleQueue[tuple[Issue, float, Any, str | None] | None] = (
+            queue.SimpleQueue()
+        )
 
     def run(self) -> None:
         previous = 0.0
         while (item := self.queue.get()) is not None:
-            issue, start, ready = item
+            issue, start, ready, reason = item
             try:
                 jax.block_until_ready(ready)
             except BaseException as error:
@@ -157,7 +172,10 @@ class _Watch(threading.Thread):
                 return
             del ready, item  # results must not outlive their last reader by waiting here
             end = self._run.now()
-            self._run.record(issue, max(start, previous), end)
+            # Dispatching runs ahead: the stream stood still only while nothing was left to do.
+            waited = max(0.0, start - previous) if reason else 0.0
+            reason = reason if waited else None
+            self._run.record(issue, max(start, previous), end, reason, waited)
             previous = end
 
 
@@ -200,20 +218,24 @@ def execute(
     workers: dict[Stream, _Worker] = {}
     issued: dict[Stream, int] = {}
     # Where each issue stands in its stream, by index: 5 bytes an issue, for blocks of millions.
-    order = tuple(Stream)
-    number = {stream: i for i, stream in enumerate(order)}
-    stream_at, place_at = array("B"), array("I")
+    kinds: list[type] = []
+    number: dict[type, int] = {}
+    kind_at, place_at = array("B"), array("I")
     # An effortless issue is done when what it needs is: it stands for those places.
-    stands_for: dict[int, dict[Stream, int]] = {}
+    stands_for: dict[int, dict[Stream, _Place]] = {}
 
-    def places_of(issue: Issue) -> dict[Stream, int]:
-        latest: dict[Stream, int] = {}
+    def places_of(issue: Issue) -> dict[Stream, _Place]:
+        latest: dict[Stream, _Place] = {}
         for need in issue.needs:
+            kind = kinds[kind_at[need]]
+            reason = wait_reason(type(issue.op), kind)
             places = stands_for.get(need)
             if places is None:
-                places = {order[stream_at[need]]: place_at[need]}
-            for stream, place in places.items():
-                latest[stream] = max(latest.get(stream, -1), place)
+                stream = stream_of_kind(kind)
+                places = {stream: _Place(stream, place_at[need], reason)}
+            for stream, found in places.items():
+                if stream not in latest or found.place > latest[stream].place:
+                    latest[stream] = found._replace(reason=reason)
         return latest
 
     watch.start()
@@ -225,7 +247,11 @@ def execute(
                     run.changed.wait()
             if run.cancelled or effects.finished():
                 break
-            stream_at.append(number[issue.stream])
+            kind = type(issue.op)
+            if kind not in number:
+                number[kind] = len(kinds)
+                kinds.append(kind)
+            kind_at.append(number[kind])
             place_at.append(issued.get(issue.stream, 0))
             places = places_of(issue)
             if effects.effortless(issue.op):
@@ -237,7 +263,7 @@ def execute(
                 worker.start()
             issued[issue.stream] = issued.get(issue.stream, 0) + 1
             places.pop(issue.stream, None)  # its own stream is in order anyway
-            worker.queue.put((issue, list(places.items())))
+            worker.queue.put((issue, list(places.values())))
             total += 1
         with run.changed:
             while total > sum(run.done.values()) and not run.cancelled:

@@ -155,6 +155,7 @@ class BlockEffects:
         for stores in (self._cells.cache, self._cells.hidden):
             for tier, store in stores.items():
                 held[tier] += store.nbytes
+        held[Tier.HOST] += self._cells.buffered_nbytes
         held[Tier.DEVICE] += sum(ring.nbytes for ring in self._rings)
         held[Tier.DEVICE] += self._dense.nbytes + self._weights.dense_nbytes
         for tier, nbytes in held.items():

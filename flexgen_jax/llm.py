@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from flexgen_jax.auto import Auto, Job, Model, Uniform, kind_of, limits_of_this_machine
 from flexgen_jax.batch_state import Generated
-from flexgen_jax.block_sizes import block_sizes
 from flexgen_jax.blocks import Block, Request, make_blocks
 from flexgen_jax.cells import Cells, WrapStore, place_cache, place_hidden
 from flexgen_jax.checkpoint import cache_directory, open_store, resolve
+from flexgen_jax.compiling import compile_seconds
 from flexgen_jax.executor import execute
 from flexgen_jax.generation import BlockEffects, OnLogits, Rings
 from flexgen_jax.kernels import compilations
-from flexgen_jax.memory import automatic_policy, parse_bytes
+from flexgen_jax.machine import this_machine
+from flexgen_jax.memory import parse_bytes
 from flexgen_jax.outputs import CompletionOutput, Logprob, RequestOutput
 from flexgen_jax.prompts import Prompt, RequestError, as_list, parse_prompt, shown
 from flexgen_jax.report import Report
@@ -25,6 +28,8 @@ from flexgen_jax.sampling_params import SamplingParams
 from flexgen_jax.scoring import Score, score
 from flexgen_jax.tokenization import load_tokenizer
 from flexgen_jax.weights import Weights, place_weights
+from scheduling.calibrate import Observation, observations
+from scheduling.cost_model import CostModel, bound
 from scheduling.hardware import Hardware
 from scheduling.ops import Op
 from scheduling.placement import Placement
@@ -42,8 +47,8 @@ Schedule = Callable[[Workload], Iterable[Op]]
 OnBlock = Callable[[list[RequestOutput]], None]
 
 
-# What a report keeps of a long job's timeline: about 100 MB.
-MAX_SPANS = 500_000
+# What a report keeps of a long job's timeline: about 50 MB, and simulated in seconds.
+MAX_SPANS = 200_000
 
 
 class LLM:
@@ -53,8 +58,9 @@ class LLM:
         model: A weight store, a Hugging Face directory, or a hub name. The latter two are
             converted on first use into ``offload_dir`` (or the cache directory), and reused.
         policy: A :class:`Policy` (with ``weight_bits``, a model that is not quantised is quantised
-            on first use, and the result kept like a converted model), or ``"auto"``: weights on the
-            device while they fit, then in host memory, the rest on disk.
+            on first use, and the result kept like a converted model), or ``"auto"``: the one that
+            is predicted to be fastest within the memory, searched for when the first requests
+            come. Later runs keep its weights where they are, and choose the rest anew.
         schedule: A name of ``SCHEDULES`` or any function from a ``Workload`` to ops.
         device_memory: Bytes, or text such as ``"12GiB"``, that ``"auto"`` may use; None: what the
             machine has. ``host_memory``: likewise.
@@ -63,8 +69,11 @@ class LLM:
         seed: For requests that have none of their own.
         disk: How the disk tier is read.
         say: Told in plain words what takes long (a conversion); None: the ``flexgen_jax`` logger.
-        hardware: Of this machine, as ``flexgen-jax profile`` measures it: then every run is
-            predicted, too.
+        hardware: Of this machine, for ``"auto"`` and for predicting every run; None: what
+            ``flexgen-jax profile`` has saved, or else the nearest preset.
+        fixed: Fields of the policy that ``"auto"`` has to keep, such as ``device_batch_size``.
+        allow: Methods that ``"auto"`` may use if they help: ``"host_attention"``,
+            ``"weight_bits"``, ``"cache_bits"``, ``"attention_sparsity"``.
         slots: How many slots loads may fill ahead and stores may lag behind: ``weight_slots``,
             ``cache_slots``, ``hidden_slots``, ``store_slots`` of the :class:`Workload`.
         wrap_store: Given (tier, store), returns the store to use: a throttle, a log, faults
@@ -90,48 +99,139 @@ class LLM:
         hardware: Hardware | None = None,
         slots: Mapping[str, int] | None = None,
         wrap_store: WrapStore | None = None,
+        fixed: Mapping[str, Any] | None = None,
+        allow: Iterable[str] = (),
     ) -> None:
         self.schedule_name, self._schedule = _schedule(schedule)
         limits = parse_bytes(device_memory), parse_bytes(host_memory)
-        if policy != "auto":
+        auto = None
+        if policy == "auto":
+            auto = Auto(dict(fixed or {}), tuple(allow))
+            policy = auto.base
+        else:
             if not isinstance(policy, Policy):
                 raise ValueError(f"policy must be 'auto' or a Policy, got {policy!r}")
-            _refuse_unbuilt(policy)
+            if fixed or tuple(allow):
+                raise ValueError("fixed and allow are for policy='auto'; change the policy instead")
+        _refuse_unbuilt(policy)
         if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
             raise ValueError(f"seed must be an integer of at least 0, got {seed!r}")
         if disk is not None and not isinstance(disk, DiskContext):
             raise ValueError(f"disk must be a DiskContext, got {disk!r}")
-        asked = {} if policy == "auto" else _weight_format(policy)
-        store = resolve(str(model), dtype=dtype, offload_dir=offload_dir, say=say or _log, **asked)
-        self._model = open_store(store, dtype=dtype)
-        self.store = self._model.path  # where the weights lie, converted if need be
+        self._auto = auto
+        self._say, self._offload_dir, self._limits = say or _log, offload_dir, limits
+        self._dtype = dtype
+        self._open(str(model), policy)
         self.config = self._model.config
         self.tokenizer = load_tokenizer(self._model.path)
-        sizes = {name: file.nbytes for name, file in self._model.arrays.items()}
-        chosen = automatic_policy(sizes, *limits) if policy == "auto" else policy
-        self._policy = dataclasses.replace(chosen, weight_bits=self._model.format.bits)
-        self.placement = place_weights(sizes, self.policy.weights)
         self.seed = seed
         self.report: Report | None = None
         self._slots = _checked_slots(slots or {})
-        self._disk, self._wrap_store, self._hardware = disk, wrap_store, hardware
+        self._disk, self._wrap_store = disk, wrap_store
+        self.hardware = hardware or this_machine(dtype)
         self._scratch = cache_directory() if offload_dir is None else Path(offload_dir)
-        self._weights = Weights(self._model, self.placement, context=disk, wrap=wrap_store)
         self._rings: Rings | None = None
         self._closed = False
+        self._policy: Policy | None = None
+        self._why: str | None = None
+        self._chosen_for: object = None
+        if auto is None:
+            self._place(policy)
+
+    def _open(self, model: str, policy: Policy) -> None:
+        """Opens the weight store that ``policy`` wants, made if need be."""
+        store = resolve(
+            model,
+            dtype=self._dtype,
+            offload_dir=self._offload_dir,
+            say=self._say,
+            **_weight_format(policy),
+        )
+        self._model = open_store(store, dtype=self._dtype)
+        self.store = self._model.path  # where the weights lie, converted if need be
+
+    def _place(self, policy: Policy) -> None:
+        """Puts the weights where ``policy`` wants them."""
+        self._policy = dataclasses.replace(policy, weight_bits=self._model.format.bits)
+        sizes = {name: file.nbytes for name, file in self._model.arrays.items()}
+        self._placement = place_weights(sizes, policy.weights)
+        self._weights = Weights(
+            self._model, self._placement, context=self._disk, wrap=self._wrap_store
+        )
+
+    def choose_policy(self, job: Job) -> Policy:
+        """With ``policy="auto"``, chooses the policy for ``job``; else returns what is in force.
+
+        Args:
+            job: Checked requests, or the lengths of a :class:`~flexgen_jax.auto.Uniform` job.
+
+        Raises:
+            NothingFitsError: no policy fits the memory.
+        """
+        if self._auto is None:
+            return self.policy
+        if isinstance(job, Uniform):
+            job = job.within(self.config)
+        alike = kind_of(job)
+        if alike == self._chosen_for:
+            return self.policy
+        self._chosen_for = alike
+        stored = sum(file.nbytes for file in self._model.arrays.values())
+        found = self._auto.choose(
+            self._known(),
+            job,
+            self.hardware,
+            limits_of_this_machine(*self._limits, self._scratch, stored),
+            schedule=self._schedule,
+            placed=self._policy,
+        )
+        chosen = found.best.policy
+        self._why = found.why()
+        if self._policy is not None:
+            self._policy = chosen
+            return chosen
+        if chosen.weight_bits != self._model.format.bits:
+            self._open(str(self.store), chosen)
+        self._place(chosen)
+        return self.policy
+
+    @property
+    def why(self) -> str | None:
+        """Why ``"auto"`` chose the policy, in a line; None: it did not."""
+        return self._why
+
+    def _known(self) -> Model:
+        chunk = (self._disk or DiskContext()).chunk_positions
+        return Model(self.config, self._dtype, self._model.format, self._slots, chunk)
+
+    @property
+    def placement(self) -> Placement:
+        """Where every weight tensor lies."""
+        self._ready()
+        return self._placement
+
+    def _ready(self) -> None:
+        if self._policy is None:
+            self.choose_policy(Uniform())
 
     @property
     def policy(self) -> Policy:
-        """What is in force. ``weights`` and ``weight_bits``, which are in place, are fixed."""
+        """What is in force; setting it ends ``"auto"``.
+
+        ``weights`` and ``weight_bits``, which are in place, are fixed. Where ``"auto"`` has seen no
+        requests yet, it chooses for prompts of 512 tokens and 32 new ones.
+        """
+        self._ready()
+        assert self._policy is not None
         return self._policy
 
     @policy.setter
     def policy(self, policy: Policy) -> None:
         _refuse_unbuilt(policy)
-        fixed = self._policy.weights, self._policy.weight_bits
-        if (policy.weights, policy.weight_bits) != fixed:
+        now = self.policy
+        if (policy.weights, policy.weight_bits) != (now.weights, now.weight_bits):
             raise ValueError("the weights are in place already; make another LLM to move them")
-        self._policy = policy
+        self._policy, self._auto = policy, None
 
     def generate(
         self,
@@ -255,11 +355,13 @@ class LLM:
         """Completes checked requests; results in their order. Sets :attr:`report`."""
         if self._closed:
             raise ValueError("this LLM is closed; make another one")
+        self.choose_policy(requests)
         blocks = self.blocks(requests)
         # Refuse a bad schedule before anything runs; most blocks of a job are alike.
         for workload in {self._workload(block) for block in blocks}:
             validate(self._schedule(workload), workload)
         compiled, bytes_read = compilations(), self._weights.disk_bytes
+        compiling = compile_seconds()
         started = time.perf_counter()
         outputs: dict[int, RequestOutput] = {}
         timelines: list[tuple[float, Timeline]] = []
@@ -295,7 +397,12 @@ class LLM:
             disk_bytes_written=cache_written,
             peak_bytes=peak,
             moved=self.traffic(blocks),
-            predicted=self.predict(blocks),
+            predict=functools.partial(self.predict, blocks),
+            observe=functools.partial(self._observe, blocks[:1], timelines[:1]),
+            lower_bound=functools.partial(self._lower_bound, blocks[: len(timelines)]),
+            compile_seconds=compile_seconds() - compiling,
+            hardware=self.hardware.name,
+            why=self._why,
             timeline=Timeline.concatenate(timelines, label="measured"),
         )
         return [outputs[r.index] for r in requests]
@@ -323,24 +430,37 @@ class LLM:
             "hidden": empty if largest is None else hidden[largest],
         }
 
-    def predict(self, blocks: Sequence[Block]) -> Timeline | None:
-        """What the simulator expects of ``blocks``, one after another; None without ``hardware``.
+    def predict(self, blocks: Sequence[Block]) -> Timeline:
+        """What the simulator expects of ``blocks``, one after another.
 
         Of a long job the first blocks, as ``Report.timeline`` keeps them.
         """
-        if self._hardware is None:
-            return None
         parts: list[tuple[float, Timeline]] = []
         seconds, spans = 0.0, 0
         for block in blocks:
             workload = self._workload(block)
-            part = simulate(self._order()(workload), workload, self._hardware)
+            part = simulate(self._order()(workload), workload, self.hardware)
             spans += len(part.spans)
             if spans > MAX_SPANS and parts:
                 break
             parts.append((seconds, part))
             seconds += part.seconds
         return Timeline.concatenate(parts, label="predicted")
+
+    def _observe(
+        self, blocks: Sequence[Block], timelines: Sequence[tuple[float, Timeline]]
+    ) -> list[Observation]:
+        found = []
+        for block, (_, timeline) in zip(blocks, timelines, strict=True):
+            workload = self._workload(block)
+            ops = list(self._order()(workload))
+            found += observations(ops, workload, self.hardware, timeline)
+        return found
+
+    def _lower_bound(self, blocks: Sequence[Block]) -> float:
+        """Of the blocks of the timeline."""
+        bounds = (CostModel(self._workload(b), self.hardware).lower_bound() for b in blocks)
+        return sum(bound(each)[1] for each in bounds)
 
     def _order(self) -> Schedule:
         return self._schedule if self.policy.overlap else serialized(self._schedule)
@@ -367,16 +487,7 @@ class LLM:
         )
 
     def _workload(self, block: Block) -> Workload:
-        sizes = block_sizes(
-            block,
-            self.config,
-            self._model.format,
-            self.policy,
-            self.placement,
-            chunk_positions=(self._disk or DiskContext()).chunk_positions,
-        )
-        workload = block.workload(self._weights.num_layers, self._slots)
-        return dataclasses.replace(workload, sizes=sizes)
+        return self._known().workload(block, self.policy)
 
     def _run_block(
         self,
@@ -445,6 +556,8 @@ class LLM:
     def close(self) -> None:
         """Gives back the weights' memory and file handles."""
         self._closed = True
+        if self._policy is None:
+            return
         if self._rings is not None:
             self._rings.close()
             self._rings = None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flexgen_jax.policy_options import NAMES as POLICY_NAMES
-from flexgen_jax.policy_options import policy_options, read_policy
+from flexgen_jax.policy_options import allowed, policy_options, read_policy
 
 if TYPE_CHECKING:
     from flexgen_jax.llm import LLM
@@ -55,7 +55,7 @@ _AFTER = [
     click.option(
         "--hardware",
         metavar="FILE",
-        help="This machine, as 'profile' measured it: predict the run beside measuring it.",
+        help="This machine, as 'profile' measured it. [default: what 'profile' saved, or a preset]",
     ),
     click.option(
         "--disk-mode",
@@ -91,6 +91,9 @@ def llm_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+_LIMITS = ("device_memory", "host_memory")
+
+
 class Chosen:
     """What the options say, checked as far as that goes without a model.
 
@@ -105,7 +108,12 @@ class Chosen:
     def __init__(self, options: dict[str, Any], *, seed: int = 0) -> None:
         self._values = {name: options.pop(name) for name in NAMES}
         policy, changes = read_policy(self._values)
+        self._allow = allowed(self._values["allow"])
         if policy != "auto":
+            memory = [f"--{n.replace('_', '-')}" for n in _LIMITS if self._values[n] is not None]
+            if memory or self._allow:
+                what = ", ".join([*memory, *(["--allow"] if self._allow else [])])
+                raise ValueError(f"{what}: for --policy auto; a given policy says where all lies")
             policy, changes = dataclasses.replace(policy, **changes), {}
         self._policy, self._changes, self._seed = policy, changes, seed
 
@@ -169,8 +177,8 @@ class Chosen:
             hardware=Hardware.load(v["hardware"]) if v["hardware"] else None,
             disk=DiskContext(mode=v["disk_mode"]),
             slots={name: count for name, count in slots.items() if count is not None},
+            fixed=wanted,
+            allow=self._allow,
         )
         with llm:
-            wanted.pop("weight_bits", None)  # are what the store has
-            llm.policy = dataclasses.replace(llm.policy, **wanted)
             yield llm

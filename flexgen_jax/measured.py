@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flexgen_jax.auto import Uniform
 from flexgen_jax.checkpoint import cache_directory, convert_dummy, is_store, resolve
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ def prompts(where: Path, llm: LLM, prompt_len: int, params: SamplingParams) -> P
     Raises:
         RequestError: so many tokens do not fit the model.
     """
+    # One block of the policy for as many such prompts as there is room for.
+    llm.policy = llm.choose_policy(Uniform(prompt_len, params.max_tokens))
     vocab, path = llm.config.vocab_size, where / "prompts.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for row in range(llm.policy.block_size):

@@ -7,6 +7,7 @@ a flat name ``unit.module.leaf`` (``layer_3.fc1.kernel``); nested, ``params["lay
 
 from __future__ import annotations
 
+import functools
 from typing import Any, TypeVar
 
 from flexgen_jax.config import OPTConfig
@@ -62,11 +63,13 @@ def unit_shapes(config: OPTConfig, unit: str) -> Shapes:
     }
 
 
+@functools.lru_cache(maxsize=16)
 def param_shapes(config: OPTConfig) -> Shapes:
     """Flat name -> shape of every parameter, each once, in layer order."""
     return {k: v for unit in config.units for k, v in unit_shapes(config, unit).items()}
 
 
+@functools.lru_cache(maxsize=512)
 def unit_names(config: OPTConfig, unit: str) -> tuple[str, ...]:
     """Flat names of what ``unit`` needs to compute; a tied head needs ``embed.tokens`` as well."""
     own = tuple(unit_shapes(config, unit))

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from flexgen_jax.block_sizes import block_sizes
-from flexgen_jax.blocks import Request, make_blocks
+from flexgen_jax.auto import Auto, Model, Schedule, Uniform
+from flexgen_jax.blocks import make_blocks
 from flexgen_jax.cells import place_cache, place_hidden
 from flexgen_jax.config import OPTConfig
-from flexgen_jax.llm import Schedule
-from flexgen_jax.memory import automatic_policy
-from flexgen_jax.sampling_params import SamplingParams
-from flexgen_jax.weight_format import WeightFormat
 from flexgen_jax.weights import place_weights
+from scheduling.advice import advice
 from scheduling.cost_model import CostModel, bound
+from scheduling.estimate import estimate
 from scheduling.hardware import Hardware
+from scheduling.limits import Limits
+from scheduling.peak import highest, peak_nbytes
 from scheduling.placement import Placement
 from scheduling.policy import Policy, Tier
 from scheduling.simulate import simulate
 from scheduling.timeline import Timeline
 from scheduling.transforms import serialized
 from scheduling.workload import Workload
-from storage.disk import DiskContext
+
+# Computations of a block up to which each is simulated: some seconds' worth.
+_SIMULATED = 30_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,9 +37,13 @@ class Plan:
 
     Attributes:
         placement: Of ``weights``, ``cache`` and ``hidden``, as a run would place them.
-        timeline: Predicted.
-        peak_bytes: Per tier.
+        seconds, prefill_seconds: Of the block, predicted; of a very large one by simulating some
+            of its decode steps.
+        peak: Phase -> bytes per tier, as the order of the schedule has them.
+        workspace_bytes: What the largest computation takes of the device on top.
         lower_bound: Seconds that any schedule of this block needs, per resource.
+        why: Of the policy, where it was searched for.
+        would_help: What would, and how many times the throughput it gives, estimated.
     """
 
     policy: Policy
@@ -44,34 +51,46 @@ class Plan:
     schedule: str
     workload: Workload
     placement: dict[str, Placement]
-    timeline: Timeline
-    peak_bytes: dict[Tier, int]
+    order: Schedule = dataclasses.field(repr=False)
+    seconds: float
+    prefill_seconds: float
+    peak: dict[str, dict[Tier, int]]
+    workspace_bytes: int
     lower_bound: dict[str, float]
+    why: str | None = None
+    would_help: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def generated_tokens(self) -> int:
         """Of the block."""
         return self.policy.block_size * self.workload.num_steps
 
-    @property
-    def prefill_seconds(self) -> float:
-        """Until the last batch has its first token."""
-        return max(s.end for s in self.timeline.spans if s.op == "Compute" and s.step == 0)
+    @functools.cached_property
+    def timeline(self) -> Timeline:
+        """Predicted, op by op; takes some seconds for a model of hundreds of gigabytes."""
+        return simulate(self.order(self.workload), self.workload, self.hardware)
 
     @property
     def tokens_per_second(self) -> float:
         """Generated tokens over the block's time: FlexGen's throughput."""
-        return self.generated_tokens / self.timeline.seconds
+        return self.generated_tokens / self.seconds
+
+    @property
+    def peak_bytes(self) -> dict[Tier, int]:
+        """Of both phases."""
+        return highest(self.peak)
 
     @property
     def misfits(self) -> list[str]:
         """What does not fit the machine, in words."""
         h = self.hardware
         room = {Tier.DEVICE: h.device_memory, Tier.HOST: h.host_memory, Tier.DISK: h.disk}
+        needed = self.peak_bytes
+        needed[Tier.DEVICE] += self.workspace_bytes
         return [
-            f"{tier.value}: {self.peak_bytes[tier] / 1e9:.1f} GB of {room[tier] / 1e9:.1f} GB"
+            f"{tier.value}: {needed[tier] / 1e9:.1f} GB of {room[tier] / 1e9:.1f} GB"
             for tier in Tier
-            if self.peak_bytes[tier] > room[tier]
+            if needed[tier] > room[tier]
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -84,13 +103,19 @@ class Plan:
             "placement": {kind: placed.to_json() for kind, placed in self.placement.items()},
             "predicted": {
                 "tokens_per_second": self.tokens_per_second,
-                "seconds": self.timeline.seconds,
+                "seconds": self.seconds,
                 "prefill_seconds": self.prefill_seconds,
-                "decode_seconds": self.timeline.seconds - self.prefill_seconds,
-                "streams": self.timeline.summary(),
+                "decode_seconds": self.seconds - self.prefill_seconds,
             },
             "peak_bytes": {tier.value: nbytes for tier, nbytes in self.peak_bytes.items()},
+            "peak_bytes_by_phase": {
+                phase: {tier.value: nbytes for tier, nbytes in peak.items()}
+                for phase, peak in self.peak.items()
+            },
+            "workspace_bytes": self.workspace_bytes,
             "fits": not self.misfits,
+            "why": self.why,
+            "would_help": self.would_help,
             "bound": name,
             "lower_bound_seconds": seconds,
         }
@@ -105,24 +130,31 @@ def plan(
     gen_len: int,
     schedule: tuple[str, Schedule],
     dtype: str = "bfloat16",
-    slots: dict[str, int] | None = None,
+    slots: Mapping[str, int] | None = None,
+    fixed: Mapping[str, Any] | None = None,
+    allow: Iterable[str] = (),
+    help_wanted: bool = False,
 ) -> Plan:
     """Predicts one full block.
 
     Args:
         model: A preset, the path of a ``config.json`` (or of a directory that has one), or a
             config.
-        policy: ``"auto"``: weights on the device while they fit, then in host memory, then on disk,
-            as ``LLM`` has it.
+        policy: ``"auto"``: the best within the hardware's memory for a job of many such blocks.
         prompt_len: Tokens of each prompt; padded as a run would.
         schedule: Its name, and the function.
         dtype: Of weights, cache and hidden states, quantisation aside.
+        fixed: Fields that ``"auto"`` has to keep.
+        allow: Methods that ``"auto"`` may use: ``host_attention``, ``weight_bits``,
+            ``cache_bits``, ``attention_sparsity``.
+        help_wanted: Find out what would help, which takes about as long again.
 
     Raises:
+        NothingFitsError: no policy fits the hardware.
         ValueError: a model, lengths or a schedule that cannot be.
     """
-    if policy != "auto" and policy.num_stages != 1:
-        raise ValueError("not supported yet: num_stages above 1; leave it at 1")
+    if policy != "auto" and (fixed or tuple(allow)):
+        raise ValueError("fixed and allow are for policy='auto'; change the policy instead")
     config = model if isinstance(model, OPTConfig) else config_of(model)
     room = config.max_position_embeddings
     if prompt_len < 1 or gen_len < 1 or prompt_len + gen_len > room:
@@ -130,43 +162,61 @@ def plan(
             f"prompt_len {prompt_len} and gen_len {gen_len} must be at least 1, and together at "
             f"most the model's {room} positions"
         )
+    known = Model(config, dtype, slots=slots or {})
+    job = Uniform(prompt_len, gen_len)
+    name, order = schedule
+    shared = hardware.host_to_device is None
+    limits = Limits(
+        device=hardware.device_memory,
+        host=hardware.host_memory,
+        disk=hardware.disk,
+        shared=shared,
+    )
+    why = None
     if policy == "auto":
-        stored = WeightFormat(dtype).entries(config)
-        nbytes = {name: entry.nbytes for name, entry in stored.items()}
-        policy = automatic_policy(nbytes, int(hardware.device_memory), int(hardware.host_memory))
-    params = SamplingParams(temperature=0.0, max_tokens=gen_len, ignore_eos=True)
-    prompt = (0,) * prompt_len
-    requests = [Request(i, None, prompt, params) for i in range(policy.block_size)]
+        auto = Auto(dict(fixed or {}), tuple(allow))
+        found = auto.choose(known, job, hardware, limits, schedule=order)
+        policy, why = found.best.policy, found.why()
+    if policy.num_stages != 1:
+        raise ValueError("not supported yet: num_stages above 1; leave it at 1")
     (block,) = make_blocks(
-        requests,
+        job.requests(policy.block_size),
         device_batch_size=policy.device_batch_size,
         num_device_batches=policy.num_device_batches,
     )
-    group = policy.group_size if policy.weight_bits else None
-    form = WeightFormat(dtype, policy.weight_bits, group)
-    entries = form.entries(config)
-    weights = place_weights({n: e.nbytes for n, e in entries.items()}, policy.weights)
-    sizes = block_sizes(
-        block, config, form, policy, weights, chunk_positions=DiskContext().chunk_positions
-    )
-    workload = dataclasses.replace(block.workload(len(config.units), slots), sizes=sizes)
-    name, order = schedule
-    ops: Iterable[Any] = (order if policy.overlap else serialized(order))(workload)
-    costs = CostModel(workload, hardware)
+    workload = known.workload(block, policy)
+    assert workload.sizes is not None
+    ordered = order if policy.overlap else serialized(order)
+    entries = known.form(policy).entries(config)
+    helps = {}
+    if help_wanted:
+        helps = advice(known.blocks_of(job), hardware, limits, policy, schedule=order)
+    prefill, decode = _predicted(ordered, workload, hardware)
     return Plan(
         policy=policy,
         hardware=hardware,
         schedule=name,
         workload=workload,
         placement={
-            "weights": weights,
+            "weights": place_weights({n: e.nbytes for n, e in entries.items()}, policy.weights),
             "cache": place_cache(block, config, dtype, policy),
             "hidden": place_hidden(block, config, dtype, policy.hidden),
         },
-        timeline=simulate(ops, workload, hardware),
-        peak_bytes=costs.peak_nbytes(),
-        lower_bound=costs.lower_bound(),
+        order=ordered,
+        seconds=prefill + decode,
+        prefill_seconds=prefill,
+        peak=peak_nbytes(ordered(workload), workload, shared=shared),
+        workspace_bytes=max(b.workspace for b in workload.sizes.batches),
+        lower_bound=CostModel(workload, hardware).lower_bound(),
+        why=why,
+        would_help=helps,
     )
+
+
+def _predicted(order: Schedule, workload: Workload, hardware: Hardware) -> tuple[float, float]:
+    w = workload
+    large = w.num_steps * w.num_layers * w.num_batches > _SIMULATED
+    return estimate(order, w, hardware, decode_steps=3 if large else w.num_steps)
 
 
 def config_of(model: str) -> OPTConfig:

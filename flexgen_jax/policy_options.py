@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,13 @@ _OPTIONS = [
     click.option(
         "--policy",
         metavar="auto|FILE",
-        help="'auto' (the default without --percent), or a JSON file of a policy.",
+        help="'auto' (the default without --percent): searched for; or a JSON file of a policy.",
+    ),
+    click.option(
+        "--allow",
+        multiple=True,
+        type=click.Choice(["host-attention", "weight-bits", "cache-bits", "attention-sparsity"]),
+        help="A method that 'auto' may use if it helps; repeatable.",
     ),
     click.option(
         "--percent",
@@ -92,6 +98,7 @@ _OPTIONS = [
 ]
 NAMES = (
     "policy",
+    "allow",
     "percent",
     "device_batch_size",
     "num_device_batches",
@@ -107,6 +114,11 @@ NAMES = (
     "sep_layer",
     "pin_weight",
 )
+
+
+def allowed(values: Iterable[str]) -> tuple[str, ...]:
+    """What ``--allow`` names, as a policy's fields."""
+    return tuple(value.replace("-", "_") for value in values)
 
 
 def read_policy(values: Mapping[str, Any]) -> tuple[Policy | Literal["auto"], dict[str, Any]]:

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from scheduling.calibrate import Observation
 from scheduling.placement import Placement
 from scheduling.policy import Policy, Tier
 from scheduling.sizes import Link
 from scheduling.timeline import Timeline, compare
+
+_NOT_PLAIN = (
+    "policy",
+    "placement",
+    "moved",
+    "peak_bytes",
+    "timeline",
+    "predict",
+    "observe",
+    "lower_bound",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
@@ -32,7 +45,11 @@ class Report:
         moved: Bytes that the schedule moves over each link, by the sizes of its cells; a batch
             whose requests stop early moves less.
         timeline: Measured spans of the blocks, one after another; of a long job, of its first.
-        predicted: The same, as the simulator expected it; None if the hardware is not known.
+        hardware: What the prediction is made for, by name.
+        why: Of the policy, where it was searched for.
+        predict: Simulates what ``timeline`` has; see :attr:`predicted`.
+        observe: Gives :attr:`observations`. ``lower_bound``: :attr:`lower_bound_seconds`.
+        compile_seconds: Of ``seconds``, spent on compiling programs.
     """
 
     policy: Policy
@@ -51,7 +68,27 @@ class Report:
     peak_bytes: Mapping[Tier, int]
     moved: Mapping[Link, int]
     timeline: Timeline
-    predicted: Timeline | None = None
+    hardware: str
+    predict: Callable[[], Timeline] = dataclasses.field(repr=False)
+    observe: Callable[[], list[Observation]] = dataclasses.field(repr=False)
+    lower_bound: Callable[[], float] = dataclasses.field(repr=False)
+    why: str | None = None
+    compile_seconds: float = 0.0
+
+    @functools.cached_property
+    def lower_bound_seconds(self) -> float:
+        """No schedule of these blocks takes less on ``hardware``."""
+        return self.lower_bound()
+
+    @functools.cached_property
+    def observations(self) -> list[Observation]:
+        """Of the first block: what each kind of op took, beside the prediction."""
+        return self.observe()
+
+    @functools.cached_property
+    def predicted(self) -> Timeline:
+        """The same timeline, as the simulator expects it; computed when first asked for."""
+        return self.predict()
 
     def __repr__(self) -> str:
         """Short: spans and cells run to megabytes."""
@@ -70,12 +107,25 @@ class Report:
         """The share of prefill positions that held no token of a prompt, in [0, 1)."""
         return 1 - self.prompt_tokens / self.padded_tokens if self.padded_tokens else 0.0
 
+    def beside_prediction(self) -> str:
+        """One line: predicted and measured, and how near the bound of any schedule it came."""
+        predicted, measured = self.predicted.seconds, self.timeline.seconds
+        compiling = self.compile_seconds
+        text = f"predicted {predicted:.1f} s, measured {measured:.1f} s"
+        if compiling > 0.01 * measured:
+            text += f", {compiling:.1f} s of it compiling"
+        ratio = max(measured - compiling, 0.0) / predicted
+        return (
+            f"{text}: ratio {ratio:.2f}; no schedule takes less than "
+            f"{self.lower_bound_seconds:.1f} s ({self.hardware})"
+        )
+
     def to_json(self) -> dict[str, Any]:
         """All figures but the spans, which ``Timeline.to_json`` and a trace give."""
         values = {
             f.name: getattr(self, f.name)
             for f in dataclasses.fields(self)
-            if f.name not in ("policy", "placement", "moved", "peak_bytes", "timeline", "predicted")
+            if f.name not in _NOT_PLAIN
         }
         return {
             "policy": self.policy.to_json(),
@@ -86,5 +136,7 @@ class Report:
             "tokens_per_second": self.tokens_per_second,
             "padding": self.padding,
             "streams": self.timeline.summary(),
-            "predicted": compare(self.predicted, self.timeline) if self.predicted else None,
+            "predicted": compare(self.predicted, self.timeline),
+            "lower_bound_seconds": self.lower_bound_seconds,
+            "observations": [row.to_json() for row in self.observations],
         }

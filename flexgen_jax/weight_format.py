@@ -8,6 +8,7 @@ positions, which are a thousandth of the bytes, keep the store's dtype. A quanti
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,7 @@ class WeightFormat:
         """Whether parameter ``name`` is stored in codes."""
         return self.bits is not None and name.endswith((".kernel", ".tokens"))
 
+    @functools.lru_cache(maxsize=16)  # noqa: B019 # formats are few and small
     def entries(self, config: OPTConfig) -> dict[str, TensorEntry]:
         """What is stored of a model: name -> entry, in layer order."""
         found = {}

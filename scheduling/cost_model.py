@@ -10,16 +10,30 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from scheduling.hardware import Hardware
 from scheduling.ops import Compute, LoadCache, LoadWeights, Op, StoreCache
-from scheduling.policy import Tier
 from scheduling.sizes import Link, Sizes
 from scheduling.workload import Workload
 
 DEVICE, HOST = "device compute", "host compute"
 
 Piece = tuple[str, float]
+
+
+class Term(NamedTuple):
+    """A part of an op's work.
+
+    Attributes:
+        constant: What of the hardware it is priced by, as ``Hardware.scaled`` takes it.
+        resource: What it keeps busy.
+        seconds: Alone on it.
+    """
+
+    constant: str
+    resource: str
+    seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,102 +63,55 @@ class CostModel:
         Args:
             unpack: ``op`` is the first Compute since its layer was loaded, which dequantises it.
         """
-        if isinstance(op, Compute):
-            return self._compute(op, unpack)
+        found: dict[str, float] = {}
+        for _, resource, seconds in self.terms(op, unpack=unpack):
+            found[resource] = found.get(resource, 0.0) + seconds
+        return tuple(found.items())
+
+    def terms(self, op: Op, *, unpack: bool = False) -> list[Term]:
+        """The same by what of the hardware each part is priced by."""
         batch = getattr(op, "batch", None)
         if batch is not None and getattr(op, "step", 0) >= self.sizes.batches[batch].num_steps:
-            return ()
+            return []
+        if isinstance(op, Compute):
+            return self._compute(op, unpack)
         kind = "cache" if isinstance(op, (LoadCache, StoreCache)) else "hidden"
-        return tuple(
-            (link.value, nbytes / rate + self.hardware.overhead)
-            for link, nbytes in self.sizes.moved(op).items()
-            if (rate := self._rate(link, kind)) is not None
-        )
+        found = []
+        for link, nbytes in self.sizes.moved(op).items():
+            name = _CONSTANTS[link, kind]
+            rate = getattr(self.hardware, name)
+            if rate is not None:
+                found.append(Term(name, link.value, nbytes / rate))
+                found.append(Term("overhead", link.value, self.hardware.overhead))
+        return found
 
-    def _rate(self, link: Link, kind: str) -> float | None:
-        h = self.hardware
-        match link:
-            case Link.DISK_TO_HOST:
-                return h.disk_to_host
-            case Link.HOST_TO_DEVICE:
-                return h.host_to_device
-            case Link.DEVICE_TO_HOST:
-                return h.device_to_host_cache if kind == "cache" else h.device_to_host_hidden
-            case Link.HOST_TO_DISK:
-                return h.host_to_disk_cache if kind == "cache" else h.host_to_disk_hidden
-
-    def _compute(self, op: Compute, unpack: bool) -> tuple[Piece, ...]:
+    def _compute(self, op: Compute, unpack: bool) -> list[Term]:
         h, sizes = self.hardware, self.sizes
         batch = sizes.batches[op.batch]
-        if op.step >= batch.num_steps:
-            return ()
         positions = batch.positions(op.step)
         head = op.layer == self.workload.num_layers - 1
         rows = batch.rows * (1 if head else positions)  # logits: of the last position only
         flops = rows * sizes.matmul_flops[op.layer]
-        device = h.overhead + (flops / h.matmul_rate(rows) if flops else 0.0)
-        if unpack:
-            device += sizes.dense[op.layer] / h.dequantize
-        host = 0.0
-        if self.workload.has_cache(op.layer):
-            if op.step == 0:
-                pairs = batch.rows * positions * positions
-                device += 4.0 * pairs * sizes.hidden_size / h.attention
-            else:
-                cell = sizes.cache[op.layer, op.batch]
-                read = batch.cached(op.step) * (cell.dense_nbytes or cell.position_nbytes)
-                unpacked = sizes.unpacked(op) / h.dequantize
-                if cell.hosted:
-                    host = read / h.host_attention + unpacked
-                else:
-                    device += read / h.cached_attention + unpacked
-        return ((DEVICE, device), (HOST, host)) if host else ((DEVICE, device),)
-
-    def peak_nbytes(self) -> dict[Tier, int]:
-        """The most that lies in each tier: weights, cache, hidden states; on the device the slots.
-
-        The slots of the weights hold what is read from disk, and what comes from the host if that
-        has to move; of the dense copies there is one for the layers and one for the head, and one
-        of a cell of the cache.
-        """
-        w, sizes = self.workload, self.sizes
-        peak = {tier: sizes.resident.get(tier, 0) for tier in Tier}
-        cells: list[int] = []
-        for (_, number), cell in sizes.cache.items():
-            batch = sizes.batches[number]
-            nbytes = cell.position_nbytes * batch.capacity
-            peak[cell.tier] += nbytes
-            host_moves = self.hardware.host_to_device is not None and cell.sent > 0
-            if cell.tier is Tier.DISK or (cell.tier is Tier.HOST and host_moves):
-                cells.append(nbytes)
-        hidden = [b.hidden_nbytes * b.prompt_len for b in sizes.batches]
-        for batch, nbytes in zip(sizes.batches, hidden, strict=True):
-            peak[batch.hidden_tier] += nbytes
-        shared = self.hardware.host_to_device is None
-        moved = sorted(
-            (
-                by.get(Tier.DISK, 0) + (0 if shared else by.get(Tier.HOST, 0))
-                for by in sizes.weights
-            ),
-            reverse=True,
-        )
-        away = [
-            nbytes
-            for batch, nbytes in zip(sizes.batches, hidden, strict=True)
-            if batch.hidden_tier is Tier.DISK or (batch.hidden_tier is Tier.HOST and not shared)
-        ]
-        slots = w.weight_slots * moved[0] + w.hidden_slots * max(away, default=0)
-        slots += w.cache_slots * max(cells, default=0)
-        unpacked = max(
-            (
-                c.dense_nbytes * sizes.batches[number].capacity
-                for (_, number), c in sizes.cache.items()
-            ),
-            default=0,
-        )
-        peak[Tier.DEVICE] += slots + max(sizes.dense[:-1], default=0) + sizes.dense[-1] + unpacked
-        return peak
-        return peak
+        found = [Term("overhead", DEVICE, h.overhead)]
+        if flops:
+            found.append(Term(f"matmul@{rows}", DEVICE, flops / h.matmul_rate(rows)))
+        if unpack and sizes.dense[op.layer]:
+            found.append(Term("dequantize", DEVICE, sizes.dense[op.layer] / h.dequantize))
+        if not self.workload.has_cache(op.layer):
+            return found
+        if op.step == 0:
+            pairs = batch.rows * positions * positions
+            seconds = 4.0 * pairs * sizes.hidden_size / h.attention
+            found.append(Term("attention", DEVICE, seconds))
+            return found
+        cell = sizes.cache[op.layer, op.batch]
+        read = batch.cached(op.step) * (cell.dense_nbytes or cell.position_nbytes)
+        where = HOST if cell.hosted else DEVICE
+        name = "host_attention" if cell.hosted else "cached_attention"
+        found.append(Term(name, where, read / getattr(h, name)))
+        if unpacked := sizes.unpacked(op):
+            found.append(Term("dequantize", where, unpacked / h.dequantize))
+        return found
 
     def lower_bound(self) -> dict[str, float]:
         """Seconds that any schedule of the workload needs of each resource; the largest bounds it.
@@ -177,6 +144,18 @@ class CostModel:
                         if step:
                             add(self.pieces(LoadCache(step, layer, number)))
         return total
+
+
+_CONSTANTS = {
+    (Link.DISK_TO_HOST, "cache"): "disk_to_host",
+    (Link.DISK_TO_HOST, "hidden"): "disk_to_host",
+    (Link.HOST_TO_DEVICE, "cache"): "host_to_device",
+    (Link.HOST_TO_DEVICE, "hidden"): "host_to_device",
+    (Link.DEVICE_TO_HOST, "cache"): "device_to_host_cache",
+    (Link.DEVICE_TO_HOST, "hidden"): "device_to_host_hidden",
+    (Link.HOST_TO_DISK, "cache"): "host_to_disk_cache",
+    (Link.HOST_TO_DISK, "hidden"): "host_to_disk_hidden",
+}
 
 
 def bound(seconds: Mapping[str, float]) -> tuple[str, float]:

@@ -60,6 +60,31 @@ def stream_of(op: Op) -> Stream:
     return _STREAMS[type(op)]
 
 
+def stream_of_kind(kind: type) -> Stream:
+    """Likewise, of all ops of a kind."""
+    return _STREAMS[kind]
+
+
+def wait_reason(op: type, needed: type) -> str:
+    """Why an op of one kind waits for one of another; as ``Span.wait`` has it."""
+    if Barrier in (op, needed):
+        return "barrier"
+    if needed in (FreeWeights, Compute):
+        return "compute" if op in (StoreCache, StoreHidden) else "slot"
+    if op is Compute and needed in (StoreCache, StoreHidden):
+        return "stores"
+    return _WHAT[needed]
+
+
+_WHAT: dict[type, str] = {
+    LoadWeights: "weights",
+    LoadCache: "cache",
+    StoreCache: "cache",
+    LoadHidden: "hidden",
+    StoreHidden: "hidden",
+}
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Weights:
     """A need: the latest load of a layer's weights, of whatever step, not yet freed."""

@@ -88,6 +88,33 @@ class Hardware:
                 return low ** (1 - share) * high**share
         raise AssertionError
 
+    def scaled(self, factors: Mapping[str, float]) -> Hardware:
+        """The machine on which what a constant prices takes ``factor`` times as long.
+
+        Args:
+            factors: By the name of a bandwidth or rate, or ``matmul@ROWS``: products with so many
+                rows; or ``overhead``. A link that is not there stays so.
+
+        Raises:
+            ValueError: no such constant, or a factor that is not positive.
+        """
+        changes: dict[str, Any] = {}
+        points = dict(self.matmul)
+        for name, factor in factors.items():
+            if not _positive(factor):
+                raise ValueError(f"the factor of {name} must be a positive number, got {factor!r}")
+            kind, _, rows = name.partition("@")
+            if kind == "matmul" and rows:
+                points[float(rows)] = self.matmul_rate(float(rows)) / factor
+            elif name == "overhead":
+                changes[name] = self.overhead * factor
+            elif name in RATES:
+                rate = getattr(self, name)
+                changes[name] = None if rate is None else rate / factor
+            else:
+                raise ValueError(f"no constant {name!r}; known: {', '.join(RATES)}, matmul@ROWS")
+        return dataclasses.replace(self, **changes, matmul=tuple(sorted(points.items())))
+
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return dataclasses.asdict(self)
@@ -139,6 +166,19 @@ class Hardware:
         except (TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{name} is no hardware: {error}") from error
 
+
+RATES = (
+    "disk_to_host",
+    "host_to_device",
+    "device_to_host_cache",
+    "device_to_host_hidden",
+    "host_to_disk_cache",
+    "host_to_disk_hidden",
+    "attention",
+    "cached_attention",
+    "host_attention",
+    "dequantize",
+)
 
 _GB = 1e9
 _T = 1e12

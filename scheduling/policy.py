@@ -16,6 +16,8 @@ class Tier(enum.Enum):
     HOST = "host"
     DISK = "disk"
 
+    __hash__ = object.__hash__  # members are singletons; the enum's own is slow in Python
+
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)

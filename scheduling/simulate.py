@@ -8,11 +8,12 @@ evenly.
 from __future__ import annotations
 
 import dataclasses
+from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
 
 from scheduling.cost_model import CostModel, Piece
-from scheduling.dependencies import Issue, Stream, bind
+from scheduling.dependencies import Issue, Stream, bind, wait_reason
 from scheduling.hardware import Hardware
 from scheduling.ops import Compute, FreeWeights, LoadWeights, Op
 from scheduling.timeline import Span, Timeline
@@ -30,6 +31,8 @@ class _Active:
     start: float
     pieces: deque[Piece]
     left: float  # seconds alone, of the first piece
+    wait: str | None
+    waited: float
 
 
 def simulate(
@@ -61,7 +64,11 @@ class _Simulation:
         # By stream; indices, since hashing an enum's members a million times takes seconds.
         self._waiting: list[deque[Issue]] = [deque() for _ in _STREAMS]
         self._active: list[_Active | None] = [None] * len(_STREAMS)
-        self._done = bytearray()  # by index
+        # By index: what kind of op it is, when it was done, and whether.
+        self._kinds: list[type] = []
+        self._ends = array("d")
+        self._done = bytearray()
+        self._free_since = [0.0] * len(_STREAMS)  # when each stream came to its next issue
         self._pending = 0
         self._exhausted = False
         self._fresh: set[int] = set()  # layers loaded and not computed with yet
@@ -88,6 +95,8 @@ class _Simulation:
                 self._exhausted = True
                 break
             self._done.append(0)
+            self._ends.append(0.0)
+            self._kinds.append(type(issue.op))
             self._waiting[_NUMBER[issue.stream]].append(issue)
             self._pending += 1
             came = True
@@ -108,7 +117,11 @@ class _Simulation:
                     pieces = self._pieces(issue.op)
                     if pieces:
                         self._active[number] = _Active(
-                            issue, self._now, deque(pieces), pieces[0][1]
+                            issue,
+                            self._now,
+                            deque(pieces),
+                            pieces[0][1],
+                            *self._waited(issue, self._free_since[number]),
                         )
                     else:
                         self._finish(issue)
@@ -124,8 +137,17 @@ class _Simulation:
             self._fresh.discard(op.layer)  # type: ignore[union-attr] # a Compute has a layer
         return self._costs.pieces(op, unpack=unpack)
 
+    def _waited(self, issue: Issue, since: float) -> tuple[str | None, float]:
+        """What an issue that starts now waited for last, and for how long its stream stood."""
+        waited = self._now - since
+        if waited <= 1e-9 * self._now or not issue.needs:
+            return None, 0.0
+        last = max(issue.needs, key=self._ends.__getitem__)
+        return wait_reason(type(issue.op), self._kinds[last]), waited
+
     def _finish(self, issue: Issue) -> None:
         self._done[issue.index] = 1
+        self._ends[issue.index] = self._now
         self._pending -= 1
 
     def _advance(self, spans: list[Span]) -> None:
@@ -147,5 +169,6 @@ class _Simulation:
                 continue
             stream = one.issue.stream
             self._active[_NUMBER[stream]] = None
-            spans.append(Span.of(one.issue.op, stream, one.start, self._now))
+            self._free_since[_NUMBER[stream]] = self._now
+            spans.append(Span.of(one.issue.op, stream, one.start, self._now, one.wait, one.waited))
             self._finish(one.issue)

@@ -66,6 +66,8 @@ class BatchSizes:
         num_steps: Its own, at most the workload's.
         hidden_tier: Where its hidden states lie between layers.
         hidden_nbytes: Of one position of all its rows.
+        workspace: Bytes that computing it takes beside what is kept, at most.
+        stride: Decode steps that one stands for: itself, but in estimates.
     """
 
     rows: int
@@ -74,10 +76,12 @@ class BatchSizes:
     num_steps: int
     hidden_tier: Tier
     hidden_nbytes: int
+    workspace: int = 0
+    stride: float = 1.0
 
     def cached(self, step: int) -> int:
         """Positions in the cache when ``step`` begins."""
-        return self.prompt_len + step - 1 if step else 0
+        return self.prompt_len + int((step - 0.5) * self.stride) if step else 0
 
     def positions(self, step: int) -> int:
         """Positions that ``step`` computes."""
@@ -132,7 +136,10 @@ class Sizes:
                 if op.step + 1 >= batch.num_steps:
                     return {}  # nobody will read it
                 new, filled = batch.positions(op.step), batch.cached(op.step)
-                whole = self._whole(filled + new) - self._whole(filled)
+                if batch.stride > 1 and op.step:
+                    whole = new  # on average
+                else:
+                    whole = self._whole(filled + new) - self._whole(filled)
                 return _links(
                     {
                         Link.DEVICE_TO_HOST: _if(cell.tier is not Tier.DEVICE, cell, new),
@@ -143,6 +150,10 @@ class Sizes:
                 return self._hidden(op)
             case _:
                 return {}
+
+    def buffered(self, cell: CacheCell) -> int:
+        """Bytes of host memory in which a cell on disk collects a chunk."""
+        return cell.position_nbytes * self.chunk_positions if cell.tier is Tier.DISK else 0
 
     def _whole(self, positions: int) -> int:
         return positions // self.chunk_positions * self.chunk_positions

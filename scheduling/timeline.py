@@ -18,7 +18,10 @@ class Span:
 
     Attributes:
         op: The name of its kind, such as ``Compute``.
-        wait: What it started late for, if that is known.
+        wait: What it started late for: ``weights``, ``cache``, ``hidden``, ``compute``, ``slot``
+            (nothing was free to load into), ``stores`` (too many results wait), ``barrier``; None:
+            it started as soon as its stream came to it.
+        waited: Seconds that its stream stood still for that.
     """
 
     op: str
@@ -29,9 +32,18 @@ class Span:
     layer: int | None = None
     batch: int | None = None
     wait: str | None = None
+    waited: float = 0.0
 
     @classmethod
-    def of(cls, op: Op, stream: Stream, start: float, end: float, wait: str | None = None) -> Span:
+    def of(
+        cls,
+        op: Op,
+        stream: Stream,
+        start: float,
+        end: float,
+        wait: str | None = None,
+        waited: float = 0.0,
+    ) -> Span:
         """The span of ``op``."""
         return cls(
             type(op).__name__,
@@ -42,6 +54,7 @@ class Span:
             getattr(op, "layer", None),
             getattr(op, "batch", None),
             wait,
+            waited,
         )
 
     @property
@@ -76,13 +89,22 @@ class Timeline:
         """Seconds that ``stream`` worked. A Barrier waits for others, which is no work."""
         return sum(s.seconds for s in self.spans if s.stream == stream and s.op != "Barrier")
 
-    def summary(self) -> dict[str, dict[str, float]]:
-        """Per stream: busy seconds, and their share of the whole."""
+    def waits(self, stream: str) -> dict[str, float]:
+        """Seconds that ``stream`` stood still, by what for; the longest first."""
+        found: dict[str, float] = {}
+        for s in self.spans:
+            if s.stream == stream and s.wait is not None:
+                found[s.wait] = found.get(s.wait, 0.0) + s.waited
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    def summary(self) -> dict[str, dict[str, Any]]:
+        """Per stream: busy seconds, their share of the whole, and what it waited for."""
         total = self.seconds
         return {
             name: {
                 "busy_seconds": self.busy(name),
                 "share": self.busy(name) / total if total else 0.0,
+                "waited_seconds": self.waits(name),
             }
             for name in self.streams
         }
@@ -147,8 +169,8 @@ def to_perfetto(*timelines: Timeline) -> dict[str, Any]:
                     "dur": s.seconds * 1e6,
                     "args": {
                         name: value
-                        for name in ("step", "layer", "batch", "wait")
-                        if (value := getattr(s, name)) is not None
+                        for name in ("step", "layer", "batch", "wait", "waited")
+                        if (value := getattr(s, name)) is not None and (name != "waited" or value)
                     },
                 }
                 for s in spans

@@ -75,6 +75,11 @@ class DiskSequences:
     def nbytes(self) -> int:
         return sum(sum(group.sizes) for group in list(self._groups.values()))
 
+    @property
+    def buffered_nbytes(self) -> int:
+        """Bytes of host memory that tails take."""
+        return sum(tail.nbytes for group in list(self._groups.values()) for tail in group.tail)
+
     def slot_nbytes(self, sizes: Sequence[int]) -> int:
         return sum(map(round_up, sizes))
 

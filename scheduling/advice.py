@@ -1,0 +1,93 @@
+"""What would help: the same search again, near the same shape, with one thing changed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from scheduling.hardware import Hardware
+from scheduling.limits import Limits
+from scheduling.ops import Op
+from scheduling.policy import Policy
+from scheduling.search import CHOICES, Blocks, best_near
+from scheduling.workload import Workload
+
+# Less than this is within what an estimate may be off by.
+WORTH_SAYING = 1.05
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Change:
+    """Something else than there is; None: as it is."""
+
+    hardware: Hardware | None = None
+    limits: Limits | None = None
+    choices: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def changes(hardware: Hardware, limits: Limits, policy: Policy) -> dict[str, Change]:
+    """What could be otherwise, in words."""
+    found = {
+        "twice the device memory": Change(
+            limits=dataclasses.replace(limits, device=2 * limits.device)
+        ),
+        "twice the host memory": Change(limits=dataclasses.replace(limits, host=2 * limits.host)),
+        "a disk that reads and writes twice as fast": Change(
+            hardware=hardware.scaled(
+                dict.fromkeys(("disk_to_host", "host_to_disk_cache", "host_to_disk_hidden"), 0.5)
+            )
+        ),
+        "twice the bandwidth between host and device": Change(
+            hardware=hardware.scaled(
+                dict.fromkeys(
+                    ("host_to_device", "device_to_host_cache", "device_to_host_hidden"), 0.5
+                )
+            )
+        ),
+    }
+    if hardware.host_to_device is None:
+        del found["twice the bandwidth between host and device"]
+        del found["twice the host memory"]  # is the device's
+    if policy.weight_bits != 4:
+        found["4-bit weights"] = Change(choices={"weight_bits": 4})
+    if policy.cache_bits != 4:
+        found["a 4-bit cache"] = Change(choices={"cache_bits": 4})
+    if not policy.host_attention and hardware.host_to_device is not None:
+        found["attention on the host"] = Change(choices={"host_attention": True})
+    return found
+
+
+def advice(
+    blocks: Blocks,
+    hardware: Hardware,
+    limits: Limits,
+    policy: Policy,
+    *,
+    schedule: Callable[[Workload], Iterable[Op]],
+) -> dict[str, float]:
+    """What would help, and how many times the throughput it would give; the best first.
+
+    Estimates: compared with the best near ``policy``'s shape as things are.
+    """
+    kept = {name: getattr(policy, name) for name in (*CHOICES, "overlap", "group_size")}
+
+    def seconds(change: Change) -> float | None:
+        return best_near(
+            blocks,
+            change.hardware or hardware,
+            change.limits or limits,
+            policy,
+            schedule=schedule,
+            fixed={**kept, **change.choices},
+        )
+
+    now = seconds(Change())
+    if now is None:
+        return {}
+    gains = {}
+    for name, change in changes(hardware, limits, policy).items():
+        then = seconds(change)
+        if then is not None and now / then >= WORTH_SAYING:
+            gains[name] = now / then
+    return dict(sorted(gains.items(), key=lambda item: -item[1]))

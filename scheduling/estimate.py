@@ -1,0 +1,185 @@
+"""Estimates that cost less than simulating every step: for searching, not for promising."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+
+from scheduling.cost_model import CostModel
+from scheduling.dependencies import Stream, stream_of
+from scheduling.hardware import Hardware
+from scheduling.ops import (
+    Compute,
+    LoadCache,
+    LoadHidden,
+    LoadWeights,
+    Op,
+    StoreCache,
+    StoreHidden,
+)
+from scheduling.simulate import simulate
+from scheduling.workload import Workload
+
+Seconds = dict[str, float]
+KINDS = ("weights", "cache", "hidden", "compute")
+
+
+def shortened(workload: Workload, decode_steps: int) -> Workload:
+    """The workload with few decode steps, which stand for all: each for the middle of its stretch.
+
+    Raises:
+        ValueError: the workload has no sizes.
+    """
+    sizes = workload.sizes
+    if sizes is None:
+        raise ValueError("the workload has no sizes: make it with LLM.workload or plan")
+    stride = (workload.num_steps - 1) / decode_steps
+    if stride <= 1:
+        return workload
+    batches = tuple(
+        dataclasses.replace(
+            batch,
+            stride=stride,
+            num_steps=1 + max(batch.num_steps > 1, round((batch.num_steps - 1) / stride)),
+        )
+        for batch in sizes.batches
+    )
+    return dataclasses.replace(
+        workload,
+        num_steps=1 + decode_steps,
+        sizes=dataclasses.replace(sizes, batches=batches),
+    )
+
+
+def estimate(
+    schedule: Callable[[Workload], Iterable[Op]],
+    workload: Workload,
+    hardware: Hardware,
+    *,
+    decode_steps: int = 3,
+) -> tuple[float, float]:
+    """Seconds of prefill and of decode, by simulating a few decode steps.
+
+    What passes until a computation ends, since the one before it, is prefill's or decode's as the
+    computation is.
+
+    Raises:
+        As ``simulate``.
+    """
+    short = shortened(workload, decode_steps)
+    spans = simulate(schedule(short), short, hardware).spans
+    seconds = [0.0, 0.0]
+    before, phase = 0.0, 0
+    for end, step in sorted((s.end, s.step or 0) for s in spans if s.op == "Compute"):
+        phase = int(step > 0)
+        seconds[phase] += end - before
+        before = end
+    seconds[phase] += max((s.end for s in spans), default=0.0) - before
+    steps = short.num_steps - 1
+    return seconds[0], seconds[1] * (workload.num_steps - 1) / steps if steps else 0.0
+
+
+def lanes(workload: Workload, hardware: Hardware) -> dict[str, tuple[Seconds, Seconds]]:
+    """Kind of work -> seconds that each stream and each resource is busy in prefill and in decode.
+
+    If nothing waits for anything, a phase takes as long as its busiest lane (paper, section 4.3).
+    Each layer is loaded once a step, as in a zig-zag.
+    """
+    sizes = workload.sizes
+    if sizes is None:
+        raise ValueError("the workload has no sizes: make it with LLM.workload or plan")
+    # One decode step in the middle stands for all of its batch; the third only for there to be
+    # a step after it, for which its cache is stored.
+    middle = tuple(
+        dataclasses.replace(
+            batch,
+            stride=max(1.0, float(batch.num_steps - 1)),
+            num_steps=min(3, batch.num_steps + (batch.num_steps > 1)),
+        )
+        for batch in sizes.batches
+    )
+    model = dataclasses.replace(
+        workload, num_steps=3, sizes=dataclasses.replace(sizes, batches=middle)
+    )
+    costs = CostModel(model, hardware)
+    found: dict[str, tuple[Seconds, Seconds]] = {
+        kind: (defaultdict(float), defaultdict(float)) for kind in KINDS
+    }
+
+    def add(kind: str, op: Op, times: int, *, unpack: bool = False) -> None:
+        phase = found[kind][1 if getattr(op, "step", 0) else 0]
+        stream = stream_of(op).value
+        for resource, seconds in costs.pieces(op, unpack=unpack):
+            phase[resource] += times * seconds
+            phase[stream] += times * seconds
+
+    steps = workload.num_steps - 1
+    for (layer, number), count in _alike(workload).items():
+        for step in (0, 1) if steps else (0,):
+            if number is None:
+                add("weights", LoadWeights(step, layer), count * (steps if step else 1))
+                # Unpacked once a load, with the first batch.
+                whole = dict(costs.pieces(Compute(step, layer, 0), unpack=True))
+                for resource, seconds in costs.pieces(Compute(step, layer, 0)):
+                    more = (whole[resource] - seconds) * count * (steps if step else 1)
+                    found["compute"][step][resource] += more
+                    found["compute"][step][stream_of(Compute(step, layer, 0)).value] += more
+                continue
+            own_steps = sizes.batches[number].num_steps - 1
+            if step and not own_steps:
+                continue
+            times = count * (own_steps if step else 1)
+            add("compute", Compute(step, layer, number), times)
+            add("hidden", LoadHidden(step, layer, number), times)
+            add("hidden", StoreHidden(step, layer, number), times)
+            if (layer, number) in sizes.cache:
+                if step:
+                    add("cache", LoadCache(step, layer, number), times)
+                add("cache", StoreCache(step, layer, number), times)
+    return found
+
+
+def _alike(workload: Workload) -> dict[tuple[int, int | None], int]:
+    """(layer, batch) -> how many cost the same; (layer, None): how many layers' weights do."""
+    sizes = workload.sizes
+    assert sizes is not None
+    last = workload.num_layers - 1
+    firsts: dict[object, int] = {}
+    batch_kinds = [firsts.setdefault(batch, number) for number, batch in enumerate(sizes.batches)]
+    counts: dict[tuple[int, int | None], int] = defaultdict(int)
+    layers: dict[object, int] = {}
+    places: dict[object, tuple[int, int | None]] = {}
+    for layer in range(workload.num_layers):
+        kind = sizes.matmul_flops[layer], sizes.dense[layer], layer if layer in (0, last) else -1
+        weights = *sizes.weights[layer].values(), kind
+        counts[layers.setdefault(weights, layer), None] += 1
+        for number, batch_kind in enumerate(batch_kinds):
+            cell = sizes.cache.get((layer, number))
+            key = kind, batch_kind, id(cell)
+            counts[places.setdefault(key, (layer, number))] += 1
+    return counts
+
+
+def one_after_the_other(
+    phases: Mapping[str, tuple[Seconds, Seconds]],
+) -> dict[str, tuple[Seconds, Seconds]]:
+    """Without overlap: one lane, in which the streams' times add up."""
+    streams = {stream.value for stream in Stream}
+
+    def together(phase: Seconds) -> Seconds:
+        return {"all": sum(seconds for lane, seconds in phase.items() if lane in streams)}
+
+    return {kind: (together(first), together(then)) for kind, (first, then) in phases.items()}
+
+
+def busiest(phases: Mapping[str, tuple[Seconds, Seconds]]) -> float:
+    """Seconds of both phases, each as long as its busiest lane."""
+    total = 0.0
+    for number in (0, 1):
+        together: Seconds = defaultdict(float)
+        for kind in phases.values():
+            for lane, seconds in kind[number].items():
+                together[lane] += seconds
+        total += max(together.values(), default=0.0)
+    return total

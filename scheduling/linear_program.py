@@ -1,0 +1,168 @@
+"""The linear program over the nine shares of a block of one shape (paper, section 4.3).
+
+Given the shape, each phase takes as long as its busiest lane; lanes are linear in the shares, and
+so is what lies in each tier.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from scheduling.estimate import Seconds, lanes, one_after_the_other
+from scheduling.hardware import Hardware
+from scheduling.limits import Limits
+from scheduling.peak import transient_nbytes
+from scheduling.policy import Policy, Split, Tier
+from scheduling.sizes import Sizes
+from scheduling.workload import Workload
+
+SPLITS = ("weights", "cache", "hidden")
+TIERS = tuple(Tier)
+# What a tier faster than need be is worth: enough to break ties.
+_TIE = 1e-3
+
+
+def with_splits(policy: Policy, splits: Mapping[str, Split]) -> Policy:
+    """``policy`` with some of its three splits."""
+    changes: dict[str, Any] = dict(splits)
+    return dataclasses.replace(policy, **changes)
+
+
+class Program:
+    """The linear program of one shape.
+
+    Variables: the share of each of weights, cache and hidden states in each tier, then the seconds
+    of prefill and of decode.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        blocks: Callable[[Policy], Sequence[tuple[Workload, float]]],
+        hardware: Hardware,
+        limits: Limits,
+        fixed: Mapping[str, Any],
+    ) -> None:
+        self.limits, self.fixed = limits, fixed
+        pure = {}
+        for tier in TIERS:
+            everything = Split(**{t.value: 100 if t is tier else 0 for t in TIERS})
+            whole = with_splits(policy, dict.fromkeys(SPLITS, everything))
+            pure[tier] = blocks(whole)[0][0]
+        self.pure = pure
+        self.nbytes = {
+            "weights": sum(_sizes(pure[Tier.DEVICE]).resident.values()),
+            "cache": sum(
+                cell.position_nbytes * _sizes(pure[Tier.DEVICE]).batches[number].capacity
+                for (_, number), cell in _sizes(pure[Tier.DEVICE]).cache.items()
+            ),
+            "hidden": sum(
+                b.hidden_nbytes * b.prompt_len for b in _sizes(pure[Tier.DEVICE]).batches
+            ),
+        }
+        found = {tier: lanes(workload, hardware) for tier, workload in pure.items()}
+        if not policy.overlap:
+            found = {tier: one_after_the_other(f) for tier, f in found.items()}
+        self._times(found)
+
+    def _times(self, found: Mapping[Tier, Mapping[str, tuple[Seconds, Seconds]]]) -> None:
+        rows, limits = [], []
+        weight = np.zeros(11)
+        weight[:9] = [0, 1e-9, 2e-9] * 3  # of what costs nothing, the nearest
+        for phase in (0, 1):
+            base = found[Tier.DEVICE]["compute"][phase]
+            names = {
+                lane for kinds in found.values() for kind in kinds.values() for lane in kind[phase]
+            }
+            for lane in sorted(names):
+                row = np.zeros(11)
+                for i, kind in enumerate(SPLITS):
+                    for j, tier in enumerate(TIERS):
+                        row[3 * i + j] = found[tier][kind][phase].get(lane, 0.0)
+                        if kind == "cache":  # attention is where the cache is
+                            row[3 * i + j] += found[tier]["compute"][phase].get(
+                                lane, 0.0
+                            ) - base.get(lane, 0.0)
+                weight[:9] += np.maximum(row[:9], 0)
+                row[9 + phase] = -1
+                rows.append(row)
+                limits.append(-base.get(lane, 0.0))
+        self.rows, self.upper = rows, limits
+        self.cost = _TIE * weight
+        self.cost[9:] = 1
+
+    def _memory(self, less: Mapping[Tier, float]) -> tuple[list[np.ndarray], list[float]]:
+        """What lies in each tier, and the slots and buffers that moving it takes."""
+        limits, pure = self.limits, self.pure
+        device, host, disk = np.zeros(11), np.zeros(11), np.zeros(11)
+        sizes = _sizes(pure[Tier.DEVICE])
+        for i, kind in enumerate(SPLITS):
+            for j, row in enumerate((device, host, disk)):
+                row[3 * i + j] = self.nbytes[kind]
+        idle = transient_nbytes(pure[Tier.DEVICE], shared=limits.shared)
+        # A slot is as large as the largest that moves; of weights, the share of it that does.
+        for j, tier in enumerate(TIERS[1:], 1):
+            s = _sizes(pure[tier])
+            if not (limits.shared and tier is Tier.HOST):
+                largest = max(by.get(tier, 0) for by in s.weights)
+                device[j] += pure[tier].weight_slots * largest
+        host[5] = sum(
+            cell.position_nbytes * sizes.chunk_positions
+            for cell in _sizes(pure[Tier.DISK]).cache.values()
+        )
+        workspace = max(b.workspace for b in sizes.batches)
+        room = [limits.device - idle - workspace, limits.host, limits.disk]
+        rows = [device, host, disk]
+        if limits.shared:
+            # Buffers beyond the host's own room come out of the one memory.
+            tail = host[5]
+            host = host.copy()
+            host[5] = 0
+            device[5] += tail
+            rows[1] = host
+        return rows, [r - less[tier] for r, tier in zip(room, TIERS, strict=True)]
+
+    def solve(self, less: Mapping[Tier, float]) -> dict[str, Split] | None:
+        """The shares, with ``less`` room than the limits; None: there are none."""
+        from scipy.optimize import linprog  # slow to import
+
+        rows, room = self._memory(less)
+        equal = np.zeros((3, 11))
+        bounds: list[tuple[float, float | None]] = [(0.0, 1.0)] * 9 + [(0.0, None)] * 2
+        for i, kind in enumerate(SPLITS):
+            equal[i, 3 * i : 3 * i + 3] = 1
+            if kind in self.fixed:
+                shares = self.fixed[kind].shares()
+                for j, tier in enumerate(TIERS):
+                    bounds[3 * i + j] = (shares[tier] / 100, shares[tier] / 100)
+        scale = 1e9  # bytes and seconds within a few orders of each other
+        solution = linprog(
+            self.cost,
+            A_ub=np.vstack([*self.rows, *(row / scale for row in rows)]),
+            b_ub=np.array([*self.upper, *(r / scale for r in room)]),
+            A_eq=equal,
+            b_eq=np.ones(3),
+            bounds=bounds,
+            method="highs",
+        )
+        if solution.x is None or not solution.success:
+            return None
+        return {kind: _split(solution.x[3 * i : 3 * i + 3]) for i, kind in enumerate(SPLITS)}
+
+
+def _split(shares: np.ndarray) -> Split:
+    """In tenths of a percent; what rounding leaves goes to the slowest tier that has any."""
+    tenths = [math.floor(1000 * float(s) + 1e-6) for s in np.clip(shares, 0, 1)]
+    slowest = max(j for j in range(3) if shares[j] > 1e-9)
+    tenths[slowest] += 1000 - sum(tenths)
+    return Split(**{tier.value: t / 10 for tier, t in zip(TIERS, tenths, strict=True)})
+
+
+def _sizes(workload: Workload) -> Sizes:
+    assert workload.sizes is not None
+    return workload.sizes

@@ -1,0 +1,288 @@
+"""The best policy for a job: block shapes by enumeration, percentages by a linear program, and then
+the integer placement and the simulation of the best, so that what is promised is what will run.
+
+The program's solution is rounded by dealing out whole tensors; where that does not fit, it is
+solved again with less room.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from scheduling.estimate import Seconds, busiest, estimate, lanes, one_after_the_other
+from scheduling.hardware import Hardware
+from scheduling.limits import Limits
+from scheduling.linear_program import SPLITS, Program, with_splits
+from scheduling.ops import Op
+from scheduling.peak import room_nbytes
+from scheduling.policy import Policy, Split, Tier
+from scheduling.transforms import serialized
+from scheduling.workload import Workload
+
+CHOICES: Mapping[str, tuple[Any, ...]] = {
+    "host_attention": (False, True),
+    "weight_bits": (None, 8, 4),
+    "cache_bits": (None, 8, 4),
+    "attention_sparsity": (1.0, 0.1),
+}
+# Where looking begins, and where it ends.
+_SIZES, _MOST_REQUESTS = (1, 4, 16, 64, 256), 256
+_BATCHES, _MOST_BATCHES = (1, 4, 16), 20
+_SIMULATED = 3
+_LARGE = 1000  # computations of a step
+_TRIES = 6
+
+# The blocks of a policy, and how many there are like each; the one that takes most memory first.
+Blocks = Callable[[Policy], Sequence[tuple[Workload, float]]]
+
+
+class NothingFitsError(ValueError):
+    """There is no policy within the limits; the message says what the least would take."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A policy that fits.
+
+    Attributes:
+        seconds: Of the whole job, estimated.
+        simulated: By simulation, or else by the linear program's model.
+    """
+
+    policy: Policy
+    seconds: float
+    simulated: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a search found.
+
+    Attributes:
+        best: The policy to run.
+        others: The others that were simulated, the best first.
+        considered: How many shapes and choices were looked at.
+    """
+
+    best: Candidate
+    others: tuple[Candidate, ...]
+    considered: int
+
+    def why(self) -> str:
+        """One line for a person."""
+        text = f"best of {self.considered} considered"
+        if self.others:
+            other = self.others[0]
+            shape = f"{other.policy.device_batch_size} x {other.policy.num_device_batches}"
+            text += f"; next: {shape}, {other.seconds / self.best.seconds:.2f} times as long"
+        return text
+
+
+def search(
+    blocks: Blocks,
+    hardware: Hardware,
+    limits: Limits,
+    *,
+    schedule: Callable[[Workload], Iterable[Op]],
+    requests: int,
+    fixed: Mapping[str, Any] | None = None,
+    allow: Iterable[str] = (),
+) -> Found:
+    """The policy with which a job of ``requests`` takes the least time within ``limits``.
+
+    Args:
+        blocks: Knows the model: what the job's blocks are under a policy.
+        schedule: That will run. Steps are taken to follow one another (``estimate``).
+        fixed: Fields of the policy that are given.
+        allow: Of ``CHOICES``: methods that may be used though they change results slightly, or
+            where attention is computed; without, only what is fixed is.
+
+    Raises:
+        NothingFitsError: no policy within the limits.
+        ValueError: an unknown field or choice.
+    """
+    return _Search(blocks, hardware, limits, schedule, requests, dict(fixed or {}), allow).run()
+
+
+def best_near(
+    blocks: Blocks,
+    hardware: Hardware,
+    limits: Limits,
+    policy: Policy,
+    *,
+    schedule: Callable[[Workload], Iterable[Op]],
+    fixed: Mapping[str, Any],
+) -> float | None:
+    """Estimated seconds of a job with the best policy near ``policy``'s shape; None: none fits."""
+    found = _Search(blocks, hardware, limits, schedule, 10**9, dict(fixed), ())
+    size, batches = policy.device_batch_size, policy.num_device_batches
+    for shape in ((size, batches), (size, 2 * batches), (2 * size, batches)):
+        found.attempt(*shape, {})
+    return min((c.seconds for c in found.fitting()), default=None)
+
+
+class _Search:
+    def __init__(
+        self,
+        blocks: Blocks,
+        hardware: Hardware,
+        limits: Limits,
+        schedule: Callable[[Workload], Iterable[Op]],
+        requests: int,
+        fixed: dict[str, Any],
+        allow: Iterable[str],
+    ) -> None:
+        self.base = Policy(**fixed)  # names what is unknown or out of range
+        self.blocks, self.hardware, self.limits = blocks, hardware, limits
+        self.schedule = schedule if self.base.overlap else serialized(schedule)
+        self.requests, self.fixed = requests, fixed
+        unknown = sorted(set(allow) - set(CHOICES))
+        if unknown:
+            raise ValueError(
+                f"nothing to allow by {', '.join(unknown)}; known: {', '.join(CHOICES)}"
+            )
+        self.allow = [name for name in CHOICES if name in set(allow) and name not in fixed]
+        self.solved: dict[Policy, Candidate | None] = {}
+        self.least: tuple[float, str] | None = None  # the smallest excess, for the message
+
+    def run(self) -> Found:
+        self._look({})
+        for choices in self._choices():
+            self._look(choices)
+        if not self.fitting():
+            raise self._nothing_fits()
+        # On the host nothing is attended to where all of the cache lies on the device.
+        distinct = [
+            c for c in self.fitting() if not c.policy.host_attention or c.policy.cache.device < 100
+        ]
+        simulated = sorted(
+            map(self._simulated, (distinct or self.fitting())[:_SIMULATED]), key=_seconds
+        )
+        return Found(best=simulated[0], others=tuple(simulated[1:]), considered=len(self.solved))
+
+    def _look(self, choices: Mapping[str, Any]) -> None:
+        """A coarse grid of shapes, or those near the best so far; then uphill."""
+        best = self.fitting()[:1]
+        if choices and best:
+            self.attempt(
+                best[0].policy.device_batch_size, best[0].policy.num_device_batches, choices
+            )
+        else:
+            for size, batches in itertools.product(
+                [self.fixed.get("device_batch_size", 0)]
+                if "device_batch_size" in self.fixed
+                else _SIZES,
+                [self.fixed.get("num_device_batches", 0)]
+                if "num_device_batches" in self.fixed
+                else _BATCHES,
+            ):
+                self.attempt(size, batches, choices)
+        climbed: set[Policy] = set()
+        while True:
+            alike = [
+                c
+                for c in self.fitting()
+                if all(getattr(c.policy, name) == value for name, value in choices.items())
+            ]
+            tops = [c for c in alike[:2] if c.policy not in climbed]
+            if not tops:
+                return
+            for top in tops:
+                climbed.add(top.policy)
+                for shape in self._neighbours(top.policy):
+                    self.attempt(*shape, choices)
+
+    def _neighbours(self, policy: Policy) -> Iterator[tuple[int, int]]:
+        size, batches = policy.device_batch_size, policy.num_device_batches
+        if "device_batch_size" not in self.fixed:
+            for other in (size // 2, size * 3 // 4, size * 3 // 2, size * 2):
+                if 1 <= other <= _MOST_REQUESTS and other % (4 if other > 4 else 1) == 0:
+                    yield other, batches
+        if "num_device_batches" not in self.fixed:
+            for other in sorted({batches // 2, batches * 3 // 4, batches * 3 // 2, batches * 2}):
+                if 1 <= other <= _MOST_BATCHES:
+                    yield size, other
+
+    def fitting(self) -> list[Candidate]:
+        """Those that fit, the best first."""
+        return sorted(filter(None, self.solved.values()), key=_seconds)
+
+    def _choices(self) -> Iterator[dict[str, Any]]:
+        for values in itertools.product(*(CHOICES[name] for name in self.allow)):
+            choices = dict(zip(self.allow, values, strict=True))
+            if any(getattr(self.base, name) != value for name, value in choices.items()):
+                yield choices
+
+    def attempt(self, size: int, batches: int, choices: Mapping[str, Any]) -> None:
+        """Solves one shape, unless the job is too small for it or it is known."""
+        if size > 1 and size >= 2 * self.requests and "device_batch_size" not in self.fixed:
+            return
+        few = size * (batches - 1) >= self.requests  # the last batch would be empty
+        if batches > 1 and few and "num_device_batches" not in self.fixed:
+            return
+        policy = dataclasses.replace(
+            self.base, device_batch_size=size, num_device_batches=batches, **choices
+        )
+        if policy not in self.solved:
+            self.solved[policy] = self._solve(policy)
+
+    def _solve(self, policy: Policy) -> Candidate | None:
+        """The best shares of a shape, dealt out and found to fit."""
+        less = dict.fromkeys(Tier, 0.0)
+        program = None
+        for attempt in range(_TRIES):
+            splits: dict[str, Split] | None = {}
+            if attempt or any(name in self.fixed for name in SPLITS):
+                program = program or Program(
+                    policy, self.blocks, self.hardware, self.limits, self.fixed
+                )
+                splits = program.solve(less)
+            if splits is None:
+                return None
+            dealt = with_splits(policy, splits)
+            blocks = self.blocks(dealt)
+            over = self.limits.exceeded(room_nbytes(blocks[0][0], shared=self.limits.shared))
+            if not over:
+                seconds = sum(count * busiest(self._lanes(workload)) for workload, count in blocks)
+                return Candidate(policy=dealt, seconds=seconds)
+            excess = sum(over.values())
+            if self.least is None or excess < self.least[0]:
+                words = ", ".join(f"{t.value} {n / 1e9:.2f} GB" for t, n in over.items())
+                self.least = excess, f"{size_of(policy)}: too much by {words}"
+            if splits:  # what was tried first, all on the device, tells nothing
+                for tier, nbytes in over.items():
+                    less[tier] += 1.05 * nbytes
+        return None
+
+    def _lanes(self, workload: Workload) -> dict[str, tuple[Seconds, Seconds]]:
+        found = lanes(workload, self.hardware)
+        return found if self.base.overlap else one_after_the_other(found)
+
+    def _simulated(self, candidate: Candidate) -> Candidate:
+        blocks = self.blocks(candidate.policy)
+        first = blocks[0][0]
+        steps = 1 if first.num_layers * first.num_batches > _LARGE else 2
+        seconds = sum(estimate(self.schedule, first, self.hardware, decode_steps=steps))
+        ratio = seconds / busiest(self._lanes(first))
+        return dataclasses.replace(candidate, seconds=candidate.seconds * ratio, simulated=True)
+
+    def _nothing_fits(self) -> NothingFitsError:
+        limits = self.limits
+        least = f"; nearest, {self.least[1]}" if self.least else ""
+        return NothingFitsError(
+            f"nothing fits within device {limits.device / 1e9:.2f} GB, host "
+            f"{limits.host / 1e9:.2f} GB, disk {limits.disk / 1e9:.2f} GB{least}: give more "
+            "memory, shorter prompts, fewer slots, or 4-bit weights"
+        )
+
+
+def size_of(policy: Policy) -> str:
+    """The shape of a policy's block, in words."""
+    return f"{policy.device_batch_size} x {policy.num_device_batches}"
+
+
+def _seconds(candidate: Candidate) -> float:
+    return candidate.seconds
