@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from logging import DEBUG
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from flexgen_jax.checkpoint import cache_directory, open_store, resolve
 from flexgen_jax.executor import execute
 from flexgen_jax.generation import BlockEffects, OnLogits, Rings
 from flexgen_jax.kernels import compilations
+from flexgen_jax.logs import LOGGER, event
 from flexgen_jax.memory import automatic_policy, parse_bytes
 from flexgen_jax.outputs import CompletionOutput, Logprob, RequestOutput
 from flexgen_jax.prompts import Prompt, RequestError, as_list, parse_prompt, shown
@@ -56,8 +57,8 @@ class LLM:
             on first use, and the result kept like a converted model), or ``"auto"``: weights on the
             device while they fit, then in host memory, the rest on disk.
         schedule: A name of ``SCHEDULES`` or any function from a ``Workload`` to ops.
-        device_memory: Bytes, or text such as ``"12GiB"``, that ``"auto"`` may use; None: what the
-            machine has. ``host_memory``: likewise.
+        device_memory: Bytes, or text such as ``"12GiB"``, that policy ``"auto"`` may use (with
+            another it is an error); None: what the machine has. ``host_memory``: likewise.
         offload_dir: Where converted models are kept; None: ``~/.cache/flexgen-jax``.
         dtype: ``"float32"`` or ``"bfloat16"``: of weights, cache and activations.
         seed: For requests that have none of their own.
@@ -97,6 +98,11 @@ class LLM:
             if not isinstance(policy, Policy):
                 raise ValueError(f"policy must be 'auto' or a Policy, got {policy!r}")
             _refuse_unbuilt(policy)
+            if limits != (None, None):
+                raise ValueError(
+                    "device_memory and host_memory are for policy 'auto', which fills memory by "
+                    "them; a Policy says itself where everything lies"
+                )
         if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
             raise ValueError(f"seed must be an integer of at least 0, got {seed!r}")
         if disk is not None and not isinstance(disk, DiskContext):
@@ -119,6 +125,7 @@ class LLM:
         self._weights = Weights(self._model, self.placement, context=disk, wrap=wrap_store)
         self._rings: Rings | None = None
         self._closed = False
+        event("model opened", store=str(self.store), policy=self._policy.to_json())
 
     @property
     def policy(self) -> Policy:
@@ -149,7 +156,7 @@ class LLM:
             sampling_params: One for all, or one per prompt; None: the defaults.
             progress: Told the number of new tokens whenever some are booked.
             on_block: Given the results of each block as it finishes.
-            on_logits: Given (step, batch, logits) of every head computation.
+            on_logits: Given (step, batch, logits [rows, vocab]) of every head computation.
 
         Raises:
             RequestError: prompts that cannot be run, all of them named; nothing has run.
@@ -259,6 +266,8 @@ class LLM:
         # Refuse a bad schedule before anything runs; most blocks of a job are alike.
         for workload in {self._workload(block) for block in blocks}:
             validate(self._schedule(workload), workload)
+        placement = self.plan(blocks)
+        _log_begun(self.schedule_name, requests, blocks, placement)
         compiled, bytes_read = compilations(), self._weights.disk_bytes
         started = time.perf_counter()
         outputs: dict[int, RequestOutput] = {}
@@ -268,10 +277,13 @@ class LLM:
         with self._cells(blocks) as cells:
             for number, block in enumerate(blocks):
                 begun = time.perf_counter() - started
+                event("block begun", block=number, of=len(blocks), requests=len(block.requests))
                 results, timeline, held = self._run_block(block, number, cells, progress, on_logits)
                 for tier in Tier:
                     peak[tier] = max(peak[tier], held[tier] + self.placement.nbytes(tier))
                 finished = [self._output(g) for g in results]
+                _log_tokens("block finished", finished, timeline.seconds, block=number)
+                event("streams", level=DEBUG, block=number, streams=timeline.summary())
                 spans += len(timeline.spans)
                 if spans <= MAX_SPANS or not timelines:
                     timelines.append((begun, timeline))
@@ -281,7 +293,7 @@ class LLM:
             cache_read, cache_written = cells.disk_bytes_read, cells.disk_bytes_written
         self.report = Report(
             policy=self.policy,
-            placement=self.plan(blocks),
+            placement=placement,
             schedule=self.schedule_name,
             requests=len(requests),
             blocks=len(blocks),
@@ -298,6 +310,7 @@ class LLM:
             predicted=self.predict(blocks),
             timeline=Timeline.concatenate(timelines, label="measured"),
         )
+        _log_tokens("run finished", outputs.values(), self.report.seconds)
         return [outputs[r.index] for r in requests]
 
     def blocks(self, requests: Sequence[Request]) -> list[Block]:
@@ -459,7 +472,26 @@ class LLM:
 
 def _log(message: str) -> None:
     # A conversion takes minutes and gigabytes: to be seen without any logging set up.
-    logging.getLogger("flexgen_jax").warning(message)
+    LOGGER.warning(message)
+
+
+def _log_begun(
+    schedule: str,
+    requests: Sequence[Request],
+    blocks: Sequence[Block],
+    placement: Mapping[str, Placement],
+) -> None:
+    event("run begun", schedule=schedule, requests=len(requests), blocks=len(blocks))
+    for kind, placed in placement.items():
+        if placed.cells:
+            shares = {tier.value: placed.nbytes(tier) for tier in Tier}
+            event("placement", kind=kind, nbytes=shares)
+
+
+def _log_tokens(what: str, outputs: Iterable[RequestOutput], seconds: float, **fields: Any) -> None:
+    tokens = sum(len(o.outputs[0].token_ids) for o in outputs)
+    rate = tokens / seconds if seconds > 0 else 0.0
+    event(what, **fields, tokens=tokens, seconds=seconds, tokens_per_second=rate)
 
 
 def _schedule(schedule: str | Schedule) -> tuple[str, Schedule]:

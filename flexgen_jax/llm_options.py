@@ -106,6 +106,13 @@ class Chosen:
         self._values = {name: options.pop(name) for name in NAMES}
         policy, changes = read_policy(self._values)
         if policy != "auto":
+            given = [n for n in ("device_memory", "host_memory") if self._values[n] is not None]
+            if given:
+                names = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+                raise ValueError(
+                    f"{names}: for policy auto, which fills memory by it; --percent and --policy "
+                    "FILE say themselves where everything lies. Leave one or the other out"
+                )
             policy, changes = dataclasses.replace(policy, **changes), {}
         self._policy, self._changes, self._seed = policy, changes, seed
 
@@ -131,11 +138,13 @@ class Chosen:
             changes: Of the policy, beyond the options.
         """
         from flexgen_jax import measured, progress
+        from flexgen_jax.backends import local_devices
         from flexgen_jax.checkpoint import GROUP_SIZE, stored_dtype
         from flexgen_jax.llm import LLM
         from scheduling.hardware import Hardware
         from storage.disk import DiskContext
 
+        local_devices()  # a backend that cannot start is better known before a conversion
         v = self._values
         dtype = v["dtype"] or stored_dtype(self.model) or "float32"
         policy: Policy | Any = self._policy

@@ -55,7 +55,7 @@ def profile(
     """
     directory.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(directory).free
-    read, write, cached = _disk(directory, repeats, file_nbytes)
+    read, write, cached = disk_speed(directory, repeats, file_nbytes)
     say(f"disk: read {_gb(read)}, write {_gb(write)}, through the page cache {_gb(cached)}")
     device = jax.local_devices()[0]
     inward, outward = _links(device, repeats)
@@ -122,7 +122,7 @@ def _seconds(call: Callable[[], Any], repeats: int) -> float:
     return statistics.median(found)
 
 
-def _disk(directory: Path, repeats: int, nbytes: int) -> tuple[float, float, float]:
+def disk_speed(directory: Path, repeats: int, nbytes: int) -> tuple[float, float, float]:
     """Bytes per second read and written past the page cache, and read through it."""
     buffer = aligned_bytes(min(_CALL_NBYTES, nbytes), touch=True)
     nbytes -= nbytes % buffer.nbytes
