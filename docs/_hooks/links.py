@@ -1,7 +1,7 @@
 """What the site makes of pages that are also read as files of the repository.
 
 A page may link to a file beyond ``docs/`` (``../examples/generate.py``): a copy of it becomes a
-page of the site, and the link leads there. And what docstrings write as Sphinx roles is shown as code.
+page of the site, and the link leads there. What docstrings write as Sphinx roles is shown as code.
 """
 
 import re
