@@ -4,11 +4,13 @@ A page may link to a file beyond ``docs/`` (``../examples/generate.py``): a copy
 page of the site, and the link leads there. What docstrings write as Sphinx roles is shown as code.
 """
 
+import logging
 import re
 from pathlib import Path
 
 from mkdocs.structure.files import File
 
+LOG = logging.getLogger(f"mkdocs.plugins.{__name__}")
 ROOT = Path(__file__).resolve().parent.parent.parent
 OUTWARD = re.compile(r"\]\(\.\./([^)#\s]+)")
 ROLE = re.compile(r":(?:class|func|meth|mod|attr):(?=<code)")
@@ -21,6 +23,9 @@ def on_files(files, config):
     for page in files.documentation_pages():
         targets |= set(OUTWARD.findall(page.content_string))
     for target in sorted(targets - set(PAGES)):
+        if not (ROOT / target).is_file():
+            LOG.warning("a page links to ../%s, which is no file", target)
+            continue
         files.append(File.generated(config, _copy(target), content=_shown(ROOT / target)))
     return files
 
