@@ -37,7 +37,7 @@ def local_devices() -> list[Any]:
 def _asked() -> str | None:
     import jax
 
-    return os.environ.get("JAX_PLATFORMS") or jax.config.jax_platforms
+    return os.environ.get("JAX_PLATFORMS") or getattr(jax.config, "jax_platforms", None)
 
 
 def _reason(error: Exception) -> str:
