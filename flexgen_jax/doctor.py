@@ -110,7 +110,7 @@ def diagnose(
     Raises:
         ValueError: a model that is not known.
     """
-    from flexgen_jax.profile import disk_speed, profile
+    from flexgen_jax.profile import disk_speed
 
     offload_dir = cache_directory() if offload_dir is None else offload_dir
     findings: list[Finding] = []
@@ -132,17 +132,20 @@ def diagnose(
         found("backend", "error", str(error))
     else:
         shared = devices[0].platform == "cpu"
-        text = f"{devices[0].platform}: {len(devices)} device(s), the first is used; {_cores()}"
+        count = "1 device" if len(devices) == 1 else f"{len(devices)} devices, one is used"
+        text = f"{devices[0].platform}: {count}; {_cores()}"
         text += "; device and host are one memory" if shared else ""
         found("backend", "ok", text)
     memory = _look_at_memory(found)
-    where, files, speed = existing(offload_dir), None, None
+    where, files, speed, measured = existing(offload_dir), None, None, None
     try:
         files = file_system(where)
         if _look_at_directory(found, where, files, file_nbytes):
             if hardware is None and devices:
-                hardware = profile(where, dtype=dtype, repeats=1, file_nbytes=file_nbytes)
-                speed = hardware.disk_to_host, hardware.host_to_disk_cache
+                hardware = _measured(found, where, dtype, file_nbytes)
+                measured = hardware
+            if measured is not None:
+                speed = measured.disk_to_host, measured.host_to_disk_cache
             else:
                 speed = disk_speed(where, 1, file_nbytes)[:2]
             _look_at_speed(found, *speed)
@@ -246,6 +249,21 @@ def _look_at_directory(found: Any, where: Path, files: FileSystem, file_nbytes: 
             "computing; a local ext4 or xfs has it",
         )
     return True
+
+
+def _measured(found: Any, where: Path, dtype: str, file_nbytes: int) -> Hardware | None:
+    from flexgen_jax.profile import profile
+
+    try:
+        return profile(where, dtype=dtype, repeats=1, file_nbytes=file_nbytes)
+    except RuntimeError as error:  # as JAX says that memory is out, or a driver gone
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        found(
+            "compute",
+            "error",
+            f"the device computes nothing: {reason}; see that no other process takes its memory",
+        )
+        return None
 
 
 def _look_at_speed(found: Any, read: float, write: float) -> None:

@@ -50,7 +50,7 @@ class FileSystem:
 def existing(directory: Path) -> Path:
     """``directory``, or of the directories above it the nearest that exists."""
     directory = Path(os.path.abspath(directory))
-    return next(path for path in (directory, *directory.parents) if path.exists())
+    return next(path for path in (directory, *directory.parents) if os.path.exists(path))
 
 
 def file_system(directory: Path) -> FileSystem:

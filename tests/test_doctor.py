@@ -55,6 +55,18 @@ def test_without_a_file_the_machine_is_measured(tmp_path, monkeypatch):
     assert found.disk_speed["read"] == LAPTOP.disk_to_host
 
 
+def test_a_device_that_computes_nothing(tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nand a long story")
+
+    monkeypatch.setattr(profile, "profile", full)
+    found = doctor.diagnose(tmp_path, file_nbytes=1 << 20)
+    assert not found.healthy
+    assert "nothing: RESOURCE_EXHAUSTED: Out of memory; see" in message(found, "compute")
+    assert found.disk_speed["read"] > 0
+    assert found.outlook == ()
+
+
 def run(*arguments):
     return CliRunner().invoke(main, ["doctor", *map(str, arguments)])
 

@@ -584,6 +584,8 @@ def test_the_automatic_policy_fills_device_then_host_then_disk(offload):
     assert tokens == [t[:NEW] for t in EXPECTED["variants"]["pre_norm"]["tokens"]]
     with pytest.raises(ValueError, match="such as '12GiB'"):
         fg.LLM(str(GOLDENS / "pre_norm"), device_memory="lots", offload_dir=offload)
+    with pytest.raises(ValueError, match="a Policy says itself where everything lies"):
+        fg.LLM(str(GOLDENS / "pre_norm"), policy=fg.Policy(), host_memory=1, offload_dir=offload)
 
 
 def test_conversion_is_announced_once_and_reused(tmp_path):
