@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import flexgen_jax as fg
-from flexgen_jax.profile import profile
+from flexgen_jax.profile import disk_speed, profile
 from storage.wrappers import Throttled
 
 DISK = fg.Split(device=0, disk=100)
@@ -49,6 +49,9 @@ def main() -> None:
     add("--block", type=int, nargs=2, default=(16, 2), metavar=("BATCH", "BATCHES"))
     add("--throttle", type=float, nargs="+", default=[0.0, 2e8], help="bytes/s of weights' disk")
     add("--repeat", type=int, default=3)
+    add("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
+    add("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
+    add("--hardware", help="a profile that was made before")
     add("--work", type=Path, help="keep the store here")
     add("--out", type=Path, help="append here instead of printing")
     args = parser.parse_args()
@@ -57,13 +60,16 @@ def main() -> None:
         work.mkdir(parents=True, exist_ok=True)
         store = work / f"{Path(args.preset).name}-bfloat16-store"
         fg.convert_dummy(args.preset, store, dtype="bfloat16")
-        hardware = profile(work, say=lambda line: print(line, file=sys.stderr))
+        if args.hardware:
+            hardware = fg.Hardware.load(args.hardware)
+        else:
+            hardware = profile(work, say=lambda line: print(line, file=sys.stderr))
         with args.out.open("a") if args.out else sys.stdout as out:
             for throttle in args.throttle:
-                for policy in POLICIES:
-                    if throttle and "weights" not in policy:
+                for policy in args.policies:
+                    if throttle and "disk" not in policy:
                         continue  # nothing is throttled
-                    for order in ORDERS:
+                    for order in args.orders:
                         record = measure(args, store, scratch, hardware, policy, order, throttle)
                         print(json.dumps(record), file=out, flush=True)
                         ratio = record["predicted_seconds"] / record["measured_seconds"]
@@ -91,9 +97,12 @@ def measure(
         slowed = throttle and tier is fg.Tier.DISK and weights
         return Throttled(inner, throttle) if slowed else inner
 
-    if throttle:
-        slower = min(throttle, hardware.disk_to_host)
-        hardware = dataclasses.replace(hardware, disk_to_host=slower)
+    # A shared disk's speed changes by the minute: what it is now, or less by the throttle.
+    now, _, _ = disk_speed(store.parent, 2, 256 << 20)
+    latency = hardware.disk_read_latency
+    if throttle and throttle < now:
+        now, latency = throttle, 0.0  # a throttle waits until the bytes are due
+    hardware = dataclasses.replace(hardware, disk_to_host=now, disk_read_latency=latency)
     params = fg.SamplingParams(temperature=0.0, max_tokens=args.gen_len, ignore_eos=True)
     prompts = [[2 + i % 97] * args.prompt_len for i in range(chosen.block_size)]
     totals = []
@@ -103,7 +112,7 @@ def measure(
         policy=chosen,
         schedule=schedule,
         offload_dir=scratch,
-        disk=fg.DiskContext(mode="direct", small_nbytes=0),
+        disk=fg.DiskContext(mode="direct"),
         wrap_store=slow,
         hardware=hardware,
         say=lambda _: None,

@@ -1,12 +1,15 @@
 """Write a schedule, validate it, run it, and compare it with zig-zag.
 
-    python examples/own_schedule.py MODEL
+    python examples/own_schedule.py [MODEL]
 
-This one goes through the layers of a step back and forth over the batches: the batch that was last
-through a layer is the first through the next, so its activations are still in the caches.
+MODEL is a weight store, a Hugging Face directory or a hub name; without one, the bundled model.
+
+The schedule goes through the layers of a step back and forth over the batches: the batch that was
+last through a layer is the first through the next, so its activations are still in the caches.
 """
 
 import sys
+from importlib import resources
 
 import flexgen_jax as fg
 from scheduling import (
@@ -57,4 +60,10 @@ def main(model):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    if len(sys.argv) > 2 or sys.argv[1:] in (["-h"], ["--help"]):
+        sys.exit(__doc__)
+    if len(sys.argv) == 2:
+        main(sys.argv[1])
+    else:
+        with resources.as_file(resources.files("flexgen_jax") / "demo_model") as bundled:
+            main(str(bundled))

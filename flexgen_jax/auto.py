@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -218,7 +217,7 @@ class Auto:
             fixed["weight_bits"] = model.stored.bits  # codes cannot be undone
         if placed is not None:
             fixed |= {"weights": placed.weights, "weight_bits": placed.weight_bits}
-        found = search(
+        return search(
             model.blocks_of(job),
             hardware,
             limits,
@@ -227,5 +226,3 @@ class Auto:
             fixed=fixed,
             allow=self.allow,
         )
-        logging.getLogger("flexgen_jax").info("policy: %s", found.why())
-        return found

@@ -12,10 +12,12 @@ import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator
+from logging import WARNING
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from flexgen_jax.dialects import Asked, LineError, answer, error_record, parse_line
+from flexgen_jax.logs import event
 from flexgen_jax.outputs import RequestOutput
 from flexgen_jax.sampling_params import SamplingParams
 
@@ -164,6 +166,7 @@ class Results:
             raise JobError(
                 f"cannot write {self.path}: {error.strerror}; the results are in {self.partial}"
             ) from error
+        event("results written", path=str(self.path), records=len(self))
 
     def _finish(self) -> None:
         ordered = self.path.with_name(self.path.name + ".ordered")
@@ -197,6 +200,8 @@ def run_job(
 ) -> None:
     """Runs the good lines of ``job`` and writes a record for every line to ``results``."""
     results.add(job.errors)
+    for line, record in job.errors.items():
+        event("bad line", level=WARNING, line=line, message=record["error"]["message"])
 
     def keep(finished: list[RequestOutput]) -> None:
         done = [(job.asked[int(o.request_id)], o) for o in finished]

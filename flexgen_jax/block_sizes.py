@@ -17,6 +17,7 @@ from flexgen_jax.params import param_shapes, unit_names
 from scheduling.placement import Placement
 from scheduling.policy import Policy, Tier
 from scheduling.sizes import BatchSizes, CacheCell, Sizes
+from storage.disk import DiskContext
 
 if TYPE_CHECKING:
     from flexgen_jax.weight_format import WeightFormat
@@ -39,7 +40,7 @@ def block_sizes(
     """
     hidden = {c.name: c.tier for c in place_hidden(block, config, form.dtype, policy.hidden).cells}
     itemsize = jnp.dtype(form.dtype).itemsize
-    moved, dense = _weights(config, form, weights)
+    moved, dense, reads = _weights(config, form, weights)
     return Sizes(
         weights=moved,
         dense=dense,
@@ -60,6 +61,7 @@ def block_sizes(
         matmul_flops=_matmul_flops(config),
         hidden_size=config.hidden_size,
         chunk_positions=chunk_positions,
+        reads=reads,
     )
 
 
@@ -92,23 +94,27 @@ def _matmul_flops(config: OPTConfig) -> tuple[float, ...]:
 
 def _weights(
     config: OPTConfig, form: WeightFormat, placement: Placement
-) -> tuple[tuple[Mapping[Tier, int], ...], tuple[int, ...]]:
+) -> tuple[tuple[Mapping[Tier, int], ...], tuple[int, ...], tuple[int, ...]]:
     cells, shapes = {c.name: c for c in placement.cells}, param_shapes(config)
     itemsize = jnp.dtype(form.dtype).itemsize
-    moved, dense = [], []
+    moved, dense, reads = [], [], []
     for unit in config.units:
         by_tier = dict.fromkeys(Tier, 0)
-        unpacked = 0
+        unpacked = accesses = 0
         for name in unit_names(config, unit):
             if (unit, name) == ("embed", "embed.tokens"):
                 continue  # rows of it are looked up where it lies
             for stored in form.stored_names(name):
-                by_tier[cells[stored].tier] += cells[stored].nbytes
+                cell = cells[stored]
+                by_tier[cell.tier] += cell.nbytes
+                # Smaller ones stay in the page cache.
+                accesses += cell.tier is Tier.DISK and cell.nbytes >= DiskContext.small_nbytes
             if form.quantizes(name):
                 unpacked += itemsize * math.prod(shapes[name])
         moved.append(by_tier)
         dense.append(unpacked)
-    return tuple(moved), tuple(dense)
+        reads.append(accesses)
+    return tuple(moved), tuple(dense), tuple(reads)
 
 
 def _cache(

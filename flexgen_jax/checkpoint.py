@@ -152,7 +152,7 @@ def convert_dummy(
 
     Args:
         model: A preset such as ``facebook/opt-1.3b``, the path of a ``config.json``, or a config.
-        store, dtype, weight_bits, group_size, progress, say: As in :func:`convert`.
+        store: The directory to write; this and the rest are as :func:`convert` has them.
         seed: Not negative.
 
     Raises:
@@ -223,15 +223,15 @@ def open_store(path: str | Path, *, dtype: str | None = None) -> StoredModel:
             raise StoreError(
                 f"{path / MANIFEST_NAME}: expected {name} as {expected.dtype} "
                 f"{list(expected.shape)} by {path / 'config.json'}, the manifest has "
-                f"{_brief(manifest.tensors.get(name))}; the store is damaged, convert the model "
-                "again"
+                f"{_brief(manifest.tensors.get(name))}; the store is damaged, remove it and "
+                "convert the model again"
             )
         arrays[name] = describe_array(path / name)
         found = TensorEntry.of(arrays[name].shape, arrays[name].dtype.name)
         if found != expected:
             raise StoreError(
                 f"{path / name}: expected {_brief(expected)}, the array is {_brief(found)}; the "
-                "store is damaged, convert the model again"
+                "store is damaged, remove it and convert the model again"
             )
     return StoredModel(path, config, manifest, arrays, form)
 
@@ -286,7 +286,9 @@ def resolve(
     try:
         return _convert(source, store, form, progress, say)
     except StoreError as error:
-        raise StoreError(f"{error}: remove {store}, and it is made anew") from error
+        raise StoreError(
+            f"{error}; once {store} is gone, the next run does so by itself"
+        ) from error
 
 
 def cache_directory() -> Path:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flexgen_jax import cli_plan, cli_scores
+from flexgen_jax import cli_completion, cli_doctor, cli_plan, cli_scores, logs
 from flexgen_jax._version import __version__
 from flexgen_jax.cli_errors import Failure, plain_errors, say, silent
 from flexgen_jax.llm_options import DTYPES, Chosen, llm_options
@@ -24,14 +24,29 @@ if TYPE_CHECKING:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="flexgen-jax")
-def main() -> None:
+@click.option(
+    "--log-level",
+    type=click.Choice(logs.LEVELS),
+    help="Log events on stderr from this level on. [default: no log, or info with --log-format]",
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    help="json: every line on stderr is a JSON object. [default: text]",
+)
+def main(log_level: str | None, log_format: logs.Format | None) -> None:
     """High-throughput offline generation for language models larger than the accelerator's memory.
 
     \b
     Start here:
       flexgen-jax demo                                          a tiny model, everything on disk
       flexgen-jax generate --model facebook/opt-1.3b -i prompts.jsonl -o out.jsonl
+      flexgen-jax doctor                                        what this machine can do
     """
+    # Until the process ends: what goes wrong is shown after the command's context is closed.
+    logs.reset()
+    if log_level is not None or log_format is not None:
+        logs.set_up(log_level or "info", log_format or "text")
 
 
 @main.command()
@@ -268,5 +283,7 @@ for command in (
     cli_plan.plan,
     cli_plan.simulate,
     cli_plan.profile,
+    cli_doctor.doctor,
+    cli_completion.completion,
 ):
     main.add_command(command)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import IO, Any
 
 import click
+
+from flexgen_jax import logs
 
 
 class Failure(click.ClickException):
@@ -16,6 +19,13 @@ class Failure(click.ClickException):
     def __init__(self, message: str, code: int = 2) -> None:
         super().__init__(message)
         self.exit_code = code  # type: ignore[misc] # click declares it for the class
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """On the standard error, in the form of the log."""
+        if logs.in_json():
+            logs.LOGGER.error("%s", self.format_message())
+        else:
+            super().show(file)
 
 
 @contextlib.contextmanager
@@ -35,8 +45,11 @@ def plain_errors() -> Iterator[None]:
 
 
 def say(message: str) -> None:
-    """On the standard error."""
-    click.echo(message, err=True)
+    """On the standard error, in the form of the log."""
+    if logs.in_json():
+        logs.LOGGER.info("%s", message)
+    else:
+        click.echo(message, err=True)
 
 
 def silent(message: str) -> None:

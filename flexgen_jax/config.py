@@ -73,6 +73,7 @@ class OPTConfig:
 
     @property
     def head_dim(self) -> int:
+        """Elements of a head's query, key or value."""
         return self.hidden_size // self.num_attention_heads
 
     @property

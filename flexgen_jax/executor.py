@@ -55,7 +55,11 @@ class Effects(Protocol):
 
 
 class ExecutionError(RuntimeError):
-    """An op that failed; ``op`` is the op, ``__cause__`` the error."""
+    """An op that failed.
+
+    Attributes:
+        op: The op. What went wrong with it is the ``__cause__``.
+    """
 
     def __init__(self, op: Op, cause: BaseException) -> None:
         super().__init__(f"{op} failed: {cause}")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from logging import DEBUG
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from flexgen_jax.compiling import compile_seconds
 from flexgen_jax.executor import execute
 from flexgen_jax.generation import BlockEffects, OnLogits, Rings
 from flexgen_jax.kernels import compilations
+from flexgen_jax.logs import LOGGER, event
 from flexgen_jax.machine import this_machine
 from flexgen_jax.memory import parse_bytes
 from flexgen_jax.outputs import CompletionOutput, Logprob, RequestOutput
@@ -62,8 +63,8 @@ class LLM:
             is predicted to be fastest within the memory, searched for when the first requests
             come. Later runs keep its weights where they are, and choose the rest anew.
         schedule: A name of ``SCHEDULES`` or any function from a ``Workload`` to ops.
-        device_memory: Bytes, or text such as ``"12GiB"``, that ``"auto"`` may use; None: what the
-            machine has. ``host_memory``: likewise.
+        device_memory: Bytes, or text such as ``"12GiB"``, that policy ``"auto"`` may use (with
+            another it is an error); None: what the machine has. ``host_memory``: likewise.
         offload_dir: Where converted models are kept; None: ``~/.cache/flexgen-jax``.
         dtype: ``"float32"`` or ``"bfloat16"``: of weights, cache and activations.
         seed: For requests that have none of their own.
@@ -113,6 +114,11 @@ class LLM:
                 raise ValueError(f"policy must be 'auto' or a Policy, got {policy!r}")
             if fixed or tuple(allow):
                 raise ValueError("fixed and allow are for policy='auto'; change the policy instead")
+            if limits != (None, None):
+                raise ValueError(
+                    "device_memory and host_memory are for policy 'auto', which fills memory by "
+                    "them; a Policy says itself where everything lies"
+                )
         _refuse_unbuilt(policy)
         if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
             raise ValueError(f"seed must be an integer of at least 0, got {seed!r}")
@@ -158,6 +164,7 @@ class LLM:
         self._weights = Weights(
             self._model, self._placement, context=self._disk, wrap=self._wrap_store
         )
+        event("model opened", store=str(self.store), policy=self._policy.to_json())
 
     def choose_policy(self, job: Job) -> Policy:
         """With ``policy="auto"``, chooses the policy for ``job``; else returns what is in force.
@@ -187,6 +194,7 @@ class LLM:
         )
         chosen = found.best.policy
         self._why = found.why()
+        event("policy chosen", policy=chosen.to_json(), why=self._why)
         if self._policy is not None:
             self._policy = chosen
             return chosen
@@ -249,7 +257,7 @@ class LLM:
             sampling_params: One for all, or one per prompt; None: the defaults.
             progress: Told the number of new tokens whenever some are booked.
             on_block: Given the results of each block as it finishes.
-            on_logits: Given (step, batch, logits) of every head computation.
+            on_logits: Given (step, batch, logits [rows, vocab]) of every head computation.
 
         Raises:
             RequestError: prompts that cannot be run, all of them named; nothing has run.
@@ -360,6 +368,8 @@ class LLM:
         # Refuse a bad schedule before anything runs; most blocks of a job are alike.
         for workload in {self._workload(block) for block in blocks}:
             validate(self._schedule(workload), workload)
+        placement = self.plan(blocks)
+        _log_begun(self.schedule_name, requests, blocks, placement)
         compiled, bytes_read = compilations(), self._weights.disk_bytes
         compiling = compile_seconds()
         started = time.perf_counter()
@@ -370,10 +380,13 @@ class LLM:
         with self._cells(blocks) as cells:
             for number, block in enumerate(blocks):
                 begun = time.perf_counter() - started
+                event("block begun", block=number, of=len(blocks), requests=len(block.requests))
                 results, timeline, held = self._run_block(block, number, cells, progress, on_logits)
                 for tier in Tier:
                     peak[tier] = max(peak[tier], held[tier] + self.placement.nbytes(tier))
                 finished = [self._output(g) for g in results]
+                _log_tokens("block finished", finished, timeline.seconds, block=number)
+                event("streams", level=DEBUG, block=number, streams=timeline.summary())
                 spans += len(timeline.spans)
                 if spans <= MAX_SPANS or not timelines:
                     timelines.append((begun, timeline))
@@ -383,7 +396,7 @@ class LLM:
             cache_read, cache_written = cells.disk_bytes_read, cells.disk_bytes_written
         self.report = Report(
             policy=self.policy,
-            placement=self.plan(blocks),
+            placement=placement,
             schedule=self.schedule_name,
             requests=len(requests),
             blocks=len(blocks),
@@ -405,6 +418,7 @@ class LLM:
             why=self._why,
             timeline=Timeline.concatenate(timelines, label="measured"),
         )
+        _log_tokens("run finished", outputs.values(), self.report.seconds)
         return [outputs[r.index] for r in requests]
 
     def blocks(self, requests: Sequence[Request]) -> list[Block]:
@@ -572,7 +586,26 @@ class LLM:
 
 def _log(message: str) -> None:
     # A conversion takes minutes and gigabytes: to be seen without any logging set up.
-    logging.getLogger("flexgen_jax").warning(message)
+    LOGGER.warning(message)
+
+
+def _log_begun(
+    schedule: str,
+    requests: Sequence[Request],
+    blocks: Sequence[Block],
+    placement: Mapping[str, Placement],
+) -> None:
+    event("run begun", schedule=schedule, requests=len(requests), blocks=len(blocks))
+    for kind, placed in placement.items():
+        if placed.cells:
+            shares = {tier.value: placed.nbytes(tier) for tier in Tier}
+            event("placement", kind=kind, nbytes=shares)
+
+
+def _log_tokens(what: str, outputs: Iterable[RequestOutput], seconds: float, **fields: Any) -> None:
+    tokens = sum(len(o.outputs[0].token_ids) for o in outputs)
+    rate = tokens / seconds if seconds > 0 else 0.0
+    event(what, **fields, tokens=tokens, seconds=seconds, tokens_per_second=rate)
 
 
 def _schedule(schedule: str | Schedule) -> tuple[str, Schedule]:

@@ -91,9 +91,6 @@ def llm_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-_LIMITS = ("device_memory", "host_memory")
-
-
 class Chosen:
     """What the options say, checked as far as that goes without a model.
 
@@ -110,10 +107,13 @@ class Chosen:
         policy, changes = read_policy(self._values)
         self._allow = allowed(self._values["allow"])
         if policy != "auto":
-            memory = [f"--{n.replace('_', '-')}" for n in _LIMITS if self._values[n] is not None]
-            if memory or self._allow:
-                what = ", ".join([*memory, *(["--allow"] if self._allow else [])])
-                raise ValueError(f"{what}: for --policy auto; a given policy says where all lies")
+            given = [n for n in ("device_memory", "host_memory", "allow") if self._values[n]]
+            if given:
+                names = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+                raise ValueError(
+                    f"{names}: for policy auto, which fills memory by it; --percent and --policy "
+                    "FILE say themselves where everything lies. Leave one or the other out"
+                )
             policy, changes = dataclasses.replace(policy, **changes), {}
         self._policy, self._changes, self._seed = policy, changes, seed
 
@@ -139,11 +139,13 @@ class Chosen:
             changes: Of the policy, beyond the options.
         """
         from flexgen_jax import measured, progress
+        from flexgen_jax.backends import local_devices
         from flexgen_jax.checkpoint import GROUP_SIZE, stored_dtype
         from flexgen_jax.llm import LLM
         from scheduling.hardware import Hardware
         from storage.disk import DiskContext
 
+        local_devices()  # a backend that cannot start is better known before a conversion
         v = self._values
         dtype = v["dtype"] or stored_dtype(self.model) or "float32"
         policy: Policy | Any = self._policy

@@ -7,7 +7,13 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Logprob:
-    """Natural log-probability of a token under the unmodified logits; rank 1 is the likeliest."""
+    """How likely a token was under the unmodified logits.
+
+    Attributes:
+        logprob: Natural log-probability.
+        rank: Among the whole vocabulary; 1 is the likeliest.
+        decoded_token: Its text; None if the model has no tokenizer.
+    """
 
     logprob: float
     rank: int | None = None
@@ -40,10 +46,15 @@ class CompletionOutput:
 
 @dataclasses.dataclass(frozen=True)
 class RequestOutput:
-    """A prompt and its completions; ``request_id`` is its place in the input, as a string.
+    """A prompt and its completions.
 
-    ``prompt_logprobs`` has an entry per prompt token, as ``CompletionOutput.logprobs`` has per new
-    one; the first is None, since nothing comes before it. None unless asked for.
+    Attributes:
+        request_id: Its place in the input, as a string.
+        prompt: Its text; None if it was given as token ids.
+        prompt_token_ids: Special tokens included.
+        outputs: The completions.
+        prompt_logprobs: An entry per prompt token, as ``CompletionOutput.logprobs`` has per new
+            one; the first is None, since nothing comes before it. None unless asked for.
     """
 
     request_id: str

@@ -83,14 +83,15 @@ class Plan:
     @property
     def misfits(self) -> list[str]:
         """What does not fit the machine, in words."""
-        h = self.hardware
-        room = {Tier.DEVICE: h.device_memory, Tier.HOST: h.host_memory, Tier.DISK: h.disk}
         needed = self.peak_bytes
         needed[Tier.DEVICE] += self.workspace_bytes
+        limits = Limits.of(self.hardware)
+        names = {tier: tier.value for tier in Tier}
+        if limits.shared:
+            names[Tier.DEVICE] = "memory"
         return [
-            f"{tier.value}: {needed[tier] / 1e9:.1f} GB of {room[tier] / 1e9:.1f} GB"
-            for tier in Tier
-            if needed[tier] > room[tier]
+            f"{names[tier]}: {nbytes / 1e9:.1f} GB too much"
+            for tier, nbytes in limits.exceeded(needed).items()
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -165,13 +166,7 @@ def plan(
     known = Model(config, dtype, slots=slots or {})
     job = Uniform(prompt_len, gen_len)
     name, order = schedule
-    shared = hardware.host_to_device is None
-    limits = Limits(
-        device=hardware.device_memory,
-        host=hardware.host_memory,
-        disk=hardware.disk,
-        shared=shared,
-    )
+    limits = Limits.of(hardware)
     why = None
     if policy == "auto":
         auto = Auto(dict(fixed or {}), tuple(allow))
@@ -205,7 +200,7 @@ def plan(
         order=ordered,
         seconds=prefill + decode,
         prefill_seconds=prefill,
-        peak=peak_nbytes(ordered(workload), workload, shared=shared),
+        peak=peak_nbytes(ordered(workload), workload, shared=limits.shared),
         workspace_bytes=max(b.workspace for b in workload.sizes.batches),
         lower_bound=CostModel(workload, hardware).lower_bound(),
         why=why,

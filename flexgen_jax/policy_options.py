@@ -161,6 +161,8 @@ def read_policy(values: Mapping[str, Any]) -> tuple[Policy | Literal["auto"], di
         return Policy.from_json(json.loads(Path(policy).read_text(encoding="utf-8"))), changes
     except OSError as error:
         raise OSError(f"cannot read the policy {policy}: {error.strerror}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{policy} is no policy: {error}") from error
 
 
 def _bits(values: Mapping[str, Any], name: str, short: str) -> int | None:

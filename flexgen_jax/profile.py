@@ -6,6 +6,7 @@ calls. Takes under two minutes and a gigabyte of disk, which is given back.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import statistics
@@ -20,16 +21,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexgen_jax import kernels, opt
-from flexgen_jax.kv_cache import LayerCache
+from flexgen_jax.config import OPTConfig
+from flexgen_jax.kv_cache import CacheFormat, LayerCache
 from flexgen_jax.memory import device_memory
+from flexgen_jax.params import nest, unit_shapes
 from flexgen_jax.quantization import quantize
 from flexgen_jax.unpacking import Dense
 from scheduling.hardware import Hardware
+from storage.disk import DiskContext
+from storage.disk_sequences import DiskSequences
 from storage.memory import aligned_bytes, available_memory
+from storage.slots import Slot
 
-_ROWS = (2, 8, 32, 128, 512, 1024)
+_ROWS = (2, 8, 16, 32, 64, 128, 512, 1024)
+_MOST_DECODE_ROWS, _PROMPT = 128, 64
 _WIDTH, _FFN, _HEADS, _HEAD_DIM = 2048, 8192, 32, 64
-_FILE_NBYTES, _CALL_NBYTES = 1 << 30, 32 << 20
+_FILE_NBYTES, _CALL_NBYTES, _SMALL_NBYTES = 1 << 30, 32 << 20, 64 << 10
 
 Say = Callable[[str], None]
 
@@ -55,15 +62,21 @@ def profile(
     """
     directory.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(directory).free
-    read, write, cached = _disk(directory, repeats, file_nbytes)
+    read, write, cached = disk_speed(directory, repeats, file_nbytes)
     say(f"disk: read {_gb(read)}, write {_gb(write)}, through the page cache {_gb(cached)}")
+    read_latency, write_latency = _latencies(directory, repeats, read, write)
+    cache_read, cache_write = _cells(directory, dtype, repeats, read_latency, write_latency)
+    say(
+        f"KV cache on disk: read {_gb(cache_read)}, write {_gb(cache_write)}; each access takes "
+        f"{read_latency * 1e3:.2f} ms to read, {write_latency * 1e3:.2f} ms to write"
+    )
     device = jax.local_devices()[0]
     inward, outward = _links(device, repeats)
     if inward is not None and outward is not None:
         say(f"host to device {_gb(inward)}, device to host {_gb(outward)}")
-    points = tuple((float(n), _matmul(n, dtype, repeats)) for n in _ROWS)
+    points = tuple((float(n), _layers(n, dtype, repeats)) for n in _ROWS)
     say(
-        "matrix products, GFLOP/s by rows: "
+        "decoder layers, GFLOP/s by rows: "
         + ", ".join(f"{rows:.0f}: {rate / 1e9:.0f}" for rows, rate in points)
     )
     attention = _attention(dtype, repeats)
@@ -88,7 +101,7 @@ def profile(
         host_to_device=inward,
         device_to_host_cache=outward,
         device_to_host_hidden=outward,
-        host_to_disk_cache=write,
+        host_to_disk_cache=cache_write,
         host_to_disk_hidden=write,
         matmul=points,
         attention=attention,
@@ -96,6 +109,9 @@ def profile(
         host_attention=hosted,
         dequantize=unpacking,
         overhead=overhead,
+        disk_to_host_cache=cache_read,
+        disk_read_latency=read_latency,
+        disk_write_latency=write_latency,
     )
 
 
@@ -122,7 +138,7 @@ def _seconds(call: Callable[[], Any], repeats: int) -> float:
     return statistics.median(found)
 
 
-def _disk(directory: Path, repeats: int, nbytes: int) -> tuple[float, float, float]:
+def disk_speed(directory: Path, repeats: int, nbytes: int) -> tuple[float, float, float]:
     """Bytes per second read and written past the page cache, and read through it."""
     buffer = aligned_bytes(min(_CALL_NBYTES, nbytes), touch=True)
     nbytes -= nbytes % buffer.nbytes
@@ -137,6 +153,49 @@ def _disk(directory: Path, repeats: int, nbytes: int) -> tuple[float, float, flo
             warm = max(warm, _move(file, os.O_RDONLY, os.preadv, buffer, nbytes, direct=False))
             cached.append(warm)
     return statistics.median(reads), statistics.median(writes), statistics.median(cached)
+
+
+def _latencies(directory: Path, repeats: int, read: float, write: float) -> tuple[float, float]:
+    """Seconds that a small read and a small write take beyond their bytes."""
+    buffer = aligned_bytes(_SMALL_NBYTES, touch=True)
+    nbytes = 32 * repeats * _SMALL_NBYTES
+    with tempfile.TemporaryDirectory(prefix="flexgen-jax-profile-", dir=directory) as scratch:
+        file = Path(scratch) / "data"
+        speed = _move(file, os.O_WRONLY | os.O_CREAT, os.pwritev, buffer, nbytes)
+        writing = _SMALL_NBYTES * (1 / speed - 1 / write)
+        _forget(file)
+        speed = _move(file, os.O_RDONLY, os.preadv, buffer, nbytes)
+        reading = _SMALL_NBYTES * (1 / speed - 1 / read)
+    return max(reading, 0.0), max(writing, 0.0)
+
+
+def _cells(
+    directory: Path, dtype: str, repeats: int, read_latency: float, write_latency: float
+) -> tuple[float, float]:
+    """Bytes per second of the KV cache, read from disk and written, past the page cache.
+
+    As a run does it: in chunks, and from and into the layout that is computed with.
+    """
+    shape, capacity = (16, _HEADS, 256, _HEAD_DIM), 288
+    x = jax.device_put(_normal(*shape, dtype=dtype), jax.local_devices(backend="cpu")[0])
+    slot = Slot()
+    with tempfile.TemporaryDirectory(prefix="flexgen-jax-profile-", dir=directory) as scratch:
+        cells = DiskSequences(Path(scratch), DiskContext(mode="direct"))
+
+        def load() -> None:
+            slot.begin(cells.slot_nbytes([2 * x.nbytes * capacity // shape[2]]))
+            slot.release(cells.load("cell", slot))
+
+        writing = _seconds(lambda: cells.put("cell", (x, x), capacity), repeats)
+        reading = _seconds(load, repeats)
+        slot.begin()
+        cells.close()
+    nbytes = 2 * x.nbytes
+    smallest = 1e-9  # of a disk whose accesses take all the time
+    return (
+        nbytes / max(reading - read_latency, smallest),
+        nbytes / max(writing - write_latency, smallest),
+    )
 
 
 def _move(
@@ -182,16 +241,33 @@ def _normal(*shape: int, dtype: str) -> jax.Array:
     return jax.random.normal(jax.random.key(0), shape, jnp.float32).astype(dtype)
 
 
-def _matmul(rows: int, dtype: str, repeats: int) -> float:
-    """FLOP per second of a decoder layer's larger products."""
-    up, down = _normal(_WIDTH, _FFN, dtype=dtype), _normal(_FFN, _WIDTH, dtype=dtype)
+def _layers(rows: int, dtype: str, repeats: int) -> float:
+    """FLOP per second of a decoder layer in which attention is next to nothing.
 
-    @jax.jit
-    def layer(x: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
-        return opt.linear({"kernel": down}, opt.linear({"kernel": up}, x))
-
-    x = _normal(rows, _WIDTH, dtype=dtype)
-    return 4 * rows * _WIDTH * _FFN / _seconds(lambda: layer(x, up, down), repeats)
+    Decode's kernel up to as many rows as a batch may have, prefill's beyond.
+    """
+    config = OPTConfig(
+        hidden_size=_WIDTH, ffn_dim=_FFN, num_attention_heads=_HEADS, num_hidden_layers=1
+    )
+    shapes = unit_shapes(config, "layer_0")
+    params = nest({name: _normal(*shape, dtype=dtype) for name, shape in shapes.items()})["layer_0"]
+    flops = rows * sum(2.0 * math.prod(s) for n, s in shapes.items() if n.endswith(".kernel"))
+    form = CacheFormat()
+    if rows <= _MOST_DECODE_ROWS:
+        x = _normal(rows, 1, _WIDTH, dtype=dtype)
+        cache = LayerCache(*(_normal(rows, _HEADS, 32, _HEAD_DIM, dtype=dtype),) * 2)
+        padding, position = jnp.zeros(rows, jnp.int32), np.int32(16)
+        return flops / _seconds(
+            lambda: kernels.decode_layer(
+                params, x, cache, position, padding, config=config, form=form
+            ),
+            repeats,
+        )
+    batch = rows // _PROMPT
+    x, padding = _normal(batch, _PROMPT, _WIDTH, dtype=dtype), jnp.zeros(batch, jnp.int32)
+    return flops / _seconds(
+        lambda: kernels.prefill_layer(params, x, padding, config=config, form=form), repeats
+    )
 
 
 def _attention(dtype: str, repeats: int) -> float:

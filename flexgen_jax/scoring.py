@@ -46,13 +46,19 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
-    """Of a text: ``exp`` of the mean negative log-likelihood of its ``num_tokens`` tokens."""
+    """How well a model predicts a text.
+
+    Attributes:
+        logprob: Natural log-probability of the text: the sum over its scored tokens.
+        num_tokens: That were scored.
+    """
 
     logprob: float
     num_tokens: int
 
     @property
     def perplexity(self) -> float:
+        """``exp`` of the mean negative log-likelihood of a token."""
         return math.exp(-self.logprob / self.num_tokens)
 
 

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import shutil
 import time
@@ -21,6 +22,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from flexgen_jax.logs import event
 from flexgen_jax.manifest import MANIFEST_NAME, Manifest, TensorEntry, write_durably
 from storage.array_file import StoreError, create_array, describe_array, dtype_of
 
@@ -77,6 +79,8 @@ def write_store(
                 f"{len(manifest.tensors)} tensors are there"
             )
         _check_space(partial, store, manifest, journal)
+        begun, there = time.perf_counter(), len(journal.done)
+        event("conversion begun", store=str(store), nbytes=manifest.nbytes, tensors_there=there)
         _write_tensors(partial, manifest, blocks, order, journal, progress)
         try:
             _finish(partial, manifest, files)
@@ -85,6 +89,7 @@ def write_store(
             (store / _JOURNAL).unlink()
         except OSError as error:
             _cannot_write(store, error)
+        event("conversion finished", store=str(store), seconds=time.perf_counter() - begun)
     return store
 
 
@@ -114,6 +119,7 @@ def _write_tensors(
             with _writing(partial, name, entry):
                 writer.close()
                 journal.record(name)
+            event("tensor converted", level=logging.DEBUG, tensor=name, nbytes=entry.nbytes)
         finally:
             writer.abandon()
 

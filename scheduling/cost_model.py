@@ -79,10 +79,15 @@ class CostModel:
         found = []
         for link, nbytes in self.sizes.moved(op).items():
             name = _CONSTANTS[link, kind]
+            if name == "disk_to_host_cache" and self.hardware.disk_to_host_cache is None:
+                name = "disk_to_host"
             rate = getattr(self.hardware, name)
             if rate is not None:
                 found.append(Term(name, link.value, nbytes / rate))
                 found.append(Term("overhead", link.value, self.hardware.overhead))
+            latency = _LATENCIES.get(link)
+            if latency is not None and (each := getattr(self.hardware, latency)):
+                found.append(Term(latency, link.value, each * self.sizes.accesses(op)))
         return found
 
     def _compute(self, op: Compute, unpack: bool) -> list[Term]:
@@ -146,8 +151,9 @@ class CostModel:
         return total
 
 
+_LATENCIES = {Link.DISK_TO_HOST: "disk_read_latency", Link.HOST_TO_DISK: "disk_write_latency"}
 _CONSTANTS = {
-    (Link.DISK_TO_HOST, "cache"): "disk_to_host",
+    (Link.DISK_TO_HOST, "cache"): "disk_to_host_cache",
     (Link.DISK_TO_HOST, "hidden"): "disk_to_host",
     (Link.HOST_TO_DEVICE, "cache"): "host_to_device",
     (Link.HOST_TO_DEVICE, "hidden"): "host_to_device",

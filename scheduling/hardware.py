@@ -37,6 +37,9 @@ class Hardware:
             ``host_attention``: on the host.
         dequantize: Bytes of dense arrays per second that unpacking codes makes.
         overhead: Seconds that any op takes beside its work.
+        disk_to_host_cache: Bandwidth of reading the KV cache, which is brought into another layout
+            on the way; None: that of ``disk_to_host``.
+        disk_read_latency, disk_write_latency: Seconds that each access takes beside its bytes.
 
     Raises:
         ValueError: a value that is not positive, or points out of order.
@@ -58,14 +61,22 @@ class Hardware:
     host_attention: float
     dequantize: float
     overhead: float = 0.0
+    disk_to_host_cache: float | None = None
+    disk_read_latency: float = 0.0
+    disk_write_latency: float = 0.0
 
     def __post_init__(self) -> None:
-        optional = ("host_to_device", "device_to_host_cache", "device_to_host_hidden")
+        optional = (
+            "host_to_device",
+            "device_to_host_cache",
+            "device_to_host_hidden",
+            "disk_to_host_cache",
+        )
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name in ("name", "matmul") or (field.name in optional and value is None):
                 continue
-            if not (_positive(value) or (field.name == "overhead" and value == 0)):
+            if not (_positive(value) or (field.name in FIXED and value == 0)):
                 raise ValueError(f"{field.name} must be a positive number, got {value!r}")
         points = tuple((float(rows), float(rate)) for rows, rate in self.matmul)
         rows = [r for r, _ in points]
@@ -93,7 +104,7 @@ class Hardware:
 
         Args:
             factors: By the name of a bandwidth or rate, or ``matmul@ROWS``: products with so many
-                rows; or ``overhead``. A link that is not there stays so.
+                rows; or of ``FIXED``. A link that is not there stays so.
 
         Raises:
             ValueError: no such constant, or a factor that is not positive.
@@ -106,13 +117,14 @@ class Hardware:
             kind, _, rows = name.partition("@")
             if kind == "matmul" and rows:
                 points[float(rows)] = self.matmul_rate(float(rows)) / factor
-            elif name == "overhead":
-                changes[name] = self.overhead * factor
+            elif name in FIXED:
+                changes[name] = getattr(self, name) * factor
             elif name in RATES:
                 rate = getattr(self, name)
                 changes[name] = None if rate is None else rate / factor
             else:
-                raise ValueError(f"no constant {name!r}; known: {', '.join(RATES)}, matmul@ROWS")
+                known = ", ".join((*RATES, *FIXED, "matmul@ROWS"))
+                raise ValueError(f"no constant {name!r}; known: {known}")
         return dataclasses.replace(self, **changes, matmul=tuple(sorted(points.items())))
 
     def to_json(self) -> dict[str, Any]:
@@ -167,8 +179,11 @@ class Hardware:
             raise ValueError(f"{name} is no hardware: {error}") from error
 
 
+# Seconds that something takes however little it moves; may be 0.
+FIXED = ("overhead", "disk_read_latency", "disk_write_latency")
 RATES = (
     "disk_to_host",
+    "disk_to_host_cache",
     "host_to_device",
     "device_to_host_cache",
     "device_to_host_hidden",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from scheduling.hardware import Hardware
 from scheduling.policy import Tier
 
 
@@ -21,6 +22,14 @@ class Limits:
     host: float
     disk: float
     shared: bool = False
+
+    @classmethod
+    def of(cls, hardware: Hardware) -> Limits:
+        """All that a machine has. Where nothing moves between them, device and host are one."""
+        h = hardware
+        if h.host_to_device is None:
+            return cls(device=h.device_memory + h.host_memory, host=0, disk=h.disk, shared=True)
+        return cls(device=h.device_memory, host=h.host_memory, disk=h.disk)
 
     def exceeded(self, peak: Mapping[Tier, float]) -> dict[Tier, float]:
         """Tier -> bytes too many."""

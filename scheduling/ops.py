@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LoadWeights:
-    """slot = weights[layer], for use from ``step`` on."""
+    """``slot = weights[layer]``, for use from ``step`` on."""
 
     step: int
     layer: int
@@ -20,7 +20,7 @@ class LoadWeights:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FreeWeights:
-    """release(slot of weights[layer])"""
+    """``release(slot of weights[layer])``"""
 
     layer: int
 
@@ -39,31 +39,31 @@ class _Cell:
 
 
 class LoadCache(_Cell):
-    """device_cache = cache[layer][batch], as ``step`` - 1 left it."""
+    """``device_cache = cache[layer][batch]``, as ``step`` - 1 left it."""
 
     __slots__ = ()
 
 
 class StoreCache(_Cell):
-    """cache[layer][batch] = device_cache, with the keys and values of ``step``."""
+    """``cache[layer][batch] = device_cache``, with the keys and values of ``step``."""
 
     __slots__ = ()
 
 
 class LoadHidden(_Cell):
-    """device_hidden = hidden[batch], the input of ``layer`` (tokens, for the first)."""
+    """``device_hidden = hidden[batch]``, the input of ``layer`` (tokens, for the first)."""
 
     __slots__ = ()
 
 
 class StoreHidden(_Cell):
-    """hidden[batch] = device_hidden, the output of ``layer`` (tokens, of the last)."""
+    """``hidden[batch] = device_hidden``, the output of ``layer`` (tokens, of the last)."""
 
     __slots__ = ()
 
 
 class Compute(_Cell):
-    """device_hidden, device_cache = layer(weights, device_hidden, device_cache)"""
+    """``device_hidden, device_cache = layer(weights, device_hidden, device_cache)``"""
 
     __slots__ = ()
 

@@ -232,29 +232,37 @@ class _Search:
     def _solve(self, policy: Policy) -> Candidate | None:
         """The best shares of a shape, dealt out and found to fit."""
         less = dict.fromkeys(Tier, 0.0)
-        program = None
-        for attempt in range(_TRIES):
-            splits: dict[str, Split] | None = {}
-            if attempt or any(name in self.fixed for name in SPLITS):
-                program = program or Program(
-                    policy, self.blocks, self.hardware, self.limits, self.fixed
-                )
-                splits = program.solve(less)
+        if not any(name in self.fixed for name in SPLITS):
+            found = self._dealt(policy, {}, {})
+            if found is not None:
+                return found  # everything on the device
+        program = Program(policy, self.blocks, self.hardware, self.limits, self.fixed)
+        for _ in range(_TRIES):
+            splits = program.solve(less)
             if splits is None:
-                return None
-            dealt = with_splits(policy, splits)
-            blocks = self.blocks(dealt)
-            over = self.limits.exceeded(room_nbytes(blocks[0][0], shared=self.limits.shared))
-            if not over:
-                seconds = sum(count * busiest(self._lanes(workload)) for workload, count in blocks)
-                return Candidate(policy=dealt, seconds=seconds)
-            excess = sum(over.values())
-            if self.least is None or excess < self.least[0]:
-                words = ", ".join(f"{t.value} {n / 1e9:.2f} GB" for t, n in over.items())
-                self.least = excess, f"{size_of(policy)}: too much by {words}"
-            if splits:  # what was tried first, all on the device, tells nothing
-                for tier, nbytes in over.items():
-                    less[tier] += 1.05 * nbytes
+                break
+            found = self._dealt(policy, splits, less)
+            if found is not None:
+                return found
+        least = {name: self.fixed.get(name, Split(device=0, disk=100)) for name in SPLITS}
+        return self._dealt(policy, least, {})
+
+    def _dealt(
+        self, policy: Policy, splits: Mapping[str, Split], less: dict[Tier, float]
+    ) -> Candidate | None:
+        """The policy with these splits, or None: it does not fit, by what is added to ``less``."""
+        dealt = with_splits(policy, splits)
+        blocks = self.blocks(dealt)
+        over = self.limits.exceeded(room_nbytes(blocks[0][0], shared=self.limits.shared))
+        if not over:
+            seconds = sum(count * busiest(self._lanes(workload)) for workload, count in blocks)
+            return Candidate(policy=dealt, seconds=seconds)
+        excess = sum(over.values())
+        if self.least is None or excess < self.least[0]:
+            words = ", ".join(f"{t.value} {_size(n)}" for t, n in over.items())
+            self.least = excess, f"nearest, {size_of(policy)}: too much by {words}"
+        for tier, nbytes in over.items():
+            less[tier] = less.get(tier, 0.0) + 1.05 * nbytes
         return None
 
     def _lanes(self, workload: Workload) -> dict[str, tuple[Seconds, Seconds]]:
@@ -270,13 +278,20 @@ class _Search:
         return dataclasses.replace(candidate, seconds=candidate.seconds * ratio, simulated=True)
 
     def _nothing_fits(self) -> NothingFitsError:
-        limits = self.limits
-        least = f"; nearest, {self.least[1]}" if self.least else ""
+        room = self.limits
+        least = f"; {self.least[1]}" if self.least else ""
+        host = "" if room.shared and not room.host else f"host {_size(room.host)}, "
         return NothingFitsError(
-            f"nothing fits within device {limits.device / 1e9:.2f} GB, host "
-            f"{limits.host / 1e9:.2f} GB, disk {limits.disk / 1e9:.2f} GB{least}: give more "
-            "memory, shorter prompts, fewer slots, or 4-bit weights"
+            f"nothing fits within device {_size(room.device)}, {host}disk {_size(room.disk)}"
+            f"{least}: give more memory, shorter prompts, or 4-bit weights"
         )
+
+
+def _size(nbytes: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if nbytes >= size:
+            return f"{nbytes / size:.2f} {unit}"
+    return f"{nbytes / 1e3:.2f} kB"
 
 
 def size_of(policy: Policy) -> str:

@@ -41,7 +41,7 @@ def simulate(
     """When each op of a schedule would run on ``hardware``.
 
     Args:
-        workload: With sizes, as ``LLM.workload`` and ``plan`` make it.
+        workload: With sizes, as ``Plan.workload`` has them.
         look_ahead: Issues that may be waiting or running, as the executor's.
 
     Raises:

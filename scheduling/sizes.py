@@ -103,6 +103,7 @@ class Sizes:
             per pair of positions.
         chunk_positions: What the cache on disk is written and read by; newer positions wait in
             host memory.
+        reads: Per layer, how many accesses of the disk a load is; empty: none.
     """
 
     weights: tuple[Mapping[Tier, int], ...]
@@ -113,6 +114,14 @@ class Sizes:
     matmul_flops: tuple[float, ...]
     hidden_size: int
     chunk_positions: int = 1
+    reads: tuple[int, ...] = ()
+
+    def accesses(self, op: Op) -> int:
+        """How often ``op`` accesses the disk: a cell is one file."""
+        if isinstance(op, LoadWeights):
+            return self.reads[op.layer] if self.reads else 0
+        moved = self.moved(op)
+        return int(Link.DISK_TO_HOST in moved or Link.HOST_TO_DISK in moved)
 
     def moved(self, op: Op) -> Moved:
         """Bytes that ``op`` moves, by link; links that it does not use are left out."""

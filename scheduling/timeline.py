@@ -64,7 +64,12 @@ class Span:
 
 @dataclasses.dataclass(frozen=True)
 class Timeline:
-    """Spans, ordered by their start. ``label`` tells predicted from measured."""
+    """When each op of a run worked, predicted or measured.
+
+    Attributes:
+        spans: Ordered by their start, in seconds from the run's.
+        label: Tells predicted from measured.
+    """
 
     spans: tuple[Span, ...] = dataclasses.field(repr=False)
     label: str = "timeline"
@@ -183,5 +188,9 @@ def _about(kind: str, args: dict[str, Any], process: int, thread: int = 0) -> di
 
 
 def write_trace(path: str | Path, *timelines: Timeline) -> None:
-    """Writes :func:`to_perfetto` to ``path``."""
+    """Writes a trace for Perfetto or ``chrome://tracing``: JSON, a process per timeline.
+
+    Raises:
+        OSError: ``path`` cannot be written.
+    """
     Path(path).write_text(json.dumps(to_perfetto(*timelines)), encoding="utf-8")

@@ -178,11 +178,12 @@ def describe_array(directory: Path) -> ArrayFile:
     except OSError as error:
         raise StoreError(
             f"cannot read {metadata}: {error.strerror}; expected the metadata of a stored array: "
-            "the store is damaged, convert the model again"
+            "the store is damaged, remove it and convert the model again"
         ) from error
     except ValueError as error:
         raise StoreError(
-            f"{metadata} is not valid JSON ({error}): the store is damaged, convert the model again"
+            f"{metadata} is not valid JSON ({error}): the store is damaged, remove it and convert "
+            "the model again"
         ) from error
     try:
         if values["zarr_format"] != 3 or values["node_type"] != "array":
@@ -203,13 +204,13 @@ def describe_array(directory: Path) -> ArrayFile:
         except OSError as error:
             raise StoreError(
                 f"cannot read {chunk}: {error.strerror}; expected {nbytes} bytes: the store is "
-                "damaged, convert the model again"
+                "damaged, remove it and convert the model again"
             ) from error
         if size != nbytes:
             raise StoreError(
                 f"{chunk} is {'truncated' if size < nbytes else 'too long'}: it has {size} bytes, "
-                f"expected {nbytes} for {dtype.name} {list(shape)}; the store is damaged, convert "
-                "the model again"
+                f"expected {nbytes} for {dtype.name} {list(shape)}; the store is damaged, "
+                "remove it and convert the model again"
             )
     return ArrayFile(directory, chunk, shape, dtype, nbytes, raw)
 

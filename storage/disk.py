@@ -155,7 +155,7 @@ class _OpenTensor:
     def _short(self, size: int) -> StorageError:
         return StorageError(
             f"short read of {self.name}: {self.file.chunk} gave {size} bytes, expected "
-            f"{self.file.nbytes}; the store is damaged, convert the model again"
+            f"{self.file.nbytes}; the store is damaged, remove it and convert the model again"
         )
 
     def close(self) -> None:

@@ -105,6 +105,16 @@ def _cgroup_file(name: str) -> int | None:
     return None
 
 
+def memory_limit() -> int | None:
+    """Bytes that this process's cgroup allows; None: no limit."""
+    return _cgroup_file("memory.max")
+
+
+def total_memory() -> int:
+    """Bytes of the machine, whoever has them."""
+    return _meminfo("MemTotal") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def available_memory() -> int:
     """Bytes this process can take without swapping: the system's estimate, cgroup limit respected.
 

@@ -289,6 +289,8 @@ def test_openai_lines_are_answered_in_their_dialect(job):
         (["--policy", "auto", "--percent", "0", "0", "100", "0", "100", "0"], "exclude each other"),
         (["--gpu-batch-size", "0"], "device_batch_size must be"),
         (["--device-memory", "much"], "such as '12GiB'"),
+        (["--device-memory", "1GiB", "--percent", *"000000"], "--device-memory: for policy auto"),
+        (["--host-memory", "1", "--percent", *"000000"], "Leave one or the other out"),
         (["--dtype", "int8"], "int8"),
         (["--percent", "0", "0"], "requires 6 arguments"),
         (["--frobnicate"], "No such option"),
@@ -319,6 +321,16 @@ def test_missing_model_input_and_output(job, tmp_path, offload):
         assert words in result.stderr
         assert result.stderr.count("\n") == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl"]
+
+
+@pytest.mark.parametrize("text", ["no JSON", "[]", '{"weights": {"gpu": 1}}', '{"weights": 5}'])
+def test_a_wrong_policy_file_is_named(job, tmp_path, text):
+    file = tmp_path / "policy.json"
+    file.write_text(text)
+    result, records = job([{"prompt_token_ids": [5]}], "--policy", file)
+    assert result.exit_code == 2
+    assert f"{file} is no policy: " in result.stderr
+    assert records is None
 
 
 def test_a_policy_file(job, tmp_path):

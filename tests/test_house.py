@@ -1,5 +1,8 @@
 """What holds the house together: checked shapes, a README that is true, an honest version."""
 
+import dataclasses
+import functools
+import inspect
 import subprocess
 import sys
 import tomllib
@@ -33,6 +36,48 @@ def test_everything_public_can_be_had():
     assert set(fg.__all__) == set(dir(fg))
     with pytest.raises(AttributeError, match="no attribute 'LLMs'"):
         _ = fg.LLMs
+
+
+def _members(name, value):
+    """A public name, and of a class the methods and properties it defines."""
+    yield name, value
+    if inspect.isclass(value):
+        for key, member in vars(value).items():
+            if not key.startswith("_") and (
+                inspect.isfunction(member)
+                or isinstance(member, (property, functools.cached_property, classmethod))
+            ):
+                yield f"{name}.{key}", getattr(member, "__func__", member)
+
+
+def _undocumented(names):
+    """Those of them without a docstring of their own; what dataclasses make up is none."""
+    for name, value in names:
+        if callable(value) or isinstance(value, property):
+            text = value.__dict__.get("__doc__") if inspect.isclass(value) else value.__doc__
+            if not text or text.startswith(f"{name}("):
+                yield name
+
+
+def test_everything_public_is_documented():
+    everything = [m for name in fg.__all__ for m in _members(name, getattr(fg, name))]
+    assert len(everything) > 2 * len(fg.__all__)
+    assert list(_undocumented(everything)) == []
+
+
+def test_what_has_no_docstring_is_noticed():
+    @dataclasses.dataclass
+    class Bare:
+        value: int
+
+        def method(self):
+            return self.value
+
+    class Heir(fg.Policy):
+        pass
+
+    assert list(_undocumented(_members("Bare", Bare))) == ["Bare", "Bare.method"]
+    assert list(_undocumented(_members("Heir", Heir))) == ["Heir"]
 
 
 def test_packages_are_typed_and_shipped():

@@ -1,5 +1,6 @@
 """The main path: greedy tokens equal Hugging Face's, whatever the schedule and the placement."""
 
+import dataclasses
 import json
 import threading
 from pathlib import Path
@@ -567,23 +568,90 @@ def test_wrong_schedule_and_model_names(offload, tmp_path):
         fg.LLM(str(tmp_path / "nowhere"), offload_dir=offload)
 
 
-def test_the_automatic_policy_fills_device_then_host_then_disk(offload):
+def limited(offload, nbytes, **more):
+    return fg.LLM(str(GOLDENS / "pre_norm"), offload_dir=offload, device_memory=nbytes, **more)
+
+
+def test_auto_is_the_default_and_keeps_to_the_memory(offload):
     with fg.LLM(str(GOLDENS / "pre_norm"), offload_dir=offload) as llm:
         assert llm.policy.weights == fg.Split()
+        assert llm.why.startswith("best of")
         total = llm.placement.nbytes()
-    with fg.LLM(
-        str(GOLDENS / "pre_norm"),
-        offload_dir=offload,
-        device_memory=total // 2,
-        host_memory=f"{total / 2 / 1024}KiB",
-    ) as llm:
-        assert llm.policy.weights.device == pytest.approx(30, abs=0.1)
-        assert llm.policy.weights.host == pytest.approx(30, abs=0.1)
-        assert 0 < llm.placement.percent(fg.Tier.DISK) < 60
-        tokens = [list(o.outputs[0].token_ids) for o in llm.generate(PROMPTS, GREEDY)]
-    assert tokens == [t[:NEW] for t in EXPECTED["variants"]["pre_norm"]["tokens"]]
+        llm.generate(PROMPTS, GREEDY)
+        whole = llm.report.peak_bytes[fg.Tier.DEVICE]
+    for nbytes in (whole * 5 // 4, whole, whole * 3 // 4):
+        with limited(offload, nbytes) as llm:
+            tokens = [list(o.outputs[0].token_ids) for o in llm.generate(PROMPTS, GREEDY)]
+            report = llm.report
+        assert tokens == [t[:NEW] for t in EXPECTED["variants"]["pre_norm"]["tokens"]]
+        held = report.peak_bytes
+        assert held[fg.Tier.DEVICE] + held[fg.Tier.HOST] <= nbytes
+        assert report.why is not None
+        assert report.placement["weights"].nbytes() == total
+    assert whole > report.peak_bytes[fg.Tier.DEVICE]
+    with pytest.raises(ValueError, match=r"nothing fits within device 10\.00 kB"):
+        limited(offload, 10_000).generate(PROMPTS, GREEDY)
     with pytest.raises(ValueError, match="such as '12GiB'"):
         fg.LLM(str(GOLDENS / "pre_norm"), device_memory="lots", offload_dir=offload)
+
+
+def test_auto_goes_down_to_the_disk(offload):
+    demo = "flexgen_jax/demo_model"
+    with fg.LLM(demo, offload_dir=offload) as llm:
+        whole = [o.outputs[0].token_ids for o in llm.generate([[5, 6, 7]] * 4, GREEDY)]
+        total = llm.placement.nbytes()
+    with fg.LLM(demo, offload_dir=offload, device_memory=total * 3 // 4) as llm:
+        assert [o.outputs[0].token_ids for o in llm.generate([[5, 6, 7]] * 4, GREEDY)] == whole
+        report = llm.report
+    assert report.placement["weights"].nbytes(fg.Tier.DISK) > 0.2 * total
+    assert 0 < report.peak_bytes[fg.Tier.DEVICE] <= total * 3 // 4
+    assert report.disk_bytes > 0
+
+
+def test_auto_chooses_anew_for_other_jobs_around_weights_in_place(offload):
+    with fg.LLM(str(GOLDENS / "pre_norm"), offload_dir=offload) as llm:
+        llm.generate([[5, 6]], GREEDY)
+        first = llm.policy
+        assert first.block_size == 1
+        llm.generate([[5, 6, 7]], GREEDY)
+        assert llm.policy is first  # a job of the same kind
+        llm.generate([[5, 6]] * 9, GREEDY)
+        assert llm.policy.block_size >= 8
+        assert llm.policy.weights == first.weights
+        llm.policy = dataclasses.replace(first, device_batch_size=2)
+        llm.generate([[5, 6]] * 9, GREEDY)
+        assert llm.policy.device_batch_size == 2  # setting it ends the choosing
+
+
+def test_auto_keeps_what_is_fixed_and_uses_what_is_allowed(offload):
+    with limited(offload, None, fixed={"device_batch_size": 3, "cache_bits": 8}) as llm:
+        assert (llm.policy.device_batch_size, llm.policy.cache_bits) == (3, 8)
+    slow = dataclasses.replace(fg.Hardware.preset("laptop"), disk_to_host=1e3)
+    small = {"nbytes": 80_000, "hardware": slow, "fixed": {"device_batch_size": 1}}
+    with limited(offload, **small, allow=["weight_bits"]) as llm:
+        llm.generate([[5, 6]], GREEDY)
+        assert llm.policy.weight_bits in (4, 8)
+        assert llm.store.name != str(GOLDENS / "pre_norm")
+        assert llm.report.placement["weights"].nbytes(fg.Tier.DISK) < 200_000
+    for wrong, words in (
+        ({"fixed": {"speed": 1}}, "no policy field speed; known: device_batch_size"),
+        ({"fixed": {"cache_bits": 3}}, "cache_bits must be None, 4 or 8"),
+        ({"allow": ["magic"]}, "nothing to allow by magic"),
+        ({"policy": fg.Policy(), "allow": ["cache_bits"]}, "are for policy='auto'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            fg.LLM(str(GOLDENS / "pre_norm"), offload_dir=offload, **wrong)
+
+
+def test_a_run_says_why_it_waited(offload):
+    disk = fg.Policy(weights=fg.Split(device=0, disk=100))
+    with fg.LLM(str(GOLDENS / "pre_norm"), policy=disk, offload_dir=offload) as llm:
+        llm.generate(PROMPTS, GREEDY)
+        streams = llm.report.to_json()["streams"]
+    reasons = set(streams["compute"]["waited_seconds"])
+    assert "weights" in reasons
+    assert reasons <= {"weights", "cache", "hidden", "stores", "barrier", "slot"}
+    assert "slot" in streams["load weights"]["waited_seconds"]
 
 
 def test_conversion_is_announced_once_and_reused(tmp_path):

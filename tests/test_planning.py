@@ -1,5 +1,6 @@
 """Predictions without weights: the paper's machine, the commands, and agreement with runs."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -36,7 +37,9 @@ def test_the_papers_machine_within_a_factor_of_two(model):
         schedule=ZIGZAG,
     )
     assert 0.5 < found.tokens_per_second / PAPER[model][-1] < 2
-    assert found.misfits == []
+    # Beside what lies there computing takes room, of which the paper says nothing.
+    assert found.peak_bytes[fg.Tier.DEVICE] <= 16e9
+    assert found.peak_bytes[fg.Tier.HOST] <= 208e9
     assert found.lower_bound
     assert max(found.lower_bound.values()) <= found.timeline.seconds
 
@@ -124,7 +127,7 @@ def test_the_planned_peak_is_what_a_run_holds(wide, where, choices):
         llm.generate([[5] * 32] * 12, params)
         held = llm.report.peak_bytes
     for tier in fg.Tier:
-        assert planned.peak_bytes[tier] == pytest.approx(held[tier], rel=0.05), tier
+        assert held[tier] <= planned.peak_bytes[tier] <= 1.1 * held[tier], tier
     assert llm.report.to_json()["peak_bytes"]["device"] == held[fg.Tier.DEVICE]
 
 
@@ -172,7 +175,8 @@ def test_the_commands(tmp_path):
         (["--model", "facebook/opt-1.4b"], "presets"),
         (["--prompt-len", 3000], "at most the model's 2048 positions"),
         (["--schedule", "zigzga"], "no schedule 'zigzga'"),
-        (["--num-gpu-batches", 2], "give --percent or --policy"),
+        (["--percent", *(0,) * 6, "--allow", "cache-bits"], "--allow is for --policy auto"),
+        (["--hardware", "laptop", "--model", "facebook/opt-175b"], "nothing fits within"),
     ],
 )
 def test_mistakes_are_named(arguments, words):
@@ -206,12 +210,45 @@ def test_what_does_not_fit_is_said():
     )
     assert "device" in found.misfits[0]
     assert not found.to_json()["fits"]
-    automatic = fg.plan(
-        "facebook/opt-30b",
-        "auto",
-        fg.Hardware.preset("t4"),
-        prompt_len=512,
-        gen_len=32,
-        schedule=ZIGZAG,
+
+
+@pytest.mark.parametrize("model", ["facebook/opt-6.7b", "facebook/opt-30b"])
+def test_the_search_predicts_no_less_than_the_papers_policy(model):
+    """Its own search had to be corrected by hand; what this one finds fits."""
+    common = {"prompt_len": 512, "gen_len": 32, "schedule": ZIGZAG}
+    hardware = fg.Hardware.preset("t4")
+    theirs = fg.plan(model, paper_policy(model), hardware, **common)
+    ours = fg.plan(model, "auto", hardware, **common, allow=["host_attention"], help_wanted=True)
+    assert ours.misfits == []
+    assert ours.tokens_per_second >= 0.99 * theirs.tokens_per_second
+    assert ours.why.startswith("best of")
+    assert all(gain > 1 for gain in ours.would_help.values())
+    figures = ours.to_json()
+    assert figures["fits"]
+    assert figures["would_help"] == ours.would_help
+    assert figures["predicted"]["seconds"] == pytest.approx(ours.timeline.seconds)
+
+
+def test_a_large_block_is_predicted_from_some_of_its_steps():
+    hardware = fg.Hardware.preset("t4")
+    policy = fg.Policy.from_percent(0, 50, 0, 0, 0, 100, device_batch_size=32)
+    policy = dataclasses.replace(policy, num_device_batches=16)
+    found = fg.plan(
+        "facebook/opt-66b", policy, hardware, prompt_len=128, gen_len=33, schedule=ZIGZAG
     )
-    assert 0 < automatic.policy.weights.device < 30
+    assert found.seconds == pytest.approx(found.timeline.seconds, rel=0.02)
+    prefill = max(s.end for s in found.timeline.spans if s.op == "Compute" and s.step == 0)
+    assert found.prefill_seconds == pytest.approx(prefill, rel=0.02)
+
+
+def test_fixed_fields_and_methods_are_for_auto():
+    with pytest.raises(ValueError, match="are for policy='auto'"):
+        fg.plan(
+            "facebook/opt-125m",
+            fg.Policy(),
+            fg.Hardware.preset("t4"),
+            prompt_len=16,
+            gen_len=2,
+            schedule=ZIGZAG,
+            allow=["cache_bits"],
+        )

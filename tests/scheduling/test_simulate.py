@@ -27,6 +27,7 @@ from scheduling import (
     zigzag,
 )
 from scheduling.cost_model import bound
+from scheduling.peak import highest, peak_nbytes
 from scheduling.sizes import BatchSizes, CacheCell
 
 MACHINE = Hardware(
@@ -275,8 +276,43 @@ def test_the_rate_of_products():
 
 
 def test_peak_bytes():
-    peak = CostModel(workload(), MACHINE).peak_nbytes()
+    w = workload()
+    phases = peak_nbytes(zigzag(w), w, shared=False)
+    peak = highest(phases)
     assert peak[Tier.DISK] >= 10_000
     assert peak[Tier.HOST] >= 100 * (12 + 13) * 2
     # two slots of the largest layers, two of the largest cells
     assert peak[Tier.DEVICE] >= 7000 + 2 * 100 * 13
+    # hidden states are those of whole prompts in prefill, of one token after it
+    where = w.sizes.batches[0].hidden_tier
+    assert phases["prefill"][where] == phases["decode"][where] + 8 * 9
+
+
+def test_waits_have_reasons():
+    """The disk is slow: computing waits for weights, and loading for a slot."""
+    w = workload(layers=5, batches=2, cache=Tier.DEVICE)
+    slow = dataclasses.replace(MACHINE, disk_to_host=1e4, host_to_device=None)
+    timeline = simulate(zigzag(w), w, slow)
+    waits = timeline.waits("compute")
+    assert next(iter(waits)) == "weights"
+    busy = timeline.busy("compute")
+    assert sum(waits.values()) + busy == pytest.approx(timeline.seconds, rel=0.01)
+    hurried = dataclasses.replace(MACHINE, disk_to_host=1e9, cached_attention=1e4)
+    waits = simulate(zigzag(w), w, hurried).waits("load weights")
+    assert next(iter(waits)) == "slot"
+    serial = simulate(serialize(zigzag(w)), w, MACHINE)
+    assert set(serial.waits("load weights")) == {"barrier"}
+
+
+def test_latency_counts_per_access():
+    base = workload()
+    w = dataclasses.replace(base, sizes=dataclasses.replace(base.sizes, reads=(0, 3, 2, 1)))
+    late = dataclasses.replace(MACHINE, disk_read_latency=0.5, disk_write_latency=0.25)
+    took = dict(CostModel(w, late).pieces(LoadWeights(0, 1)))["disk to host"]
+    assert took == pytest.approx(1.5 + 2000 / 1e6)
+    cells = workload(cache=Tier.DISK)
+    stored = dict(CostModel(cells, late).pieces(StoreCache(0, 1, 0)))["host to disk"]
+    assert stored == pytest.approx(0.25 + 800 / 5e5)
+    slower = dataclasses.replace(late, disk_to_host_cache=1e3)
+    loaded = dict(CostModel(cells, slower).pieces(LoadCache(1, 1, 0)))["disk to host"]
+    assert loaded == pytest.approx(0.5 + 800 / 1e3)

@@ -24,7 +24,7 @@ W = Workload(num_steps=2, num_layers=3, num_batches=2)
 HAND = Timeline(
     (
         Span.of(LoadWeights(0, 1), Stream.LOAD_WEIGHTS, 0.0, 2.0),
-        Span.of(Compute(0, 1, 0), Stream.COMPUTE, 2.0, 3.0, "weights"),
+        Span.of(Compute(0, 1, 0), Stream.COMPUTE, 2.0, 3.0, "weights", 2.0),
         Span("Barrier", "compute", 3.0, 4.0),
     ),
     "by hand",
@@ -37,8 +37,8 @@ def test_sums():
     assert HAND.busy("load weights") == 2
     assert HAND.busy("compute") == 1  # a barrier is no work
     assert HAND.summary() == {
-        "load weights": {"busy_seconds": 2, "share": 0.5},
-        "compute": {"busy_seconds": 1, "share": 0.25},
+        "load weights": {"busy_seconds": 2, "share": 0.5, "waited_seconds": {}},
+        "compute": {"busy_seconds": 1, "share": 0.25, "waited_seconds": {"weights": 2.0}},
     }
     assert [len(spans) for spans in HAND.by_stream().values()] == [1, 2]
     assert HAND.spans[1].wait == "weights"
@@ -108,4 +108,4 @@ def test_perfetto_has_a_process_a_timeline_and_a_thread_a_stream(tmp_path):
 
 def test_perfetto_shows_place_and_reason():
     (span,) = (e for e in to_perfetto(HAND)["traceEvents"] if e["name"].startswith("Compute"))
-    assert span["args"] == {"step": 0, "layer": 1, "batch": 0, "wait": "weights"}
+    assert span["args"] == {"step": 0, "layer": 1, "batch": 0, "wait": "weights", "waited": 2.0}

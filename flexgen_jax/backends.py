@@ -1,0 +1,45 @@
+"""The devices that JAX finds, or in plain words why it finds none."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+
+class BackendError(ValueError):
+    """JAX cannot start the backend it was told to use."""
+
+
+def local_devices() -> list[Any]:
+    """``jax.local_devices()``.
+
+    Raises:
+        BackendError: there are none; the message says what asked for them and what to do.
+    """
+    import jax
+
+    try:
+        return list(jax.local_devices())
+    # What comes depends on version and plugin, up to an assertion without a word.
+    except Exception as error:
+        asked = _asked()
+        if asked:
+            raise BackendError(
+                f"JAX cannot start the platform that JAX_PLATFORMS={asked} asks for"
+                f"{_reason(error)}. Set JAX_PLATFORMS=cpu to run on the CPU, unset it to let JAX "
+                "choose, or install the JAX for your accelerator, such as jax[cuda12]"
+            ) from error
+        raise BackendError(
+            f"JAX finds no device{_reason(error)}. Set JAX_PLATFORMS=cpu to run on the CPU"
+        ) from error
+
+
+def _asked() -> str | None:
+    import jax
+
+    return os.environ.get("JAX_PLATFORMS") or getattr(jax.config, "jax_platforms", None)
+
+
+def _reason(error: Exception) -> str:
+    first = next(iter(str(error).strip().splitlines()), "").rstrip(".")
+    return f": {first}" if first else " (it gives no reason: most likely it is not installed)"
