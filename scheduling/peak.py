@@ -9,8 +9,6 @@ from scheduling.policy import Tier
 from scheduling.workload import Workload
 
 PHASES = ("prefill", "decode")
-# Tensors in slots begin on pages of their own: what that costs, roughly.
-_PAGES = 1 << 17
 
 
 def peak_nbytes(
@@ -117,8 +115,7 @@ def transient_nbytes(workload: Workload, *, shared: bool) -> int:
         for (_, number), cell in sizes.cache.items()
     ]
     return (
-        _PAGES
-        + w.weight_slots * weights
+        w.weight_slots * weights
         + w.hidden_slots * max(hidden, default=0)
         + w.cache_slots * max(cells, default=0)
         + max(sizes.dense[:-1], default=0)
