@@ -131,6 +131,7 @@ def measure(
         "policy": policy,
         "order": order,
         "throttle": throttle,
+        "repeat": args.repeat,
         "block": list(args.block),
         "prompt_len": args.prompt_len,
         "gen_len": args.gen_len,

@@ -189,19 +189,28 @@ def compressed_speed(records: list[dict]) -> str:
     return f"{note}\n\n{table(header, rows)}"
 
 
+def _ratio(predicted: float, measured: float | None) -> str:
+    """What is measured as 0.01 may be anything from 0.005 to 0.015."""
+    if measured is None:
+        return ""
+    if measured >= 0.1:
+        return f"{predicted / measured:.2f}"
+    return f"{predicted / (measured + 0.005):.1f} to {predicted / (measured - 0.005):.1f}"
+
+
 def paper(records: list[dict]) -> str:
     rows = [
         (
             r["model"],
             r["what"],
             f"{r['block'][0]} x {r['block'][1]}",
-            f"{r['predicted']['tokens_per_second']:.2f}",
-            f"{r['measured']:.2f}",
-            f"{r['predicted']['tokens_per_second'] / r['measured']:.2f}",
+            f"{r['predicted']['tokens_per_second']:.{3 if (r['measured'] or 1) < 0.1 else 2}f}",
+            "" if r["measured"] is None else f"{r['measured']:.2f}",
+            _ratio(r["predicted"]["tokens_per_second"], r["measured"]),
             r["bound"],
             f"{r['lower_bound_seconds'] / r['predicted']['seconds']:.0%}",
         )
-        for r in records
+        for r in sorted(records, key=lambda r: (float(r["model"][4:-1]), r["measured"] is not None))
     ]
     note = (
         "Predicted for the paper's policies on its T4, 512 prompt and 32 new tokens, beside the "
@@ -209,6 +218,64 @@ def paper(records: list[dict]) -> str:
     )
     header = ("model", "", "block", "predicted", "measured", "ratio", "bound by", "bound ÷ time")
     return f"{note}\n\n{table(header, rows)}"
+
+
+def predict(records: list[dict]) -> str:
+    rows = []
+    near = 0
+    for r in records:
+        ratio = r["predicted_seconds"] / r["measured_seconds"]
+        near += abs(ratio - 1) <= 0.25
+        rows.append(
+            (
+                r["preset"].partition("/")[2],
+                r["policy"],
+                r["order"],
+                f"{r['throttle'] / 1e9:.1f} GB/s" if r["throttle"] else "as it is",
+                f"{r['predicted_seconds']:.2f} s",
+                f"{r['measured_seconds']:.2f} s",
+                f"{ratio:.2f}",
+            )
+        )
+    note = (
+        f"Blocks on 2 CPU cores in bfloat16, predicted from a profile made before and measured "
+        f"(medians of at least {min(r.get('repeat', 1) for r in records)} runs after one that "
+        f"compiles). Within 25%: {near} of {len(records)}."
+    )
+    header = (
+        "model",
+        "policy",
+        "schedule",
+        "disk of the weights",
+        "predicted",
+        "measured",
+        "ratio",
+    )
+    return f"{note}\n\n{table(header, rows)}"
+
+
+def auto(records: list[dict]) -> str:
+    rows = [
+        (
+            r["preset"].partition("/")[2],
+            f"{r['prompt_len']} + {r['gen_len']}",
+            str(r["requests"]),
+            f"{r['memory'] / 1e9:.2f} GB",
+            f"{r['auto']['tokens_per_second']:.1f}",
+            r["auto"]["policy"],
+            f"{r['best']['tokens_per_second']:.1f}",
+            r["best"]["policy"],
+            str(r["tried"]),
+            f"{r['auto']['tokens_per_second'] / r['best']['tokens_per_second']:.2f}",
+        )
+        for r in records
+    ]
+    note = (
+        "Tokens/s of policy auto beside the best of a sweep of policies that fit the same memory, "
+        "measured in one go on 2 CPU cores in bfloat16."
+    )
+    header = ("model", "tokens", "requests", "memory", "auto", "", "best of sweep", "", "tried")
+    return f"{note}\n\n{table((*header, 'auto ÷ best'), rows)}"
 
 
 TARGETS: dict[str, dict[str, Callable[[list[dict]], str]]] = {
@@ -219,7 +286,7 @@ TARGETS: dict[str, dict[str, Callable[[list[dict]], str]]] = {
         "startup": startup,
     },
     "docs/throughput.md": {"growth": growth},
-    "docs/planning.md": {"paper": paper},
+    "docs/planning.md": {"paper": paper, "predict": predict, "auto": auto},
     "docs/compression.md": {"quality": quality, "compressed": compressed_speed},
 }
 

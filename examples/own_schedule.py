@@ -1,4 +1,4 @@
-"""Write a schedule, validate it, run it, and compare it with zig-zag.
+"""Write a schedule, validate it, simulate it, run it, and compare it with zig-zag.
 
     python examples/own_schedule.py [MODEL]
 
@@ -54,7 +54,7 @@ def main(model):
             llm.generate(prompts, params)  # compiles: not to be measured
             outputs = llm.generate(prompts, params)
             tokens[llm.schedule_name] = [o.outputs[0].token_ids for o in outputs]
-            print(f"{llm.schedule_name}: {llm.report.tokens_per_second:.1f} tokens/s")
+            print(f"{llm.schedule_name}: {llm.report.beside_prediction()}")
     assert tokens["zigzag"] == tokens["back_and_forth"]
     print("the same tokens")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from flexgen_jax.policy_options import NAMES, allowed, policy_options, read_poli
 if TYPE_CHECKING:
     from flexgen_jax.planning import Plan
     from scheduling.hardware import Hardware
+    from scheduling.policy import Policy
 
 _BEFORE = [
     click.option(
@@ -55,6 +57,8 @@ def plan(**options: Any) -> None:
     """Predict a block: placement, time and memory, without weights or an accelerator."""
     with plain_errors():
         found = _plan(options, help_wanted=True)
+        if options["trace"] or options["plot"]:
+            write_pictures([found.timeline], options["trace"], options["plot"], say)
         if options["as_json"]:
             click.echo(json.dumps(found.to_json(), indent=2))
         else:
@@ -63,18 +67,58 @@ def plan(**options: Any) -> None:
 
 @click.command()
 @_options
-def simulate(**options: Any) -> None:
+@click.option(
+    "--compare",
+    "others",
+    multiple=True,
+    metavar="SCHEDULE",
+    help="Simulate this one as well, and draw them under each other; repeatable.",
+)
+def simulate(others: tuple[str, ...], **options: Any) -> None:
     """Run a schedule on paper: how long each stream works in a block, and a picture of it."""
     with plain_errors():
-        found = _plan(options)
-        summary = found.timeline.summary()
+        names = dict.fromkeys((options["schedule"], *others))
+        plans: list[Plan] = []
+        for name in names:
+            # The others run with the policy of the first, also where that was searched for.
+            policy = plans[0].policy if plans else None
+            plans.append(_plan({**options, "schedule": name}, policy=policy))
+        timelines = [dataclasses.replace(found.timeline, label=found.schedule) for found in plans]
+        if options["trace"] or options["plot"]:
+            write_pictures(timelines, options["trace"], options["plot"], say)
         if options["as_json"]:
-            click.echo(json.dumps({"seconds": found.timeline.seconds, "streams": summary}))
+            click.echo(json.dumps([_simulated(found) for found in plans], indent=2))
             return
-        click.echo(f"{found.schedule}: {found.timeline.seconds:.2f} s")
-        for stream, figures in summary.items():
-            share = figures["busy_seconds"] / found.timeline.seconds
-            click.echo(f"  {stream:13s} {figures['busy_seconds']:10.2f} s  {share:6.1%}")
+        for found in plans:
+            click.echo("\n".join(_streams(found)))
+
+
+def _simulated(found: Plan) -> dict[str, Any]:
+    return {
+        "schedule": found.schedule,
+        "seconds": found.timeline.seconds,
+        "tokens_per_second": found.generated_tokens / found.timeline.seconds,
+        "peak_bytes": {tier.value: nbytes for tier, nbytes in found.peak_bytes.items()},
+        "streams": found.timeline.summary(),
+    }
+
+
+def _streams(found: Plan) -> list[str]:
+    timeline = found.timeline
+    rate = found.generated_tokens / timeline.seconds
+    peak = ", ".join(f"{t.value} {n / 1e9:.1f} GB" for t, n in found.peak_bytes.items())
+    lines = [f"{found.schedule}: {timeline.seconds:.2f} s, {rate:.2f} tokens/s; peak: {peak}"]
+    for stream, figures in timeline.summary().items():
+        waits = [
+            f"{reason} {seconds:.2f} s"
+            for reason, seconds in figures["waited_seconds"].items()
+            if seconds > 0.01 * timeline.seconds
+        ]
+        waited = f"; waited for {', '.join(waits)}" if waits else ""
+        lines.append(
+            f"  {stream:13s} {figures['busy_seconds']:10.2f} s  {figures['share']:6.1%}{waited}"
+        )
+    return lines
 
 
 @click.command()
@@ -166,26 +210,33 @@ def _calibrated(hardware: Hardware, reports: tuple[Path, ...]) -> Hardware:
     return calibrated(hardware, rows)
 
 
-def _plan(options: dict[str, Any], *, help_wanted: bool = False) -> Plan:
-    import dataclasses
+def _plan(
+    options: dict[str, Any], *, policy: Policy | None = None, help_wanted: bool = False
+) -> Plan:
+    """What the options ask for.
 
+    Args:
+        policy: Instead of theirs.
+    """
     from flexgen_jax.planning import plan
     from scheduling.hardware import Hardware
     from scheduling.schedules import SCHEDULES
 
-    policy, changes = read_policy({name: options[name] for name in NAMES})
+    chosen, changes = read_policy({name: options[name] for name in NAMES})
     allow = allowed(options["allow"])
-    if policy != "auto":
+    if policy is not None:
+        chosen, changes, allow = policy, {}, ()
+    elif chosen != "auto":
         if allow:
             raise Failure("--allow is for --policy auto: it searches; --percent says it all")
-        policy, changes = dataclasses.replace(policy, **changes), {}
+        chosen, changes = dataclasses.replace(chosen, **changes), {}
     name = options["schedule"]
     if name not in SCHEDULES:
         raise Failure(f"no schedule {name!r}; known: {', '.join(sorted(SCHEDULES))}")
     check_pictures(options["trace"], options["plot"])
-    found = plan(
+    return plan(
         options["model"],
-        policy,
+        chosen,
         Hardware.load(options["hardware"]),
         prompt_len=options["prompt_len"],
         gen_len=options["gen_len"],
@@ -195,9 +246,6 @@ def _plan(options: dict[str, Any], *, help_wanted: bool = False) -> Plan:
         allow=allow,
         help_wanted=help_wanted,
     )
-    if options["trace"] or options["plot"]:
-        write_pictures([found.timeline], options["trace"], options["plot"], say)
-    return found
 
 
 def _described(found: Plan) -> str:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from scheduling.hardware import Hardware
 from scheduling.ops import Compute, LoadCache, LoadWeights, Op, StoreCache
+from scheduling.policy import Tier
 from scheduling.sizes import Link, Sizes
 from scheduling.workload import Workload
 
@@ -78,9 +79,7 @@ class CostModel:
         kind = "cache" if isinstance(op, (LoadCache, StoreCache)) else "hidden"
         found = []
         for link, nbytes in self.sizes.moved(op).items():
-            name = _CONSTANTS[link, kind]
-            if name == "disk_to_host_cache" and self.hardware.disk_to_host_cache is None:
-                name = "disk_to_host"
+            name = self._constant(link, kind, op)
             rate = getattr(self.hardware, name)
             if rate is not None:
                 found.append(Term(name, link.value, nbytes / rate))
@@ -89,6 +88,18 @@ class CostModel:
             if latency is not None and (each := getattr(self.hardware, latency)):
                 found.append(Term(latency, link.value, each * self.sizes.accesses(op)))
         return found
+
+    def _constant(self, link: Link, kind: str, op: Op) -> str:
+        """The field of the hardware that prices what ``op`` moves over ``link``."""
+        h = self.hardware
+        if kind == "cache" and link is Link.DISK_TO_HOST and h.disk_to_host_cache is not None:
+            return "disk_to_host_cache"
+        if isinstance(op, LoadCache) and link is Link.HOST_TO_DEVICE:
+            # What comes from the disk is read into a pinned buffer at once.
+            at_home = self.sizes.cache[op.layer, op.batch].tier is Tier.HOST
+            if at_home and h.host_to_device_cache is not None:
+                return "host_to_device_cache"
+        return _CONSTANTS[link, kind]
 
     def _compute(self, op: Compute, unpack: bool) -> list[Term]:
         h, sizes = self.hardware, self.sizes
@@ -153,7 +164,7 @@ class CostModel:
 
 _LATENCIES = {Link.DISK_TO_HOST: "disk_read_latency", Link.HOST_TO_DISK: "disk_write_latency"}
 _CONSTANTS = {
-    (Link.DISK_TO_HOST, "cache"): "disk_to_host_cache",
+    (Link.DISK_TO_HOST, "cache"): "disk_to_host",
     (Link.DISK_TO_HOST, "hidden"): "disk_to_host",
     (Link.HOST_TO_DEVICE, "cache"): "host_to_device",
     (Link.HOST_TO_DEVICE, "hidden"): "host_to_device",

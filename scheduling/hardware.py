@@ -37,6 +37,8 @@ class Hardware:
             ``host_attention``: on the host.
         dequantize: Bytes of dense arrays per second that unpacking codes makes.
         overhead: Seconds that any op takes beside its work.
+        host_to_device_cache: Bandwidth for a KV cache that lies in host memory, where that has to
+            be brought into a pinned buffer first; None: that of ``host_to_device``.
         disk_to_host_cache: Bandwidth of reading the KV cache, which is brought into another layout
             on the way; None: that of ``disk_to_host``.
         disk_read_latency, disk_write_latency: Seconds that each access takes beside its bytes.
@@ -61,6 +63,7 @@ class Hardware:
     host_attention: float
     dequantize: float
     overhead: float = 0.0
+    host_to_device_cache: float | None = None
     disk_to_host_cache: float | None = None
     disk_read_latency: float = 0.0
     disk_write_latency: float = 0.0
@@ -70,6 +73,7 @@ class Hardware:
             "host_to_device",
             "device_to_host_cache",
             "device_to_host_hidden",
+            "host_to_device_cache",
             "disk_to_host_cache",
         )
         for field in dataclasses.fields(self):
@@ -185,6 +189,7 @@ RATES = (
     "disk_to_host",
     "disk_to_host_cache",
     "host_to_device",
+    "host_to_device_cache",
     "device_to_host_cache",
     "device_to_host_hidden",
     "host_to_disk_cache",
@@ -203,7 +208,9 @@ PRESETS: Mapping[str, Hardware] = {
     # reads at the 2 GB/s of the paper's table 1: at the fitted 0.473 its own 175B policy would take
     # four times longer than it measured. And decode's 4.3 TFLOP/s are reached at the batch at which
     # reading 16-bit weights at the T4's 300 GB/s takes as long. Cached attention is the fitted rate
-    # of batched products in decode, where one FLOP reads one byte of 16-bit cache.
+    # of batched products in decode, where one FLOP reads one byte of 16-bit cache. A cache in host
+    # memory is copied into a pinned buffer first; 4 GB/s for both copies, and dequantisation, are
+    # guesses that fit the rows of its ablation that depend on them.
     "t4": Hardware(
         name="NVIDIA T4, 208 GB host memory, NVMe SSD (FlexGen, ICML 2023)",
         device_memory=16 * _GB,
@@ -219,8 +226,9 @@ PRESETS: Mapping[str, Hardware] = {
         attention=9.97 * _T,
         cached_attention=79 * _GB,
         host_attention=12.3 * _GB,
-        dequantize=100 * _GB,
+        dequantize=30 * _GB,
         overhead=1e-4,
+        host_to_device_cache=4 * _GB,
     ),
     # Two cores of a Zen 4 laptop or server, measured in bfloat16 by this project's benchmarks.
     "laptop": Hardware(
