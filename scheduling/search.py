@@ -165,29 +165,19 @@ class _Search:
 
     def _look(self, choices: Mapping[str, Any]) -> None:
         """A coarse grid of shapes, or those near the best so far; then uphill."""
-        best = self.fitting()[:1]
-        if choices and best:
-            self.attempt(
-                best[0].policy.device_batch_size, best[0].policy.num_device_batches, choices
-            )
-        else:
-            for size, batches in itertools.product(
-                [self.fixed.get("device_batch_size", 0)]
-                if "device_batch_size" in self.fixed
-                else _SIZES,
-                [self.fixed.get("num_device_batches", 0)]
-                if "num_device_batches" in self.fixed
-                else _BATCHES,
-            ):
-                self.attempt(size, batches, choices)
+        if choices:
+            for best in self.fitting()[:3]:
+                shape = best.policy.device_batch_size, best.policy.num_device_batches
+                self.attempt(*shape, choices)
+        if not self._with(choices):
+            given = self.fixed
+            sizes = (given["device_batch_size"],) if "device_batch_size" in given else _SIZES
+            batches = (given["num_device_batches"],) if "num_device_batches" in given else _BATCHES
+            for size, count in itertools.product(sizes, batches):
+                self.attempt(size, count, choices)
         climbed: set[Policy] = set()
         while True:
-            alike = [
-                c
-                for c in self.fitting()
-                if all(getattr(c.policy, name) == value for name, value in choices.items())
-            ]
-            tops = [c for c in alike[:2] if c.policy not in climbed]
+            tops = [c for c in self._with(choices)[:2] if c.policy not in climbed]
             if not tops:
                 return
             for top in tops:
@@ -205,6 +195,14 @@ class _Search:
             for other in sorted({batches // 2, batches * 3 // 4, batches * 3 // 2, batches * 2}):
                 if 1 <= other <= _MOST_BATCHES:
                     yield size, other
+
+    def _with(self, choices: Mapping[str, Any]) -> list[Candidate]:
+        """Those of the fitting that make these choices."""
+        return [
+            c
+            for c in self.fitting()
+            if all(getattr(c.policy, name) == value for name, value in choices.items())
+        ]
 
     def fitting(self) -> list[Candidate]:
         """Those that fit, the best first."""
