@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,12 @@ def test_the_commands(tmp_path):
         predicted["seconds"]
     )
     assert figures["lower_bound_seconds"] <= predicted["seconds"]
+    auto = json.loads(run("plan", *common, "--allow", "host-attention", "--json").stdout)
+    assert auto["predicted"]["tokens_per_second"] >= predicted["tokens_per_second"]
+    assert auto["why"].startswith("best of")
+    shown = run("plan", *common, "--allow", "host-attention")
+    assert "chosen: best of" in shown.output
+    assert "what would help: " in shown.output
     shown = run("plan", *common, *policy)
     assert "tokens/s" in shown.output
     assert "no schedule of this block takes less than" in shown.output
@@ -166,8 +173,13 @@ def test_the_commands(tmp_path):
     assert done.exit_code == 0, done.output
     assert "row_by_row" in done.output
     assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
-    streams = json.loads(run("simulate", *small, "--json").stdout)["streams"]
-    assert streams["load weights"]["busy_seconds"] > 0
+    (one,) = json.loads(run("simulate", *small, "--json").stdout)
+    assert one["streams"]["load weights"]["busy_seconds"] > 0
+    done = run("simulate", *small, "--compare", "row_by_row", "--plot", tmp_path / "both.svg")
+    assert done.exit_code == 0, done.output
+    assert re.search(r"zigzag: .*tokens/s(.|\n)*row_by_row: .*tokens/s", done.stdout)
+    assert "waited for weights" in done.stdout
+    assert (tmp_path / "both.svg").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from click.testing import CliRunner
 import flexgen_jax as fg
 from flexgen_jax import profile as profiling
 from flexgen_jax.cli import main
+from flexgen_jax.machine import this_machine
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +68,50 @@ def test_the_command(monkeypatch, tmp_path, hardware):
     wrong = CliRunner().invoke(main, ["profile", "-o", str(tmp_path / "none" / "h.json")])
     assert wrong.exit_code == 2
     assert "cannot write" in wrong.output
+
+
+def test_what_profile_saves_is_what_runs_use(monkeypatch, tmp_path, hardware):
+    monkeypatch.setenv("FLEXGEN_JAX_CACHE", str(tmp_path))
+    monkeypatch.setattr(profiling, "profile", lambda *args, **options: hardware)
+    assert this_machine("float32").name.startswith("not profiled: ")
+    done = CliRunner().invoke(main, ["profile", "--dtype", "float32"])
+    assert done.exit_code == 0, done.output
+    assert this_machine("float32") == hardware
+    assert this_machine("bfloat16").name.startswith("not profiled: ")
+    with fg.LLM("flexgen_jax/demo_model", offload_dir=str(tmp_path)) as llm:
+        llm.generate([[5, 6]], fg.SamplingParams(max_tokens=2))
+        assert llm.report.hardware == hardware.name
+
+
+def test_calibrating_by_a_report(tmp_path, hardware):
+    source, file = tmp_path / "in.jsonl", tmp_path / "h.json"
+    source.write_text('{"prompt": "The king and the queen"}\n' * 8)
+    file.write_text(json.dumps(hardware.to_json()))
+    command = ["generate", "--model", "flexgen_jax/demo_model", "--offload-dir", tmp_path]
+    command += ["-i", source, "-o", tmp_path / "out.jsonl", "--hardware", file, "--max-tokens", 8]
+    command += ["--percent", *(0, 0, 0, 0, 0, 0), "--gpu-batch-size", 4, "--num-gpu-batches", 2]
+    done = CliRunner().invoke(main, [str(a) for a in [*command, "--json"]])
+    assert done.exit_code == 0, done.output
+    report = tmp_path / "report.json"
+    report.write_text(done.stdout)
+    rows = json.loads(done.stdout)["observations"]
+    assert {row["op"] for row in rows} >= {"Compute", "LoadWeights"}
+    better = tmp_path / "better.json"
+    calibrate = ["profile", "--calibrate", report, "--hardware", file, "-o", better]
+    done = CliRunner().invoke(main, [str(a) for a in calibrate])
+    assert done.exit_code == 0, done.output
+    assert "times as long as predicted" in done.output
+    fitted = fg.Hardware.load(str(better))
+    assert fitted.name == f"{hardware.name}, calibrated"
+    assert fitted.disk_to_host != hardware.disk_to_host
+    for change, words in (
+        (["--hardware", "t4"], "was predicted for"),
+        (["--calibrate", source], "is no report"),
+        (["--calibrate", tmp_path / "none"], "cannot read"),
+    ):
+        wrong = CliRunner().invoke(main, [str(a) for a in [*calibrate, *change]])
+        assert wrong.exit_code == 2
+        assert words in wrong.output
+    wrong = CliRunner().invoke(main, ["profile", "--hardware", "t4"])
+    assert wrong.exit_code == 2
+    assert "--hardware goes with --calibrate" in wrong.output
