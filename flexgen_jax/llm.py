@@ -20,7 +20,7 @@ from flexgen_jax.kernels import compilations
 from flexgen_jax.memory import automatic_policy, parse_bytes
 from flexgen_jax.outputs import CompletionOutput, Logprob, RequestOutput
 from flexgen_jax.prompts import Prompt, RequestError, as_list, parse_prompt, shown
-from flexgen_jax.report import Report
+from flexgen_jax.report import Report, Sum
 from flexgen_jax.sampling_params import SamplingParams
 from flexgen_jax.scoring import Score, score
 from flexgen_jax.tokenization import load_tokenizer
@@ -42,8 +42,8 @@ Schedule = Callable[[Workload], Iterable[Op]]
 OnBlock = Callable[[list[RequestOutput]], None]
 
 
-# What a report keeps of a long job's timeline: about 100 MB.
-MAX_SPANS = 500_000
+# What a report keeps of a long job's timeline: about 20 MB.
+MAX_SPANS = 100_000
 
 
 class LLM:
@@ -118,6 +118,7 @@ class LLM:
         self._scratch = cache_directory() if offload_dir is None else Path(offload_dir)
         self._weights = Weights(self._model, self.placement, context=disk, wrap=wrap_store)
         self._rings: Rings | None = None
+        self._valid: set[Workload] = set()
         self._closed = False
 
     @property
@@ -132,6 +133,16 @@ class LLM:
         if (policy.weights, policy.weight_bits) != fixed:
             raise ValueError("the weights are in place already; make another LLM to move them")
         self._policy = policy
+
+    def identity(self) -> dict[str, Any]:
+        """What tells these weights from others, as plain JSON."""
+        manifest = self._model.manifest
+        return {
+            "source": manifest.source.fingerprint,
+            "dtype": manifest.dtype,
+            "bits": manifest.weight_bits,
+            "group": manifest.weight_group,
+        }
 
     def generate(
         self,
@@ -253,52 +264,77 @@ class LLM:
         on_logits: OnLogits | None = None,
     ) -> list[RequestOutput]:
         """Completes checked requests; results in their order. Sets :attr:`report`."""
+        outputs: dict[int, RequestOutput] = {}
+        blocks, total = self.blocks(requests), self.sum_of_reports()
+
+        def keep(number: int, finished: list[RequestOutput], report: Report) -> None:
+            total.add(report)
+            outputs.update(zip((r.index for r in blocks[number].requests), finished, strict=True))
+            if on_block is not None:
+                on_block(finished)
+
+        self.run_blocks(blocks, keep, progress=progress, on_logits=on_logits)
+        self.report = total.total()
+        return [outputs[r.index] for r in requests]
+
+    def run_blocks(
+        self,
+        blocks: Sequence[Block],
+        on_block: Callable[[int, list[RequestOutput], Report], None],
+        *,
+        progress: Callable[[int], None] | None = None,
+        on_logits: OnLogits | None = None,
+        predict: bool = True,
+    ) -> None:
+        """Runs ``blocks`` one after another, keeping no results.
+
+        Args:
+            on_block: Given the block's place in ``blocks``, the outputs of its requests in their
+                order, and its report, as each finishes.
+            progress: As :meth:`generate` takes it, like ``on_logits``.
+            predict: Simulate each block, too, if the hardware is known.
+
+        Raises:
+            ScheduleError: the schedule is wrong; nothing has run.
+            ExecutionError: an op failed.
+        """
         if self._closed:
             raise ValueError("this LLM is closed; make another one")
-        blocks = self.blocks(requests)
         # Refuse a bad schedule before anything runs; most blocks of a job are alike.
-        for workload in {self._workload(block) for block in blocks}:
+        for workload in {self._workload(block) for block in blocks} - self._valid:
             validate(self._schedule(workload), workload)
-        compiled, bytes_read = compilations(), self._weights.disk_bytes
-        started = time.perf_counter()
-        outputs: dict[int, RequestOutput] = {}
-        timelines: list[tuple[float, Timeline]] = []
-        peak = {tier: self.placement.nbytes(tier) for tier in Tier}
-        spans = 0
+            self._valid.add(workload)
         with self._cells(blocks) as cells:
             for number, block in enumerate(blocks):
-                begun = time.perf_counter() - started
+                predicted = self.predict(block) if predict else None
+                compiled, read = compilations(), self._weights.disk_bytes + cells.disk_bytes_read
+                written, started = cells.disk_bytes_written, time.perf_counter()
                 results, timeline, held = self._run_block(block, number, cells, progress, on_logits)
-                for tier in Tier:
-                    peak[tier] = max(peak[tier], held[tier] + self.placement.nbytes(tier))
                 finished = [self._output(g) for g in results]
-                spans += len(timeline.spans)
-                if spans <= MAX_SPANS or not timelines:
-                    timelines.append((begun, timeline))
-                outputs.update(zip((r.index for r in block.requests), finished, strict=True))
-                if on_block is not None:
-                    on_block(finished)
-            cache_read, cache_written = cells.disk_bytes_read, cells.disk_bytes_written
-        self.report = Report(
-            policy=self.policy,
-            placement=self.plan(blocks),
-            schedule=self.schedule_name,
-            requests=len(requests),
-            blocks=len(blocks),
-            batches=sum(len(b.batches) for b in blocks),
-            prompt_tokens=sum(len(r.token_ids) for r in requests),
-            padded_tokens=sum(b.rows * b.prompt_len for k in blocks for b in k.batches),
-            generated_tokens=sum(len(o.outputs[0].token_ids) for o in outputs.values()),
-            seconds=time.perf_counter() - started,
-            compilations=compilations() - compiled,
-            disk_bytes=self._weights.disk_bytes - bytes_read + cache_read,
-            disk_bytes_written=cache_written,
-            peak_bytes=peak,
-            moved=self.traffic(blocks),
-            predicted=self.predict(blocks),
-            timeline=Timeline.concatenate(timelines, label="measured"),
-        )
-        return [outputs[r.index] for r in requests]
+                report = Report(
+                    policy=self.policy,
+                    placement=self.plan([block]),
+                    schedule=self.schedule_name,
+                    requests=len(block.requests),
+                    blocks=1,
+                    batches=len(block.batches),
+                    prompt_tokens=sum(len(r.token_ids) for r in block.requests),
+                    padded_tokens=sum(b.rows * b.prompt_len for b in block.batches),
+                    generated_tokens=sum(len(c.token_ids) for o in finished for c in o.outputs),
+                    seconds=time.perf_counter() - started,
+                    compilations=compilations() - compiled,
+                    disk_bytes=self._weights.disk_bytes + cells.disk_bytes_read - read,
+                    disk_bytes_written=cells.disk_bytes_written - written,
+                    peak_bytes={t: held[t] + self.placement.nbytes(t) for t in Tier},
+                    moved=self.traffic([block]),
+                    timeline=timeline,
+                    predicted=predicted,
+                )
+                on_block(number, finished, report)
+
+    def sum_of_reports(self) -> Sum:
+        """Of nothing yet; takes the reports of :meth:`run_blocks`."""
+        return Sum(Report.empty(self.policy, self.plan([]), self.schedule_name), MAX_SPANS)
 
     def blocks(self, requests: Sequence[Request]) -> list[Block]:
         """How ``requests`` would be grouped under the policy."""
@@ -323,24 +359,12 @@ class LLM:
             "hidden": empty if largest is None else hidden[largest],
         }
 
-    def predict(self, blocks: Sequence[Block]) -> Timeline | None:
-        """What the simulator expects of ``blocks``, one after another; None without ``hardware``.
-
-        Of a long job the first blocks, as ``Report.timeline`` keeps them.
-        """
+    def predict(self, block: Block) -> Timeline | None:
+        """What the simulator expects of ``block``; None without ``hardware``."""
         if self._hardware is None:
             return None
-        parts: list[tuple[float, Timeline]] = []
-        seconds, spans = 0.0, 0
-        for block in blocks:
-            workload = self._workload(block)
-            part = simulate(self._order()(workload), workload, self._hardware)
-            spans += len(part.spans)
-            if spans > MAX_SPANS and parts:
-                break
-            parts.append((seconds, part))
-            seconds += part.seconds
-        return Timeline.concatenate(parts, label="predicted")
+        workload = self._workload(block)
+        return simulate(self._order()(workload), workload, self._hardware)
 
     def _order(self) -> Schedule:
         return self._schedule if self.policy.overlap else serialized(self._schedule)
