@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from flexgen_jax.prompts import Prompt, RequestError, as_list, parse_prompt, sho
 from flexgen_jax.report import Report, Sum
 from flexgen_jax.sampling_params import SamplingParams
 from flexgen_jax.scoring import Score, score
+from flexgen_jax.streaming import generate_iter
 from flexgen_jax.tokenization import load_tokenizer
 from flexgen_jax.weights import Weights, place_weights
 from scheduling.hardware import Hardware
@@ -183,6 +184,35 @@ class LLM:
         if problems:
             raise RequestError("; ".join(problems))
         return self.run(requests, progress=progress, on_block=on_block, on_logits=on_logits)
+
+    def generate_iter(
+        self,
+        prompts: Iterable[Prompt],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+        *,
+        window: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Iterator[RequestOutput]:
+        """Completes prompts as they come, in their order; holds a window of them at a time.
+
+        For inputs larger than memory: a generator, a file, a Hugging Face dataset (whose column
+        must be called ``prompt``, or ``prompt_token_ids``). A window is read when the outputs of
+        the one before have been taken, and sorted by length; :attr:`report` covers those that ran.
+
+        Args:
+            prompts: As :meth:`generate` takes them.
+            sampling_params: One for all, or one per prompt; None: the defaults.
+            window: Prompts of a window, rounded up to whole blocks; None: 4096, or four blocks.
+            progress: As :meth:`generate` takes it.
+
+        Raises:
+            RequestError: a prompt that cannot be run, when the outputs of those before it have been
+                taken.
+            ExecutionError: an op failed.
+        """
+        if window is not None and (not isinstance(window, int) or window < 1):
+            raise ValueError(f"window must be an integer of at least 1, got {window!r}")
+        return generate_iter(self, prompts, sampling_params, window=window, progress=progress)
 
     def request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
         """Checks one prompt against the model and makes a :class:`Request` of it.
