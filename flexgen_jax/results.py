@@ -152,9 +152,15 @@ class FileResults:
             if not self._restart:
                 self._read()
         except BaseException:
-            self._out.close()
+            self._close()
             raise
         return self
+
+    def _close(self) -> None:
+        for file in (self._journal, self._out):
+            with contextlib.suppress(OSError):
+                if file is not None:
+                    file.close()
 
     def _locked(self) -> IO[bytes]:
         while True:
@@ -335,10 +341,7 @@ class FileResults:
             status = os.fstat(self._out.fileno())
             if not status.st_size and os.path.samestat(status, self.ordered.stat()):
                 self.ordered.unlink()
-        for file in (self._journal, self._out):
-            with contextlib.suppress(OSError):
-                if file is not None:
-                    file.close()
+        self._close()
 
 
 class StreamResults:

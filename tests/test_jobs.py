@@ -320,7 +320,7 @@ def test_two_thousand_mutated_lines(llm, tmp_path):
     assert len(wrong) == done.errors
     assert done.errors > 1000
     assert done.requests == 2000 - done.errors
-    assert done.requests > 100
+    assert done.requests > 50
     for number, record in enumerate(records, 1):
         if record.get("error"):
             assert record["error"]["line"] == number
