@@ -1,212 +1,281 @@
 """A job: a file of requests in, a file of results out.
 
-A bad line becomes one error record; the others run. Results are kept in ``OUT.partial`` as their
-blocks finish, and take their final name, in input order, when the job is done.
+Window by window, block by block; what is finished is safe, and the same job goes on from there. A
+bad line becomes one error record; the others run.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
-import os
-from collections.abc import Callable, Iterator
-from logging import WARNING
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
-from flexgen_jax.dialects import Asked, LineError, answer, error_record, parse_line
-from flexgen_jax.logs import event
+import jax
+
+from flexgen_jax._version import __version__
+from flexgen_jax.dialects import Asked, answer, dump
+from flexgen_jax.job_input import JobError, JobInput
 from flexgen_jax.outputs import RequestOutput
+from flexgen_jax.report import Report
+from flexgen_jax.results import Position, Results
 from flexgen_jax.sampling_params import SamplingParams
+from flexgen_jax.windows import Limits, Task, Window, Windows
+from scheduling.policy import Policy
 
 if TYPE_CHECKING:
-    from flexgen_jax.blocks import Request
+    from flexgen_jax.blocks import Block, Request
     from flexgen_jax.llm import LLM
 
+_MESSAGES = 3
+# Fields of a policy on which the grouping depends, or the last bits of a result.
+_POLICY = (
+    "device_batch_size",
+    "num_device_batches",
+    "host_attention",
+    "weight_bits",
+    "cache_bits",
+    "group_size",
+    "attention_sparsity",
+    "num_stages",
+)
 
-class JobError(ValueError):
-    """An input or output file that cannot be used; the message says which and why."""
+
+@dataclasses.dataclass(frozen=True)
+class Completing:
+    """The task of ``generate``.
+
+    Args:
+        defaults: What lines leave out.
+        model: Its name in answers of OpenAI's form.
+    """
+
+    llm: LLM
+    defaults: SamplingParams
+    model: str
+
+    def request(self, index: int, asked: Asked) -> Request:
+        return self.llm.request(index, asked.prompt, self.defaults.updated(asked.sampling))
+
+    def answer(self, asked: Asked, request: Request, output: RequestOutput) -> dict[str, Any]:
+        return answer(asked, output, self.model)
+
+    def identity(self) -> dict[str, Any]:
+        return completing_identity(self.defaults, self.llm.seed, self.model)
 
 
-@dataclasses.dataclass
+def completing_identity(defaults: SamplingParams, seed: int, model: str) -> dict[str, Any]:
+    """Of the task of ``generate``: known before there is a model."""
+    params = {f.name: getattr(defaults, f.name) for f in dataclasses.fields(defaults)}
+    return {"task": {"kind": "generate", "model": model, **params, "seed": seed}}
+
+
+@dataclasses.dataclass(frozen=True)
+class JobReport:
+    """What a job did, earlier processes included.
+
+    Attributes:
+        requests: How many lines were run. ``errors``: how many could not be.
+        messages: What is wrong with the first of them.
+        report: Figures; its ``requests`` are those of the finished blocks.
+    """
+
+    requests: int
+    errors: int
+    messages: tuple[str, ...]
+    report: Report
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.report.to_json(), "errors": self.errors}
+
+
 class Job:
-    """The lines of an input file, checked: ``asked[i]`` is what ``requests[i]`` answers."""
+    """A job that has not run yet, or not to its end.
 
-    asked: list[Asked]
-    requests: list[Request]
-    errors: dict[int, dict[str, Any]]  # line number -> record
-
-    @property
-    def max_new_tokens(self) -> int:
-        """The most tokens that the job can generate."""
-        return sum(r.params.max_tokens for r in self.requests)
-
-
-def read_job(llm: LLM, path: Path, defaults: SamplingParams) -> Job:
-    """Reads and checks every line of ``path``. Blank lines are passed over.
+    Args:
+        source: Opened. ``results``: entered.
+        limits: Of a window; None: what is usual.
 
     Raises:
-        JobError: the file cannot be read.
+        JobError: ``results`` are those of another job; the message says what differs.
     """
-    job = Job([], [], {})
-    seen: dict[Any, int] = {}
-    for line, raw in input_lines(path):
-        try:
-            asked = parse_line(raw, line)
-            try:
-                if asked.id in seen:
-                    raise LineError(
-                        "invalid_request", f"id {asked.id!r} was used on line {seen[asked.id]}"
-                    )
-                params = defaults.updated(asked.sampling)
-                request = llm.request(len(job.requests), asked.prompt, params)
-            except ValueError as error:
-                kind = getattr(error, "kind", "invalid_request")
-                raise LineError(kind, str(error), asked.id, asked.openai) from error
-        except LineError as error:
-            job.errors[line] = error_record(line, error)
+
+    def __init__(
+        self,
+        llm: LLM,
+        task: Task,
+        source: JobInput,
+        results: Results,
+        *,
+        limits: Limits | None = None,
+        input_identity: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._llm, self._task, self._source, self._results = llm, task, source, results
+        self._limits = limits or Limits.of(llm.policy.block_size)
+        identity = {
+            **input_identity_of(source, input_identity),
+            **task.identity(),
+            **_machinery(llm, self._limits),
+        }
+        check_same(results, identity)
+        self._header = {"identity": identity, "policy": llm.policy.to_json()}
+        self._total = llm.sum_of_reports()
+        if results.position.sums is not None:
+            self._total.add_sums(results.position.sums)
+
+    def run(
+        self,
+        *,
+        progress: Callable[[int], None] | None = None,
+        on_window: Callable[[Window, list[Block], list[int]], None] | None = None,
+    ) -> JobReport:
+        """Runs what is left. Sets the LLM's ``report``.
+
+        Args:
+            progress: Told how many new tokens were booked.
+            on_window: Told what is about to run: a window, its blocks, and which of them are left.
+
+        Raises:
+            JobError: input or output failed; what is finished is kept.
+            ExecutionError: an op failed; likewise.
+        """
+        results, position = self._results, self._results.position
+        if not results.done:
+            if results.header is None:
+                results.begin(self._header)
+            windows = Windows(
+                self._source,
+                self._task,
+                self._limits,
+                number=position.windows,
+                index=position.requests,
+            )
+            with contextlib.closing(windows):
+                windows.skip(position.line, position.digest)
+                for window in windows:
+                    self._run_window(windows, window, progress, on_window)
+        results.finish()
+        self._llm.report = report = self._total.total()
+        position = results.position
+        return JobReport(position.requests, position.errors, position.messages, report)
+
+    def _run_window(
+        self,
+        windows: Windows,
+        window: Window,
+        progress: Callable[[int], None] | None,
+        on_window: Callable[[Window, list[Block], list[int]], None] | None,
+    ) -> None:
+        results = self._results
+        begun = results.begun
+        if begun is None:
+            results.begin_window(window.number, window.last_line, window.digest)
         else:
-            seen[asked.id] = line
-            job.asked.append(asked)
-            job.requests.append(request)
-    return job
+            windows.expect(window.last_line, window.digest, begun.last_line, begun.digest)
+            for sums in begun.blocks.values():
+                self._total.add_sums(sums)
+        blocks = self._llm.blocks(window.requests)
+        done = begun.blocks if begun is not None else {}
+        left = [number for number in range(len(blocks)) if number not in done]
+        if on_window is not None:
+            on_window(window, blocks, left)
+        first = window.requests[0].index if window.requests else 0
+        lap = time.perf_counter()
+
+        def keep(place: int, finished: list[RequestOutput], report: Report) -> None:
+            nonlocal lap
+            records = {}
+            for request, output in zip(blocks[left[place]].requests, finished, strict=True):
+                asked = window.asked[request.index - first]
+                records[asked.line] = dump(self._task.answer(asked, request, output))
+            # With the reading and writing between the blocks: what a job really takes.
+            now = time.perf_counter()
+            report, lap = dataclasses.replace(report, seconds=now - lap), now
+            results.add_block(left[place], records, report.sums())
+            self._total.add(report)
+
+        if left:
+            self._llm.run_blocks(
+                [blocks[number] for number in left],
+                keep,
+                progress=progress,
+            )
+        results.end_window(window.error_records(), self._after(window))
+
+    def _after(self, window: Window) -> Position:
+        before = self._results.position
+        messages = [f"line {line}: {error}" for line, error in window.errors.items()]
+        return Position(
+            windows=window.number + 1,
+            line=window.last_line,
+            digest=window.digest,
+            requests=before.requests + len(window.requests),
+            errors=before.errors + len(window.errors),
+            messages=(*before.messages, *(m[:300] for m in messages))[:_MESSAGES],
+            nbytes=before.nbytes,
+            sums=self._total.sums(),
+        )
 
 
-def input_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Number and bytes of every line that is not blank.
+def input_identity_of(source: JobInput, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What ``check_same`` compares of the input; reads all of it, unless it is ``known``."""
+    return {"input": source.identity() if known is None else dict(known)}
+
+
+def _machinery(llm: LLM, limits: Limits) -> dict[str, Any]:
+    policy = {name: getattr(llm.policy, name) for name in _POLICY}
+    if llm.policy.host_attention:  # then where the cache lies is where it is computed with
+        policy["cache"] = dataclasses.asdict(llm.policy.cache)
+    device = jax.local_devices()[0]
+    return {
+        "weights": llm.identity(),
+        "policy": policy,
+        "window": {"requests": limits.requests, "bytes": limits.nbytes, "lines": limits.lines},
+        "software": {
+            "flexgen-jax": __version__,
+            "jax": jax.__version__,
+            "device": device.device_kind,
+        },
+    }
+
+
+def check_same(results: Results, identity: Mapping[str, Any]) -> None:
+    """Refuses to go on with a job that was another one, as far as ``identity`` tells.
 
     Raises:
-        JobError: the file cannot be read.
+        JobError: with what differs.
     """
-    try:
-        with path.open("rb") as f:
-            for number, raw in enumerate(f, 1):
-                if raw.strip():
-                    yield number, raw
-    except OSError as error:
-        raise JobError(f"cannot read {path}: {error.strerror}") from error
+    if results.header is None:
+        return
+    found = _differences(results.header["identity"], identity)
+    if found:
+        raise JobError(
+            "an unfinished job with this output was begun otherwise: "
+            + "; ".join(found)
+            + ". Run it as it was begun to go on, or give --restart to begin anew"
+        )
 
 
-class Results:
-    """Collects the records of a job. A context manager: entering proves ``path`` writable.
-
-    What an earlier job left in ``OUT.partial`` is moved to ``OUT.partial.old`` when there is
-    something to write, and not before.
-
-    Raises:
-        JobError: the output cannot be written, or another job is writing it.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path.resolve()  # a link stays one
-        self.partial = self.path.with_name(self.path.name + ".partial")
-        self._records: dict[int, dict[str, Any]] = {}
-        self._file: IO[str] | None = None
-        self._earlier = False
-
-    def __enter__(self) -> Results:
-        if self.path.is_dir():
-            raise JobError(f"cannot write {self.path}: it is a directory")
-        if self.path.exists() and not self.path.is_file():
-            raise JobError(f"cannot write {self.path}: it is not a regular file")
-        self._file = self._opened()
-        self._earlier = os.fstat(self._file.fileno()).st_size > 0
-        return self
-
-    def _opened(self) -> IO[str]:
-        try:
-            file = self.partial.open("a", encoding="utf-8")
-        except OSError as error:
-            raise JobError(f"cannot write {self.path}: {error.strerror}") from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise JobError(f"cannot write {self.path}: another job is writing it") from None
-        return file
-
-    def _begin(self) -> IO[str]:
-        assert self._file is not None
-        if self._earlier:
-            os.replace(self.partial, self.partial.with_name(self.partial.name + ".old"))
-            self._file.close()
-            self._file, self._earlier = self._opened(), False
-        return self._file
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def add(self, records: dict[int, dict[str, Any]]) -> None:
-        """Keeps ``records`` (line number -> record), durably.
-
-        Raises:
-            JobError: the disk did not take them.
-        """
-        try:
-            file = self._begin()
-            file.writelines(map(_dump, records.values()))
-            file.flush()
-            os.fsync(file.fileno())
-        except OSError as error:
-            raise JobError(f"cannot write {self.partial}: {error.strerror}") from error
-        self._records.update(records)
-
-    def finish(self) -> None:
-        """Writes all records in input order under the final name.
-
-        Raises:
-            JobError: the disk did not take them; they are in ``partial``.
-        """
-        try:
-            self._begin()
-            self._finish()
-        except OSError as error:
-            raise JobError(
-                f"cannot write {self.path}: {error.strerror}; the results are in {self.partial}"
-            ) from error
-        event("results written", path=str(self.path), records=len(self))
-
-    def _finish(self) -> None:
-        ordered = self.path.with_name(self.path.name + ".ordered")
-        with ordered.open("w", encoding="utf-8") as f:
-            f.writelines(_dump(self._records[line]) for line in sorted(self._records))
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(ordered, self.path)
-        self.partial.unlink()
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            if not self._records and not self._earlier:  # nothing worth keeping
-                self.partial.unlink(missing_ok=True)
-            # What could not be written is not tried again: it was said already.
-            with contextlib.suppress(OSError):
-                self._file.close()
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    found = []
+    for part, values in now.items():
+        then = before.get(part, {})
+        # As JSON has them: the header has been through it.
+        values = json.loads(json.dumps(values))
+        for name in dict.fromkeys((*then, *values)):
+            old, new = then.get(name), values.get(name)
+            if old != new:
+                found.append(f"{part} {name} was {_shown(old)}, is {_shown(new)}")
+    return found
 
 
-def _dump(record: dict[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:37] + "..."
 
 
-def run_job(
-    llm: LLM,
-    job: Job,
-    results: Results,
-    *,
-    model: str,
-    progress: Callable[[int], None] | None = None,
-) -> None:
-    """Runs the good lines of ``job`` and writes a record for every line to ``results``."""
-    results.add(job.errors)
-    for line, record in job.errors.items():
-        event("bad line", level=WARNING, line=line, message=record["error"]["message"])
-
-    def keep(finished: list[RequestOutput]) -> None:
-        done = [(job.asked[int(o.request_id)], o) for o in finished]
-        results.add({asked.line: answer(asked, output, model) for asked, output in done})
-
-    if job.requests:
-        llm.run(job.requests, progress=progress, on_block=keep)
-    results.finish()
+def recorded_policy(results: Results) -> Policy | None:
+    """The policy that an unfinished job was begun with."""
+    return None if results.header is None else Policy.from_json(results.header["policy"])

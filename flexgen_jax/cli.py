@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +10,15 @@ import click
 from flexgen_jax import cli_completion, cli_doctor, cli_plan, cli_scores, logs
 from flexgen_jax._version import __version__
 from flexgen_jax.cli_errors import Failure, plain_errors, say, silent
+from flexgen_jax.cli_jobs import JobFiles, exit_if_none_succeeded, job_options, print_report
 from flexgen_jax.llm_options import DTYPES, Chosen, llm_options
 from flexgen_jax.pictures import check_pictures, write_pictures
+from flexgen_jax.signals import terminable
 
 if TYPE_CHECKING:
-    from flexgen_jax.batch import Job, Results
+    from flexgen_jax.blocks import Block
     from flexgen_jax.llm import LLM
-    from flexgen_jax.report import Report
+    from flexgen_jax.windows import Window
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -112,8 +111,7 @@ def convert(
 
 @main.command()
 @llm_options
-@click.option("-i", "--input", "input_path", type=click.Path(path_type=Path), help="JSONL.")
-@click.option("-o", "--output", "output_path", type=click.Path(path_type=Path), help="JSONL.")
+@job_options
 @click.option(
     "--prompt-len",
     type=click.IntRange(min=1),
@@ -139,8 +137,6 @@ def convert(
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
 @click.option("--quiet", is_flag=True, help="Say nothing but errors.")
 def generate(
-    input_path: Path | None,
-    output_path: Path | None,
     prompt_len: int | None,
     cut_gen_len: int | None,
     seed: int,
@@ -150,112 +146,92 @@ def generate(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Complete every prompt of a JSONL file.
+    """Complete every prompt of a file.
 
     Each input line is {"prompt": ...} or {"prompt_token_ids": [...]} with an optional id and
     sampling fields (max_tokens, temperature, top_p, ...), which win over the options here; or an
-    OpenAI batch line for /v1/completions. A line that cannot be run gets an error record. The
-    exit code is 0 if any line succeeded, 1 if none did, 2 if the job could not start.
-    """
-    from flexgen_jax.executor import ExecutionError
+    OpenAI batch line for /v1/completions; or, in a .txt file, a prompt. A line that cannot be run
+    gets an error record.
 
-    with plain_errors():
-        from flexgen_jax import batch, measured, progress
+    Results are safe as their blocks finish: after Ctrl-C, a kill or a failure the same command goes
+    on where it was, and the output is the same as if nothing had happened.
+
+    The exit code is 0 if any line succeeded, 1 if none did or the run failed on the way, 2 if the
+    job could not start, 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    with plain_errors(), terminable():
+        from flexgen_jax import measured
+        from flexgen_jax.batch import Completing, check_same, completing_identity, recorded_policy
         from flexgen_jax.sampling_params import SamplingParams
 
         chosen = Chosen(options, seed=seed)
         if cut_gen_len is not None:
             options["max_tokens"] = min(options["max_tokens"], cut_gen_len)
         tell = silent if quiet else say
-        with contextlib.ExitStack() as stack:
-            if prompt_len is not None:
-                if input_path is not None:
-                    raise Failure("--prompt-len makes the prompts by itself: leave --input out")
-                options["ignore_eos"] = True
-            elif input_path is None or output_path is None:
-                raise Failure("give --input and --output, or --prompt-len to measure")
-            elif not input_path.is_file():
-                raise Failure(f"no input file {input_path}")
-            elif input_path.resolve() == output_path.resolve():
-                raise Failure(f"input and output are the same file, {input_path}")
-            check_pictures(trace, plot)
-            scratch = stack.enter_context(measured.directory(prompt_len))
+        if prompt_len is not None:
+            if options["input_path"] is not None:
+                raise Failure("--prompt-len makes the prompts by itself: leave --input out")
+            options["ignore_eos"] = True
+        elif options["input_path"] is None or options["output_path"] is None:
+            raise Failure("give --input and --output, or --prompt-len to measure")
+        check_pictures(trace, plot)
+        with measured.directory(prompt_len) as scratch:
+
+            def made(llm: LLM) -> Path:
+                assert prompt_len is not None
+                return measured.prompts(scratch, llm, prompt_len, defaults)
+
+            files = JobFiles(
+                options,
+                as_json=as_json,
+                quiet=quiet,
+                made=made if prompt_len is not None else None,
+                scratch=scratch,
+            )
             defaults = SamplingParams(**options)
-            results = stack.enter_context(batch.Results(output_path or scratch / "out.jsonl"))
-            with chosen.llm(tell, quiet=quiet) as llm:
-                if input_path is None:
-                    assert prompt_len is not None
-                    input_path = measured.prompts(scratch, llm, prompt_len, defaults)
-                job = batch.read_job(llm, input_path, defaults)
-                llm.choose_policy(job.requests)
-                tell(_before(llm, job))
-                with progress.tokens(job.max_new_tokens, quiet=quiet) as advance:
-                    try:
-                        batch.run_job(llm, job, results, model=chosen.model, progress=advance)
-                    except KeyboardInterrupt:
-                        raise Failure(f"interrupted: {_kept(results, job)}", code=130) from None
-                    except (ExecutionError, batch.JobError) as error:
-                        raise Failure(f"{error}. {_kept(results, job)}", code=1) from error
-                report = llm.report
-        tell(_after(job, report, output_path))
-        if report is not None and (trace or plot):
-            write_pictures([report.predicted, report.timeline], trace, plot, tell)
+            with files:
+                check_same(files.results, completing_identity(defaults, seed, chosen.model))
+                recorded = recorded_policy(files.results)
+                with chosen.llm(tell, quiet=quiet, recorded=recorded) as llm:
+                    task = Completing(llm, defaults, chosen.model)
+                    done = files.run(
+                        llm, task, ("generating", "tokens"), lambda *about: _before(llm, *about)
+                    )
+        tell(files.summary(done))
+        if trace or plot:
+            write_pictures([done.report.predicted, done.report.timeline], trace, plot, tell)
         if as_json:
-            figures = report.to_json() if report is not None else {"requests": 0}
-            click.echo(json.dumps({**figures, "errors": len(job.errors)}, indent=2))
-    if job.errors and not job.requests:
-        sys.exit(1)
+            print_report(done)
+    exit_if_none_succeeded(done)
 
 
-def _before(llm: LLM, job: Job) -> str:
+main.add_command(
+    click.Command(
+        "run-batch",
+        params=generate.params,
+        callback=generate.callback,
+        help="Run a file of OpenAI batch lines, as 'vllm run-batch' does.\n\nThe same as generate, "
+        "with OpenAI's defaults: 16 tokens, temperature 1.",
+        context_settings={"default_map": {"max_tokens": 16, "temperature": 1.0}},
+    )
+)
+
+
+def _before(llm: LLM, window: Window, blocks: list[Block], whole: bool) -> str:
     policy = llm.policy
     how = [f"schedule {llm.schedule_name}", f"overlap {'on' if policy.overlap else 'off'}"]
     if policy.host_attention:
         how.append("attention on the host")
-    placed = llm.plan(llm.blocks(job.requests))
+    placed = llm.plan(blocks)
+    first = "" if whole else "of the first window: "
     return "\n".join(
         [
-            f"{len(job.requests)} requests, {len(job.errors)} bad lines; "
+            f"{first}{len(window.requests)} requests, {len(window.errors)} bad lines; "
             f"blocks of {policy.device_batch_size} x {policy.num_device_batches}, "
             + ", ".join(how),
             *([f"chosen: {llm.why}"] if llm.why else []),
             *(placement.describe(kind) for kind, placement in placed.items() if placement.cells),
         ]
-    )
-
-
-def _after(job: Job, report: Report | None, output_path: Path | None) -> str:
-    lines = []
-    if report is not None:
-        lines.append(
-            f"{report.generated_tokens} tokens in {report.seconds:.1f} s: "
-            f"{report.tokens_per_second:.1f} tokens/s; "
-            f"{report.padding:.0%} of the prompt positions were padding; "
-            f"{report.disk_bytes / 1e9:.2f} GB read from disk"
-            + (
-                f", {report.disk_bytes_written / 1e9:.2f} GB written"
-                if report.disk_bytes_written
-                else ""
-            )
-        )
-    if report is not None and report.timeline.seconds:
-        lines.append(report.beside_prediction())
-    for line, record in list(job.errors.items())[:3]:
-        lines.append(f"line {line}: {record['error']['message']}")
-    if len(job.errors) > 3:
-        lines.append(f"and {len(job.errors) - 3} more bad lines: see their records")
-    where = output_path or "not kept, --output was not given"
-    lines.append(f"{len(job.requests)} succeeded, {len(job.errors)} failed: {where}")
-    return "\n".join(lines)
-
-
-def _kept(results: Results, job: Job) -> str:
-    done = len(results) - len(job.errors)
-    if done <= 0:
-        return "stopped before the first block was finished; nothing was written"
-    return (
-        f"{done} of {len(job.requests)} requests were finished; "
-        f"their results are in {results.partial}"
     )
 
 

@@ -40,8 +40,10 @@ def plain_errors() -> Iterator[None]:
         raise Failure(str(error), code=1) from error
     except (ValueError, ImportError, OSError, StorageError) as error:
         raise Failure(str(error)) from error
-    except KeyboardInterrupt:
-        raise Failure("interrupted", code=130) from None
+    except KeyboardInterrupt as error:
+        from flexgen_jax.signals import exit_code
+
+        raise Failure("interrupted", code=exit_code(error)) from None
 
 
 def say(message: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flexgen_jax.cli_errors import Failure, plain_errors, say, silent
+from flexgen_jax.cli_jobs import JobFiles, exit_if_none_succeeded, job_options, print_report
 from flexgen_jax.llm_options import Chosen, llm_options
+from flexgen_jax.signals import terminable
 
 if TYPE_CHECKING:
+    from flexgen_jax.blocks import Block
     from flexgen_jax.compare import Compared
+    from flexgen_jax.windows import Window
 
 _QUIET = click.option("--quiet", is_flag=True, help="Say nothing but errors.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON on stdout.")
@@ -29,20 +32,10 @@ _TEXT = click.option(
 
 @click.command()
 @llm_options
-@click.option(
-    "-i",
-    "--input",
-    "input_path",
-    required=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="JSONL.",
-)
-@click.option(
-    "-o", "--output", "output_path", required=True, type=click.Path(path_type=Path), help="JSONL."
-)
+@job_options
 @_JSON
 @_QUIET
-def score(input_path: Path, output_path: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+def score(as_json: bool, quiet: bool, **options: Any) -> None:
     """Score continuations: how likely each is after its prompt.
 
     Each input line is {"prompt": ..., "continuation": ...} or {"prompt_token_ids": [...],
@@ -51,34 +44,25 @@ def score(input_path: Path, output_path: Path, as_json: bool, quiet: bool, **opt
     be scored gets an error record. One pass over the weights serves a whole block: take many
     batches.
     """
-    from flexgen_jax.executor import ExecutionError
+    with plain_errors(), terminable():
+        from flexgen_jax.batch import recorded_policy
+        from flexgen_jax.score_job import Scoring
 
-    with plain_errors():
-        from flexgen_jax import progress
-        from flexgen_jax.batch import JobError, Results
-        from flexgen_jax.score_job import read_score_job, run_score_job
-
-        if input_path.resolve() == output_path.resolve():
-            raise Failure(f"input and output are the same file, {input_path}")
         tell = silent if quiet else say
         chosen = _prefill_only(Chosen(options))
-        with Results(output_path) as results, chosen.llm(tell, quiet=quiet) as llm:
-            job = read_score_job(llm, input_path)
-            tell(f"{len(job.requests)} sequences, {len(job.errors)} bad lines")
-            with progress.count(len(job.requests), "scoring", "sequences", quiet=quiet) as advance:
-                try:
-                    run_score_job(llm, job, results, progress=advance)
-                except (ExecutionError, JobError) as error:
-                    raise Failure(f"{error}; finished are in {results.partial}", code=1) from error
-            report = llm.report
-        for line, record in list(job.errors.items())[:3]:
-            tell(f"line {line}: {record['error']['message']}")
-        tell(f"{len(job.requests)} succeeded, {len(job.errors)} failed: {output_path}")
+        with JobFiles(options, as_json=as_json, quiet=quiet) as files:
+            recorded = recorded_policy(files.results)
+            with chosen.llm(tell, quiet=quiet, recorded=recorded) as llm:
+                done = files.run(llm, Scoring(llm), ("scoring", "sequences"), _before)
+        tell(files.summary(done))
         if as_json:
-            figures = report.to_json() if report is not None else {"requests": 0}
-            click.echo(json.dumps({**figures, "errors": len(job.errors)}, indent=2))
-    if job.errors and not job.requests:
-        sys.exit(1)
+            print_report(done)
+    exit_if_none_succeeded(done)
+
+
+def _before(window: Window, blocks: Sequence[Block], whole: bool) -> str:
+    first = "" if whole else "of the first window: "
+    return f"{first}{len(window.requests)} sequences, {len(window.errors)} bad lines"
 
 
 @click.command()

@@ -12,7 +12,10 @@ from pathlib import Path
 def run_demo(output_dir: Path, max_tokens: int, say: Callable[[str], None]) -> None:
     """Completes the bundled prompts; writes completions, trace and picture to ``output_dir``."""
     import flexgen_jax as fg
-    from flexgen_jax import batch, progress
+    from flexgen_jax import progress
+    from flexgen_jax.batch import Completing, Job
+    from flexgen_jax.job_input import JobInput
+    from flexgen_jax.results import FileResults
 
     output_dir.mkdir(parents=True, exist_ok=True)
     completions = output_dir / "completions.jsonl"
@@ -24,16 +27,18 @@ def run_demo(output_dir: Path, max_tokens: int, say: Callable[[str], None]) -> N
     with (
         resources.as_file(files) as model,
         tempfile.TemporaryDirectory(prefix="flexgen-jax-demo-") as offload,
-        batch.Results(completions) as results,
+        JobInput(model / "prompts.jsonl") as source,
+        FileResults(completions, restart=True) as results,
         fg.LLM(str(model), policy=policy, offload_dir=offload, say=say) as llm,
     ):
         defaults = fg.SamplingParams(max_tokens=max_tokens, temperature=0.7, top_k=40)
-        job = batch.read_job(llm, model / "prompts.jsonl", defaults)
+        job = Job(llm, Completing(llm, defaults, "demo"), source, results)
         say(llm.placement.describe("weights"))
-        with progress.tokens(job.max_new_tokens) as advance:
-            batch.run_job(llm, job, results, model="demo", progress=advance)
-        report = llm.report
-    assert report is not None
+        with progress.count(None, "generating", "tokens") as bar:
+            report = job.run(
+                progress=bar,
+                on_window=lambda window, *_: bar.expect(max_tokens * len(window.requests)),
+            ).report
     for line in completions.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         say(f"\n[{record['id']}] {record['prompt']}>>>{record['text']}")

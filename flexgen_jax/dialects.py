@@ -1,7 +1,8 @@
 """The line formats of batch jobs: what a line asks, and how its answer is written.
 
-Two dialects: plain lines (``{"prompt": ...}`` with sampling fields beside it) and OpenAI batch
-lines (``custom_id``, ``url``, ``body``). A line is answered in its own dialect.
+Plain lines (``{"prompt": ...}`` with sampling fields beside it), OpenAI batch lines
+(``custom_id``, ``url``, ``body``), and text, a prompt a line. A line is answered in its own
+dialect, text like plain lines.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from flexgen_jax.outputs import CompletionOutput, Logprob, RequestOutput
+from flexgen_jax.prompts import shown
 
+MAX_ID = 1000  # characters
+_MAX_MESSAGE = 1000
 _PROMPT_FIELDS = ("prompt", "prompt_token_ids")
 # Fields of an OpenAI body that change nothing here, and those that would: with the value that
 # asks for nothing.
@@ -47,9 +51,11 @@ def parse_line(raw: bytes, line: int) -> Asked:
         LineError: not UTF-8, not a JSON object, or fields that do not make a request.
     """
     try:
-        values = json.loads(raw.decode("utf-8-sig"))
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise LineError("invalid_json", f"not UTF-8 JSON: {error}") from error
+        values = json.loads(raw.decode("utf-8-sig"), parse_constant=_no_number)
+    except UnicodeDecodeError as error:
+        raise LineError("invalid_json", f"not UTF-8 JSON: {error.reason}") from error
+    except RecursionError as error:
+        raise LineError("invalid_json", "nested too deeply") from error
     except ValueError as error:
         raise LineError("invalid_json", f"not JSON: {error}") from error
     if not isinstance(values, dict):
@@ -59,20 +65,44 @@ def parse_line(raw: bytes, line: int) -> Asked:
     except UnicodeEncodeError as error:
         half = repr(error.object[error.start])
         raise LineError("invalid_request", f"half of a surrogate pair, {half}: no text") from error
+    except RecursionError as error:
+        raise LineError("invalid_json", "nested too deeply") from error
     return (
         _openai(values, line) if "custom_id" in values or "body" in values else _plain(values, line)
     )
 
 
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def parse_text(raw: bytes, line: int) -> Asked:
+    """Reads one line of a text file, which is a prompt.
+
+    Raises:
+        LineError: not UTF-8.
+    """
+    try:
+        return Asked(line, line, {"prompt": raw.rstrip(b"\r\n").decode("utf-8-sig")}, {})
+    except UnicodeDecodeError as error:
+        raise LineError("invalid_request", f"not UTF-8 text: {error.reason}") from error
+
+
 def _plain(values: dict[str, Any], line: int) -> Asked:
     line_id = values.pop("id", None)
     if isinstance(line_id, (dict, list, bool)) or line_id in (math.inf, -math.inf):
-        raise LineError("invalid_request", f"id must be a text or a number, got {line_id!r}")
+        raise LineError("invalid_request", f"id must be a text or a number, got {shown(line_id)}")
+    if len(str(line_id)) > MAX_ID:
+        raise LineError("invalid_request", f"id must be at most {MAX_ID} characters long")
     line_id = line if line_id is None else line_id
     prompt = {k: values.pop(k) for k in _PROMPT_FIELDS if k in values}
     if not prompt:
         raise LineError(
             "invalid_request", "expected a 'prompt' or 'prompt_token_ids', found neither", line_id
+        )
+    if len(prompt) == len(_PROMPT_FIELDS):
+        raise LineError(
+            "invalid_request", "'prompt' and 'prompt_token_ids' are both given: give one", line_id
         )
     return Asked(line, line_id, prompt, values)
 
@@ -83,18 +113,19 @@ def _openai(values: dict[str, Any], line: int) -> Asked:
     def wrong(message: str) -> LineError:
         return LineError("invalid_request", message, line_id, openai=True)
 
-    if not isinstance(line_id, str):
-        raise wrong(f"custom_id must be a text, got {line_id!r}")
+    if not isinstance(line_id, str) or len(line_id) > MAX_ID:
+        given, line_id = shown(line_id), None
+        raise wrong(f"custom_id must be a text of at most {MAX_ID} characters, got {given}")
     if values.get("method", "POST") != "POST":
-        raise wrong(f"method must be 'POST', got {values['method']!r}")
+        raise wrong(f"method must be 'POST', got {shown(values['method'])}")
     if values.get("url") != "/v1/completions":
-        raise wrong(f"url must be '/v1/completions', got {values.get('url')!r}")
+        raise wrong(f"url must be '/v1/completions', got {shown(values.get('url'))}")
     body = values.get("body")
     if not isinstance(body, dict):
-        raise wrong(f"body must be a JSON object, got {body!r}")
+        raise wrong(f"body must be a JSON object, got {shown(body)}")
     for name, off in _OPENAI_OFF.items():
         if body.get(name, off) not in (off, None):
-            raise wrong(f"{name}={body[name]!r} is not supported; leave it at {off!r}")
+            raise wrong(f"{name}={shown(body[name])} is not supported; leave it at {off!r}")
     if "prompt" not in body:
         raise wrong("the body has no 'prompt'")
     skipped = {*_OPENAI_NEUTRAL, *_OPENAI_OFF, "prompt"}
@@ -176,12 +207,20 @@ def _openai_answer(
 
 def error_record(line: int, error: LineError) -> dict[str, Any]:
     """The output record of a line that could not be run."""
+    message = str(error)
+    if len(message) > _MAX_MESSAGE:
+        message = message[: _MAX_MESSAGE - 3] + "..."
     if error.openai:
         return {
             "id": f"line-{line}",
             "custom_id": error.id,
             "response": None,
-            "error": {"code": error.kind, "message": str(error), "line": line},
+            "error": {"code": error.kind, "message": message, "line": line},
         }
-    details = {"line": line, "type": error.kind, "message": str(error)}
+    details = {"line": line, "type": error.kind, "message": message}
     return {"id": line if error.id is None else error.id, "error": details}
+
+
+def dump(record: Mapping[str, Any]) -> bytes:
+    """``record`` as a line, its end included."""
+    return json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from logging import DEBUG
 from pathlib import Path
 from typing import Any, Literal
@@ -24,9 +24,10 @@ from flexgen_jax.machine import this_machine
 from flexgen_jax.memory import parse_bytes
 from flexgen_jax.outputs import CompletionOutput, Logprob, RequestOutput
 from flexgen_jax.prompts import Prompt, RequestError, as_list, parse_prompt, shown
-from flexgen_jax.report import Report
+from flexgen_jax.report import Report, Sum
 from flexgen_jax.sampling_params import SamplingParams
 from flexgen_jax.scoring import Score, score
+from flexgen_jax.streaming import generate_iter
 from flexgen_jax.tokenization import load_tokenizer
 from flexgen_jax.weights import Weights, place_weights
 from scheduling.calibrate import Observation, observations
@@ -48,8 +49,8 @@ Schedule = Callable[[Workload], Iterable[Op]]
 OnBlock = Callable[[list[RequestOutput]], None]
 
 
-# What a report keeps of a long job's timeline: about 50 MB, and simulated in seconds.
-MAX_SPANS = 200_000
+# What a report keeps of a long job's timeline: about 20 MB, and simulated in seconds.
+MAX_SPANS = 100_000
 
 
 class LLM:
@@ -137,6 +138,7 @@ class LLM:
         self.hardware = hardware or this_machine(dtype)
         self._scratch = cache_directory() if offload_dir is None else Path(offload_dir)
         self._rings: Rings | None = None
+        self._valid: set[Workload] = set()
         self._closed = False
         self._policy: Policy | None = None
         self._why: str | None = None
@@ -241,6 +243,16 @@ class LLM:
             raise ValueError("the weights are in place already; make another LLM to move them")
         self._policy, self._auto = policy, None
 
+    def identity(self) -> dict[str, Any]:
+        """What tells these weights from others, as plain JSON."""
+        manifest = self._model.manifest
+        return {
+            "source": manifest.source.fingerprint,
+            "dtype": manifest.dtype,
+            "bits": manifest.weight_bits,
+            "group": manifest.weight_group,
+        }
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -280,6 +292,35 @@ class LLM:
         if problems:
             raise RequestError("; ".join(problems))
         return self.run(requests, progress=progress, on_block=on_block, on_logits=on_logits)
+
+    def generate_iter(
+        self,
+        prompts: Iterable[Prompt],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+        *,
+        window: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Iterator[RequestOutput]:
+        """Completes prompts as they come, in their order; holds a window of them at a time.
+
+        For inputs larger than memory: a generator, a file, a Hugging Face dataset (whose column
+        must be called ``prompt``, or ``prompt_token_ids``). A window is read when the outputs of
+        the one before have been taken, and sorted by length; :attr:`report` covers those that ran.
+
+        Args:
+            prompts: As :meth:`generate` takes them.
+            sampling_params: One for all, or one per prompt; None: the defaults.
+            window: Prompts of a window, rounded up to whole blocks; None: 4096, or four blocks.
+            progress: As :meth:`generate` takes it.
+
+        Raises:
+            RequestError: a prompt that cannot be run, when the outputs of those before it have been
+                taken.
+            ExecutionError: an op failed.
+        """
+        if window is not None and (not isinstance(window, int) or window < 1):
+            raise ValueError(f"window must be an integer of at least 1, got {window!r}")
+        return generate_iter(self, prompts, sampling_params, window=window, progress=progress)
 
     def request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
         """Checks one prompt against the model and makes a :class:`Request` of it.
@@ -361,65 +402,89 @@ class LLM:
         on_logits: OnLogits | None = None,
     ) -> list[RequestOutput]:
         """Completes checked requests; results in their order. Sets :attr:`report`."""
+        self.choose_policy(requests)
+        outputs: dict[int, RequestOutput] = {}
+        blocks, total = self.blocks(requests), self.sum_of_reports()
+        _log_begun(self.schedule_name, requests, blocks, self.plan(blocks))
+
+        def keep(number: int, finished: list[RequestOutput], report: Report) -> None:
+            total.add(report)
+            outputs.update(zip((r.index for r in blocks[number].requests), finished, strict=True))
+            if on_block is not None:
+                on_block(finished)
+
+        self.run_blocks(blocks, keep, progress=progress, on_logits=on_logits)
+        self.report = total.total()
+        _log_tokens("run finished", outputs.values(), self.report.seconds)
+        return [outputs[r.index] for r in requests]
+
+    def run_blocks(
+        self,
+        blocks: Sequence[Block],
+        on_block: Callable[[int, list[RequestOutput], Report], None],
+        *,
+        progress: Callable[[int], None] | None = None,
+        on_logits: OnLogits | None = None,
+    ) -> None:
+        """Runs ``blocks`` one after another, keeping no results.
+
+        Args:
+            on_block: Given the block's place in ``blocks``, the outputs of its requests in their
+                order, and its report, as each finishes.
+            progress: As :meth:`generate` takes it, like ``on_logits``.
+
+        Raises:
+            ScheduleError: the schedule is wrong; nothing has run.
+            ExecutionError: an op failed.
+        """
         if self._closed:
             raise ValueError("this LLM is closed; make another one")
-        self.choose_policy(requests)
-        blocks = self.blocks(requests)
         # Refuse a bad schedule before anything runs; most blocks of a job are alike.
-        for workload in {self._workload(block) for block in blocks}:
+        for workload in {self._workload(block) for block in blocks} - self._valid:
             validate(self._schedule(workload), workload)
-        placement = self.plan(blocks)
-        _log_begun(self.schedule_name, requests, blocks, placement)
-        compiled, bytes_read = compilations(), self._weights.disk_bytes
-        compiling = compile_seconds()
-        started = time.perf_counter()
-        outputs: dict[int, RequestOutput] = {}
-        timelines: list[tuple[float, Timeline]] = []
-        peak = {tier: self.placement.nbytes(tier) for tier in Tier}
-        spans = 0
+            self._valid.add(workload)
         with self._cells(blocks) as cells:
             for number, block in enumerate(blocks):
-                begun = time.perf_counter() - started
                 event("block begun", block=number, of=len(blocks), requests=len(block.requests))
+                compiled, read = compilations(), self._weights.disk_bytes + cells.disk_bytes_read
+                written, started = cells.disk_bytes_written, time.perf_counter()
+                compiling = compile_seconds()
                 results, timeline, held = self._run_block(block, number, cells, progress, on_logits)
-                for tier in Tier:
-                    peak[tier] = max(peak[tier], held[tier] + self.placement.nbytes(tier))
                 finished = [self._output(g) for g in results]
                 _log_tokens("block finished", finished, timeline.seconds, block=number)
                 event("streams", level=DEBUG, block=number, streams=timeline.summary())
-                spans += len(timeline.spans)
-                if spans <= MAX_SPANS or not timelines:
-                    timelines.append((begun, timeline))
-                outputs.update(zip((r.index for r in block.requests), finished, strict=True))
-                if on_block is not None:
-                    on_block(finished)
-            cache_read, cache_written = cells.disk_bytes_read, cells.disk_bytes_written
-        self.report = Report(
-            policy=self.policy,
-            placement=placement,
-            schedule=self.schedule_name,
-            requests=len(requests),
-            blocks=len(blocks),
-            batches=sum(len(b.batches) for b in blocks),
-            prompt_tokens=sum(len(r.token_ids) for r in requests),
-            padded_tokens=sum(b.rows * b.prompt_len for k in blocks for b in k.batches),
-            generated_tokens=sum(len(o.outputs[0].token_ids) for o in outputs.values()),
-            seconds=time.perf_counter() - started,
-            compilations=compilations() - compiled,
-            disk_bytes=self._weights.disk_bytes - bytes_read + cache_read,
-            disk_bytes_written=cache_written,
-            peak_bytes=peak,
-            moved=self.traffic(blocks),
-            predict=functools.partial(self.predict, blocks),
-            observe=functools.partial(self._observe, blocks[:1], timelines[:1]),
-            lower_bound=functools.partial(self._lower_bound, blocks[: len(timelines)]),
-            compile_seconds=compile_seconds() - compiling,
-            hardware=self.hardware.name,
-            why=self._why,
-            timeline=Timeline.concatenate(timelines, label="measured"),
+                report = Report(
+                    policy=self.policy,
+                    placement=self.plan([block]),
+                    schedule=self.schedule_name,
+                    requests=len(block.requests),
+                    blocks=1,
+                    batches=len(block.batches),
+                    prompt_tokens=sum(len(r.token_ids) for r in block.requests),
+                    padded_tokens=sum(b.rows * b.prompt_len for b in block.batches),
+                    generated_tokens=sum(len(c.token_ids) for o in finished for c in o.outputs),
+                    seconds=time.perf_counter() - started,
+                    compilations=compilations() - compiled,
+                    disk_bytes=self._weights.disk_bytes + cells.disk_bytes_read - read,
+                    disk_bytes_written=cells.disk_bytes_written - written,
+                    peak_bytes={t: held[t] + self.placement.nbytes(t) for t in Tier},
+                    moved=self.traffic([block]),
+                    timeline=timeline,
+                    hardware=self.hardware.name,
+                    predict=functools.partial(self.predict, block),
+                    observe=functools.partial(self._observe, block, timeline),
+                    lower_bound=functools.partial(self._lower_bound, block),
+                    why=self._why,
+                    compile_seconds=compile_seconds() - compiling,
+                )
+                on_block(number, finished, report)
+
+    def sum_of_reports(self) -> Sum:
+        """Of nothing yet; takes the reports of :meth:`run_blocks`."""
+        empty = Report.empty(
+            self.policy, self.plan([]), self.schedule_name, self.hardware.name, self._why
         )
-        _log_tokens("run finished", outputs.values(), self.report.seconds)
-        return [outputs[r.index] for r in requests]
+        return Sum(empty, MAX_SPANS)
 
     def blocks(self, requests: Sequence[Request]) -> list[Block]:
         """How ``requests`` would be grouped under the policy."""
@@ -444,37 +509,17 @@ class LLM:
             "hidden": empty if largest is None else hidden[largest],
         }
 
-    def predict(self, blocks: Sequence[Block]) -> Timeline:
-        """What the simulator expects of ``blocks``, one after another.
+    def predict(self, block: Block) -> Timeline:
+        """What the simulator expects of ``block``."""
+        workload = self._workload(block)
+        return simulate(self._order()(workload), workload, self.hardware)
 
-        Of a long job the first blocks, as ``Report.timeline`` keeps them.
-        """
-        parts: list[tuple[float, Timeline]] = []
-        seconds, spans = 0.0, 0
-        for block in blocks:
-            workload = self._workload(block)
-            part = simulate(self._order()(workload), workload, self.hardware)
-            spans += len(part.spans)
-            if spans > MAX_SPANS and parts:
-                break
-            parts.append((seconds, part))
-            seconds += part.seconds
-        return Timeline.concatenate(parts, label="predicted")
+    def _observe(self, block: Block, timeline: Timeline) -> list[Observation]:
+        workload = self._workload(block)
+        return observations(list(self._order()(workload)), workload, self.hardware, timeline)
 
-    def _observe(
-        self, blocks: Sequence[Block], timelines: Sequence[tuple[float, Timeline]]
-    ) -> list[Observation]:
-        found = []
-        for block, (_, timeline) in zip(blocks, timelines, strict=True):
-            workload = self._workload(block)
-            ops = list(self._order()(workload))
-            found += observations(ops, workload, self.hardware, timeline)
-        return found
-
-    def _lower_bound(self, blocks: Sequence[Block]) -> float:
-        """Of the blocks of the timeline."""
-        bounds = (CostModel(self._workload(b), self.hardware).lower_bound() for b in blocks)
-        return sum(bound(each)[1] for each in bounds)
+    def _lower_bound(self, block: Block) -> float:
+        return bound(CostModel(self._workload(block), self.hardware).lower_bound())[1]
 
     def _order(self) -> Schedule:
         return self._schedule if self.policy.overlap else serialized(self._schedule)

@@ -131,11 +131,19 @@ class Chosen:
         return {name: getattr(self._policy, name) for name in names}
 
     @contextlib.contextmanager
-    def llm(self, say: Callable[[str], None], *, quiet: bool, **changes: Any) -> Iterator[LLM]:
+    def llm(
+        self,
+        say: Callable[[str], None],
+        *,
+        quiet: bool,
+        recorded: Policy | None = None,
+        **changes: Any,
+    ) -> Iterator[LLM]:
         """The ``LLM``, its model converted if need be.
 
         Args:
             say: Told what takes long.
+            recorded: What ``auto`` came to when the job was begun: it is not to come to another.
             changes: Of the policy, beyond the options.
         """
         from flexgen_jax import measured, progress
@@ -166,6 +174,8 @@ class Chosen:
                 say=say,
                 progress=update,
             )
+        if policy == "auto" and recorded is not None:
+            policy = dataclasses.replace(recorded, weight_bits=bits)
         slots = {"weight_slots": v["weight_slots"], "cache_slots": v["cache_slots"]}
         llm = LLM(
             str(store),

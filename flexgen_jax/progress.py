@@ -12,6 +12,7 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -31,18 +32,25 @@ class _PerSecond(ProgressColumn):
         return Text("" if task.speed is None else f"{task.speed:.1f} {self._unit}/s")
 
 
-def tokens(
-    total: int, *, quiet: bool = False
-) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-    """A bar over at most ``total`` new tokens; see :func:`count`."""
-    return count(total, "generating", "tokens", quiet=quiet)
+class Bar:
+    """Advances when called with a count."""
+
+    def __init__(self, bar: Progress, task: TaskID, unit: str) -> None:
+        self._bar, self._task, self._unit = bar, task, unit
+
+    def __call__(self, more: int) -> None:
+        self._bar.advance(self._task, more)
+
+    def expect(self, total: int | None, *, exactly: bool = True) -> None:
+        """How many there will be in all, as far as one knows by now."""
+        about = "" if exactly else "~"
+        of = "" if total is None else f"/{about}{total}"
+        self._bar.update(self._task, total=total, of=f"{of} {self._unit}")
 
 
 @contextlib.contextmanager
-def count(
-    total: int | None, what: str, unit: str, *, quiet: bool = False
-) -> Iterator[Callable[[int], None]]:
-    """A bar over at most ``total`` units with their rate and ETA; yields ``advance(count)``.
+def count(total: int | None, what: str, unit: str, *, quiet: bool = False) -> Iterator[Bar]:
+    """A bar over at most ``total`` units with their rate and ETA.
 
     Requests that stop early make the total an upper bound, so the bar ends by jumping to its end.
     None: nobody knows.
@@ -50,16 +58,18 @@ def count(
     columns = (
         TextColumn(what),
         BarColumn(),
-        TextColumn(f"{{task.completed:.0f}}/{total} {unit}" if total is not None else unit),
+        TextColumn("{task.completed:.0f}{task.fields[of]}"),
         _PerSecond(unit),
         TimeElapsedColumn(),
         TextColumn("ETA"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda more: bar.advance(task, more)
-        bar.update(task, completed=total)
+        task = bar.add_task(what, total=None, of="")
+        shown = Bar(bar, task, unit)
+        shown.expect(total)
+        yield shown
+        bar.update(task, completed=bar.tasks[0].total)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 from scheduling.calibrate import Observation
 from scheduling.placement import Placement
@@ -27,12 +27,13 @@ _NOT_PLAIN = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Report:
-    """Figures of one ``generate`` call.
+    """Figures of one ``generate`` call, or of a job with all its windows and resumptions.
 
     Attributes:
         placement: Where every cell of ``weights``, ``cache`` and ``hidden`` really lay; the latter
-            two of the block with the largest cache.
-        seconds: Wall time from the first op to the last, compilation included.
+            two of the block with the largest cache. Of a resumed job, the last process's.
+        seconds: Wall time of the blocks, compilation included. Of a job, of its finished blocks
+            with the reading and writing between them.
         prompt_tokens: Tokens of the prompts, as given.
         padded_tokens: Positions that prefill computed, padding and empty rows included.
         generated_tokens: New tokens of all requests.
@@ -44,7 +45,8 @@ class Report:
             borders of steps.
         moved: Bytes that the schedule moves over each link, by the sizes of its cells; a batch
             whose requests stop early moves less.
-        timeline: Measured spans of the blocks, one after another; of a long job, of its first.
+        timeline: Measured spans of the blocks, one after another; of a long job, of its first; of
+            a resumed one, of the last process's first.
         hardware: What the prediction is made for, by name.
         why: Of the policy, where it was searched for.
         predict: Simulates what ``timeline`` has; see :attr:`predicted`.
@@ -89,6 +91,32 @@ class Report:
     def predicted(self) -> Timeline:
         """The same timeline, as the simulator expects it; computed when first asked for."""
         return self.predict()
+
+    @classmethod
+    def empty(
+        cls,
+        policy: Policy,
+        placement: Mapping[str, Placement],
+        schedule: str,
+        hardware: str,
+        why: str | None,
+    ) -> Report:
+        """Of nothing yet."""
+        zeros: dict[str, Any] = dict.fromkeys(_SUMMED, 0)
+        return cls(
+            **zeros,
+            policy=policy,
+            placement=placement,
+            schedule=schedule,
+            peak_bytes={tier: placement["weights"].nbytes(tier) for tier in Tier},
+            moved=dict.fromkeys(Link, 0),
+            timeline=Timeline((), label="measured"),
+            hardware=hardware,
+            predict=lambda: Timeline((), label="predicted"),
+            observe=list,
+            lower_bound=float,
+            why=why,
+        )
 
     def __repr__(self) -> str:
         """Short: spans and cells run to megabytes."""
@@ -140,3 +168,102 @@ class Report:
             "lower_bound_seconds": self.lower_bound_seconds,
             "observations": [row.to_json() for row in self.observations],
         }
+
+    def sums(self) -> dict[str, Any]:
+        """What adds up, as plain JSON: :meth:`Sum.add_sums` takes it."""
+        return {
+            **{name: getattr(self, name) for name in _SUMMED},
+            "moved": {link.value: nbytes for link, nbytes in self.moved.items()},
+            "peak_bytes": {tier.value: nbytes for tier, nbytes in self.peak_bytes.items()},
+        }
+
+
+_SUMMED = (
+    "requests",
+    "blocks",
+    "batches",
+    "prompt_tokens",
+    "padded_tokens",
+    "generated_tokens",
+    "seconds",
+    "compile_seconds",
+    "compilations",
+    "disk_bytes",
+    "disk_bytes_written",
+)
+
+
+class Sum:
+    """Adds up reports, block by block, in memory that does not grow with their number.
+
+    Args:
+        empty: A report of nothing, which gives policy, schedule and the placement of the weights.
+        max_spans: Once there are more, blocks leave their timelines out.
+    """
+
+    def __init__(self, empty: Report, max_spans: int) -> None:
+        self._last = empty
+        self._largest = empty.placement
+        self._sums: dict[str, Any] = dict.fromkeys(_SUMMED, 0)
+        self._moved = dict.fromkeys(Link, 0)
+        self._peak = dict(empty.peak_bytes)
+        self._kept: list[tuple[float, Report]] = []  # with the time that each began
+        self._offset = 0.0
+        self._spans, self._max_spans = 0, max_spans
+
+    def add(self, report: Report) -> Self:
+        """Adds what comes after what was added before."""
+        if report.placement["cache"].nbytes() >= self._largest["cache"].nbytes():
+            self._largest = report.placement
+        self._keep_timeline(report)
+        return self.add_sums(report.sums())
+
+    def add_sums(self, sums: Mapping[str, Any]) -> Self:
+        """Adds figures whose report is gone: of an earlier process."""
+        for name in _SUMMED:
+            self._sums[name] += sums[name]
+        for link in Link:
+            self._moved[link] += sums["moved"].get(link.value, 0)
+        for tier in Tier:
+            self._peak[tier] = max(self._peak[tier], sums["peak_bytes"].get(tier.value, 0))
+        return self
+
+    def sums(self) -> dict[str, Any]:
+        """As :meth:`Report.sums`."""
+        return {
+            **self._sums,
+            "moved": {link.value: nbytes for link, nbytes in self._moved.items()},
+            "peak_bytes": {tier.value: nbytes for tier, nbytes in self._peak.items()},
+        }
+
+    def _keep_timeline(self, report: Report) -> None:
+        if self._spans > self._max_spans:
+            return
+        self._spans += len(report.timeline.spans)
+        self._kept.append((self._offset, report))
+        self._offset += report.seconds
+
+    def total(self) -> Report:
+        """All in one."""
+        kept = list(self._kept)
+        return dataclasses.replace(
+            self._last,
+            **self._sums,
+            placement=self._largest,
+            moved=dict(self._moved),
+            peak_bytes=dict(self._peak),
+            timeline=Timeline.concatenate(
+                ((begun, report.timeline) for begun, report in kept), label="measured"
+            ),
+            predict=functools.partial(_predicted, kept),
+            observe=lambda: kept[0][1].observations if kept else [],
+            lower_bound=lambda: sum(report.lower_bound_seconds for _, report in kept),
+        )
+
+
+def _predicted(kept: list[tuple[float, Report]]) -> Timeline:
+    parts, begun = [], 0.0
+    for _, report in kept:
+        parts.append((begun, report.predicted))
+        begun += report.predicted.seconds
+    return Timeline.concatenate(parts, label="predicted")

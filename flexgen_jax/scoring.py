@@ -119,25 +119,14 @@ def run_scores(
     requests: Sequence[Request],
     *,
     progress: Callable[[int], None] | None = None,
-    on_block: Callable[[list[tuple[Request, Score]]], None] | None = None,
 ) -> list[Score]:
     """Runs what :func:`sequence_request` made; scores in the order of ``requests``."""
-    by_index = {str(r.index): r for r in requests}
-
-    def pair(output: RequestOutput) -> tuple[Request, Score]:
-        request = by_index[output.request_id]
-        return request, _score(request, output)
-
-    keep = None
-    if on_block is not None:
-
-        def keep(outputs: list[RequestOutput]) -> None:
-            on_block(list(map(pair, outputs)))
-
-    return [pair(o)[1] for o in llm.run(requests, progress=progress, on_block=keep)]
+    outputs = llm.run(requests, progress=progress)
+    return [score_of(r, o) for r, o in zip(requests, outputs, strict=True)]
 
 
-def _score(request: Request, output: RequestOutput) -> Score:
+def score_of(request: Request, output: RequestOutput) -> Score:
+    """What the ``output`` of such a request says."""
     assert request.scored is not None
     assert output.prompt_logprobs is not None
     tokens = tuple(t for t in request.scored if t >= 0)

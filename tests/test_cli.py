@@ -15,8 +15,8 @@ import pytest
 from click.testing import CliRunner
 
 import flexgen_jax as fg
-from flexgen_jax.batch import Results
 from flexgen_jax.cli import main
+from flexgen_jax.results import FileResults
 
 ROOT = Path(__file__).parent.parent
 GOLDENS = ROOT / "tests" / "goldens"
@@ -185,7 +185,7 @@ def test_what_an_earlier_job_left_is_not_lost_by_a_mistyped_one(job, tmp_path):
 
 
 def test_two_jobs_do_not_share_an_output(job, tmp_path):
-    with Results(tmp_path / "out.jsonl"):
+    with FileResults(tmp_path / "out.jsonl"):
         result, _ = job([{"prompt_token_ids": [5]}])
     assert result.exit_code == 2
     assert "another job is writing it" in result.stderr
@@ -195,11 +195,11 @@ def test_a_disk_that_fills_while_results_are_written(job, monkeypatch, tmp_path)
     real = os.fsync
 
     def full(file):
-        if (tmp_path / "out.jsonl.partial").stat().st_size > 0:
+        if (tmp_path / "out.jsonl.partial").exists():
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(file)
 
-    monkeypatch.setattr("flexgen_jax.batch.os.fsync", full)
+    monkeypatch.setattr("flexgen_jax.results.os.fsync", full)
     result, _ = job([{"prompt_token_ids": [5]}])
     assert result.exit_code == 1
     assert "out.jsonl.partial: No space left on device" in result.stderr
@@ -378,8 +378,14 @@ def test_a_failing_read_keeps_what_was_finished(tmp_path, offload, monkeypatch):
     assert "Input/output error" in result.stderr
     assert not target.exists()
     kept = (tmp_path / "out.jsonl.partial").read_text().splitlines()
-    assert len(kept) == 2
-    assert "2 of 9 requests were finished" in result.stderr
+    assert len([line for line in kept if '"text"' in line]) == 2
+    assert "2 requests are finished and kept" in result.stderr
+    assert "run the same command again to go on" in result.stderr
+    monkeypatch.undo()
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    assert "going on: 2 requests are finished already" in result.stderr
+    assert [json.loads(r)["id"] for r in target.read_text().splitlines()] == [*range(1, 10)]
 
 
 def test_an_interrupt_keeps_what_was_finished(tmp_path, offload, monkeypatch):
@@ -403,9 +409,10 @@ def test_an_interrupt_keeps_what_was_finished(tmp_path, offload, monkeypatch):
     arguments += ["--device-batch-size", 2, "--num-device-batches", 1]
     result = CliRunner().invoke(main, [str(a) for a in arguments])
     assert result.exit_code == 130
-    assert "interrupted: 4 of 9 requests were finished" in result.stderr
+    assert "interrupted: 4 requests are finished and kept" in result.stderr
     assert not target.exists()
-    assert len((tmp_path / "out.jsonl.partial").read_text().splitlines()) == 4
+    kept = (tmp_path / "out.jsonl.partial").read_text().splitlines()
+    assert len([line for line in kept if '"text"' in line]) == 4
 
 
 def test_progress_shows_on_a_terminal_and_not_in_a_pipe(tmp_path, offload):

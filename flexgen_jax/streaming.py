@@ -1,0 +1,82 @@
+"""Prompts that come one by one, and outputs that go one by one: never all of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from flexgen_jax.blocks import Request
+from flexgen_jax.outputs import RequestOutput
+from flexgen_jax.prompts import Prompt, RequestError
+from flexgen_jax.report import Report, Sum
+from flexgen_jax.sampling_params import SamplingParams
+from flexgen_jax.windows import Limits
+
+if TYPE_CHECKING:
+    from flexgen_jax.llm import LLM
+
+_TOKEN_NBYTES = 4  # of a prompt's text, about
+
+
+def generate_iter(
+    llm: LLM,
+    prompts: Iterable[Prompt],
+    sampling_params: SamplingParams | Iterable[SamplingParams] | None,
+    *,
+    window: int | None,
+    progress: Callable[[int], None] | None,
+) -> Iterator[RequestOutput]:
+    """See :meth:`LLM.generate_iter`."""
+    total: Sum | None = None
+    pairs = _pairs(prompts, sampling_params)
+    wrong: RequestError | None = None
+    index, ended = 0, False
+    while not ended and wrong is None:
+        # Of policy auto the first window decides, before there are blocks for it to be whole of.
+        limits = Limits.of(llm.policy.block_size if total is not None else 1, window)
+        requests: list[Request] = []
+        tokens = 0
+        while not limits.reached(len(requests), _TOKEN_NBYTES * tokens):
+            try:
+                prompt, params = next(pairs)
+                requests.append(llm.request(index, prompt, params))
+            except StopIteration:
+                ended = True
+                break
+            except RequestError as error:
+                wrong = RequestError(f"prompt {index}: {error}")
+                break
+            tokens += len(requests[-1].token_ids)
+            index += 1
+        if total is None:
+            llm.choose_policy(requests)
+            total = llm.sum_of_reports()
+        found: dict[int, RequestOutput] = {}
+        blocks, sums = llm.blocks(requests), total
+
+        def keep(number: int, finished: list[RequestOutput], report: Report) -> None:
+            sums.add(report)  # noqa: B023 # called before the next
+            places = (r.index for r in blocks[number].requests)  # noqa: B023 # called before the next
+            found.update(zip(places, finished, strict=True))  # noqa: B023
+
+        llm.run_blocks(blocks, keep, progress=progress)
+        llm.report = total.total()
+        for request in requests:
+            yield found.pop(request.index)
+    if wrong is not None:
+        raise wrong
+
+
+def _pairs(
+    prompts: Iterable[Prompt], params: SamplingParams | Iterable[SamplingParams] | None
+) -> Iterator[tuple[Prompt, SamplingParams]]:
+    if params is None or isinstance(params, SamplingParams):
+        for prompt in prompts:
+            yield prompt, params or SamplingParams()
+        return
+    of_each = iter(params)
+    for number, prompt in enumerate(prompts):
+        try:
+            yield prompt, next(of_each)
+        except StopIteration:
+            raise RequestError(f"no sampling parameters for prompt {number}") from None

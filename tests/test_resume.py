@@ -1,0 +1,486 @@
+"""A job is killed, runs out of disk or is asked for otherwise: what is finished is never lost, and
+the output is the one of a job to which nothing happened, byte for byte."""
+
+import dataclasses
+import gzip
+import io
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from click.testing import CliRunner
+
+import flexgen_jax as fg
+import flexgen_jax.generation
+from flexgen_jax.batch import Completing, Job
+from flexgen_jax.cli import main
+from flexgen_jax.job_input import JobError, JobInput
+from flexgen_jax.results import FileResults
+from flexgen_jax.windows import Limits
+from storage.store import StorageError
+from storage.wrappers import Faulty
+
+ROOT = Path(__file__).parent.parent
+DEMO = str(ROOT / "flexgen_jax" / "demo_model")
+MODEL = str(ROOT / "tests" / "goldens" / "pre_norm")
+
+
+@pytest.fixture(scope="module")
+def offload(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("offload"))
+
+
+class Killer:
+    """The process of ``kill_worker.py``."""
+
+    def __init__(self, directory):
+        # What was compiled once need not be again: most of a start is that.
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "kill_worker.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=directory,
+            env=environment,
+        )
+
+    def run(self, arguments, kill_after=None):
+        line = json.dumps({"arguments": arguments, "kill_after": kill_after})
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+def write_lines(path, count, seed=5, bad=()):
+    """Prompts of unequal lengths; every line of ``bad`` is none."""
+    random_ = random.Random(seed)
+    words = ["the", "tide", "comes", "in", "and", "out", "again", "my", "lord", "says", "nothing"]
+    with path.open("w") as file:
+        for i in range(1, count + 1):
+            text = " ".join(random_.choices(words, k=random_.randint(1, 8)))
+            line = {"id": f"r{i}", "prompt": text, "max_tokens": random_.choice((2, 5))}
+            if i % 3 == 0:  # sampled
+                line |= {"temperature": 1.0}
+            file.write("nonsense\n" if i in bad else json.dumps(line) + "\n")
+
+
+def test_a_job_that_is_killed_again_and_again(tmp_path, offload):
+    """Twenty times and more, at any moment, from its first to its last."""
+    source = tmp_path / "in.jsonl"
+    write_lines(source, 99, bad=(7, 50, 51))
+    arguments = ["generate", "--model", DEMO, "--offload-dir", offload, "-i", str(source)]
+    arguments += ["--device-batch-size", "4", "--num-device-batches", "2", "--window", "32"]
+    random_, kills, outputs = random.Random(11), 0, 0
+    with Killer(tmp_path) as killer:
+        for name in ("first.jsonl", "expected.jsonl"):  # the first one compiles
+            clean = killer.run([*arguments, "-o", str(tmp_path / name)])
+            assert clean["code"] == 0, (tmp_path / "stderr").read_text()
+        expected = (tmp_path / "expected.jsonl").read_bytes()
+        went_on = 0
+        while kills < 20:
+            outputs += 1
+            target = tmp_path / f"out{outputs}.jsonl"
+            while not target.exists():
+                went_on += (tmp_path / f"{target.name}.partial").exists()
+                delay = random_.uniform(0.2, 1) * clean["seconds"]
+                code = killer.run([*arguments, "-o", str(target)], delay)["code"]
+                kills += code == -signal.SIGKILL
+                assert code in (0, -signal.SIGKILL), (tmp_path / "stderr").read_text()
+            # Killed after its last step but one, it still has something to tidy up.
+            assert target.read_bytes() == expected
+            target.rename(tmp_path / "done")
+    assert went_on >= 5
+    records = [json.loads(line) for line in expected.splitlines()]
+    good = [r["id"] for r in records if "error" not in r]
+    assert good == [f"r{i}" for i in range(1, 100) if i not in (7, 50, 51)]
+    assert [r["error"]["line"] for r in records if "error" in r] == [7, 50, 51]
+
+
+GREEDY = fg.SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
+BAD = (4, 30)
+
+
+@pytest.fixture(scope="module")
+def llm(offload):
+    policy = fg.Policy(device_batch_size=4, num_device_batches=2)
+    with fg.LLM(MODEL, policy=policy, offload_dir=offload) as llm:
+        yield llm
+
+
+@pytest.fixture
+def source(tmp_path):
+    lines = [json.dumps({"prompt_token_ids": [5 + i % 40, 6, 7][: 1 + i % 3]}) for i in range(50)]
+    for line in BAD:
+        lines[line - 1] = "nonsense"
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    return tmp_path / "in.jsonl"
+
+
+def run(llm, source, target, *, on_window=None, params=GREEDY, window=16, restart=False):
+    with JobInput(source) as lines, FileResults(target, restart=restart) as results:
+        limits = Limits.of(llm.policy.block_size, window)
+        job = Job(llm, Completing(llm, params, "m"), lines, results, limits=limits)
+        return job.run(on_window=on_window)
+
+
+@pytest.fixture
+def expected(llm, source, tmp_path):
+    run(llm, source, tmp_path / "expected")
+    return (tmp_path / "expected").read_bytes()
+
+
+class Stopped(BaseException):
+    """The power goes."""
+
+
+def blocks_run(monkeypatch, stop_after=None):
+    """Counts the blocks that are run; may stop before one."""
+    real, count = fg.LLM._run_block, [0]
+
+    def counted(self, *arguments):
+        if count[0] == stop_after:
+            raise Stopped
+        count[0] += 1
+        return real(self, *arguments)
+
+    monkeypatch.setattr(fg.LLM, "_run_block", counted)
+    return count
+
+
+def close_only(self, *_):
+    """What the system does for a killed process: nothing is tidied up."""
+    for file in (self._out, self._journal):
+        if file is not None:
+            file.close()
+
+
+@pytest.mark.parametrize("out", ["out", "out.gz"])
+@pytest.mark.parametrize("step", ["os.fsync", "os.replace", "Path.unlink"])
+def test_every_step_may_be_the_last(llm, source, expected, tmp_path, monkeypatch, step, out):
+    """Whatever a process did last, the next one goes on, and no block is run twice but one."""
+    owner, name = {"os": os, "Path": Path}[step.split(".")[0]], step.split(".")[1]
+    real, at = getattr(owner, name), 0
+    finished = False
+    while not finished:
+        target = tmp_path / f"{at}-{out}"
+        calls = 0
+
+        def stop(*arguments, at=at, **options):
+            nonlocal calls
+            calls += 1
+            if calls == at + 1:
+                raise Stopped
+            return real(*arguments, **options)
+
+        count = blocks_run(monkeypatch)
+        monkeypatch.setattr(owner, name, stop)
+        monkeypatch.setattr(FileResults, "__exit__", close_only)
+        try:
+            run(llm, source, target)
+        except Stopped:
+            pass
+        else:
+            finished = True
+        monkeypatch.undo()
+        total = count[0]
+        if not finished and not (target.exists() and not Path(f"{target}.partial").exists()):
+            count = blocks_run(monkeypatch)
+            report = run(llm, source, target)
+            monkeypatch.undo()
+            total += count[0]
+            assert report.requests == 48
+            assert report.errors == 2
+            assert report.report.generated_tokens == 48 * 3
+            assert report.report.blocks == 6
+        assert total in (6, 7)
+        data = target.read_bytes()
+        assert (gzip.decompress(data) if out.endswith(".gz") else data) == expected
+        assert not list(tmp_path.glob(f"{target.name}.*"))
+        at += 1
+    assert at > {"fsync": 15, "replace": 5, "unlink": 1}[name]
+
+
+def interrupted(llm, source, target, monkeypatch, blocks=3, **options):
+    """A job that was stopped after so many blocks."""
+    blocks_run(monkeypatch, stop_after=blocks)
+    with pytest.raises(Stopped):
+        run(llm, source, target, **options)
+    monkeypatch.undo()
+
+
+def test_a_torn_journal(llm, source, tmp_path, monkeypatch):
+    """Cut off anywhere, or overwritten by zeros: what is whole counts, the rest is done again."""
+    target, partial = tmp_path / "out", tmp_path / "out.partial"
+    run(llm, source, tmp_path / "expected", window=24)
+    expected = (tmp_path / "expected").read_bytes()
+    interrupted(llm, source, target, monkeypatch, blocks=5, window=24)
+    whole, ordered = partial.read_bytes(), (tmp_path / "out.ordered").read_bytes()
+    assert whole.count(b'{"block"') == 2  # of the second window
+    cuts = random.Random(1).sample(range(whole.index(b'{"window"'), len(whole)), 25)
+    cuts.append(len(whole))
+    counts = set()
+    for cut in cuts:
+        for tail in (b"", b"\0" * (len(whole) - cut), b'{"block": 9}\n'):
+            partial.write_bytes(whole[:cut] + tail)
+            (tmp_path / "out.ordered").write_bytes(ordered + b"half a window")
+            count = blocks_run(monkeypatch)
+            run(llm, source, target, window=24)
+            monkeypatch.undo()
+            assert target.read_bytes() == expected
+            counts.add(count[0])
+    assert counts == {1, 2, 3}
+
+
+def test_another_job_is_refused_with_what_differs(llm, source, expected, tmp_path, monkeypatch):
+    target = tmp_path / "out"
+    interrupted(llm, source, target, monkeypatch)
+    kept = (tmp_path / "out.partial").read_bytes()
+    cases = {
+        "task max_tokens was 3, is 4": {"params": dataclasses.replace(GREEDY, max_tokens=4)},
+        "window requests was 16, is 24": {"window": 24},
+    }
+    for words, change in cases.items():
+        with pytest.raises(JobError, match=words):
+            run(llm, source, target, **change)
+    before, text = llm.policy, source.read_text()
+    llm.policy = dataclasses.replace(before, device_batch_size=2)
+    with pytest.raises(JobError, match="policy device_batch_size was 4, is 2"):
+        run(llm, source, target)
+    llm.policy = before
+    source.write_text(text + "\n{}")
+    with pytest.raises(JobError, match=r"input bytes was .*; input digest was"):
+        run(llm, source, target)
+    source.write_text(text)
+    assert (tmp_path / "out.partial").read_bytes() == kept
+    llm.policy = dataclasses.replace(before, cache=fg.Split(device=0, host=100), overlap=False)
+    run(llm, source, target)  # where things lie may be changed on the way
+    llm.policy = before
+    assert target.read_bytes() == expected
+
+
+def test_a_job_begins_anew_if_asked(llm, source, tmp_path, monkeypatch):
+    target = tmp_path / "out"
+    interrupted(llm, source, target, monkeypatch)
+    count = blocks_run(monkeypatch)
+    report = run(llm, source, target, params=fg.SamplingParams(max_tokens=1), restart=True)
+    assert count[0] == 6
+    assert report.report.generated_tokens == 48
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out"]
+
+
+def test_a_pipe_that_says_something_else_is_noticed(llm, source, tmp_path, monkeypatch):
+    """Nobody knows what a pipe will say; but what was read of it is compared."""
+
+    def pipe(data):
+        monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(data)))
+
+    target, data = tmp_path / "out", source.read_bytes()
+    pipe(data)
+    run(llm, Path("-"), target)
+    expected = target.read_bytes()
+    assert b"[29]" in data  # in the window that was begun, as [6 is in the one before
+    for wrong in (data.replace(b"[6", b"[7", 1), data.replace(b"[29]", b"[28]"), data[:40], b""):
+        blocks_run(monkeypatch, stop_after=3)
+        pipe(data)
+        with pytest.raises(Stopped):
+            run(llm, Path("-"), target)
+        monkeypatch.undo()
+        pipe(wrong)
+        with pytest.raises(JobError, match="is not the input that the job was begun with"):
+            run(llm, Path("-"), target)
+        pipe(data)
+        run(llm, Path("-"), target)
+        assert target.read_bytes() == expected
+
+
+def test_a_disk_that_fills(source, expected, tmp_path, offload):
+    """The system itself refuses to write on: a limit to the size of files."""
+    target = tmp_path / "out"
+    program = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from flexgen_jax.cli import main\n"
+        "import flexgen_jax.llm, flexgen_jax.checkpoint\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))\n"
+        "main(sys.argv[2:])\n"
+    )
+    arguments = ["generate", "--model", MODEL, "--offload-dir", offload, "-i", str(source)]
+    arguments += ["-o", str(target), "--window", "16", "--max-tokens", "3", "--ignore-eos"]
+    arguments += ["--device-batch-size", "4", "--num-device-batches", "2"]
+
+    def limited(nbytes):
+        return subprocess.run(
+            [sys.executable, "-c", program, str(nbytes), *arguments],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    for nbytes in (3900, len(expected) - 500):
+        done = limited(nbytes)
+        assert done.returncode == 1, done.stderr
+        assert "cannot write" in done.stderr
+        assert "File too large" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert "run the same command again to go on" in done.stderr
+    done = limited(10**9)
+    assert "going on: " in done.stderr
+    assert done.returncode == 0, done.stderr
+    assert target.read_bytes() == expected
+
+
+def test_a_directory_that_cannot_be_written(tmp_path, source, offload):
+    if os.geteuid():
+        tmp_path.chmod(0o555)
+    target = "/sys/out.jsonl" if not os.geteuid() else str(tmp_path / "out")
+    arguments = ["generate", "--model", "no/such-model", "-i", str(source), "-o", target]
+    result = CliRunner().invoke(main, arguments)
+    tmp_path.chmod(0o755)
+    assert result.exit_code == 2
+    assert "cannot write" in result.stderr  # before the model is looked for
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_store_that_turns_unreadable(source, expected, tmp_path, offload):
+    """In the middle of the job; and it can be read again."""
+    policy = fg.Policy(
+        device_batch_size=4, num_device_batches=2, weights=fg.Split(device=0, disk=100)
+    )
+    broken = False
+
+    def fault(verb, names):
+        return StorageError("the disk is gone") if broken and verb == "load" else None
+
+    def breaking(window, blocks, left):
+        nonlocal broken
+        broken = window.number == 2
+
+    options = {"policy": policy, "offload_dir": offload}
+    with fg.LLM(MODEL, **options, wrap_store=lambda tier, store: Faulty(store, fault)) as llm:
+        with pytest.raises(fg.ExecutionError, match="the disk is gone"):
+            run(llm, source, tmp_path / "out", on_window=breaking)
+        with FileResults(tmp_path / "out") as results:
+            assert results.requests_finished == 32
+        broken = False
+        run(llm, source, tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == expected
+
+
+def test_a_chunk_that_is_cut_off_in_the_middle(source, expected, tmp_path):
+    """One error that names the file; mended, the job goes on."""
+    store = fg.convert(MODEL, tmp_path / "store")
+    policy = fg.Policy(
+        device_batch_size=4, num_device_batches=2, weights=fg.Split(device=0, disk=100)
+    )
+    arguments = {"policy": policy, "disk": fg.DiskContext(mode="direct", small_nbytes=0)}
+    chunk = max(store.rglob("*/c/*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    whole = chunk.read_bytes()
+
+    def cut(window, blocks, left):
+        if window.number == 1:
+            os.truncate(chunk, len(whole) // 2)
+
+    named = re.escape(str(chunk.parent.parent))
+    with fg.LLM(str(store), **arguments) as llm, pytest.raises(fg.ExecutionError, match=named):
+        run(llm, source, tmp_path / "out", on_window=cut)
+    with pytest.raises(ValueError, match="store"):
+        fg.LLM(str(store), **arguments)
+    chunk.write_bytes(whole)
+    with fg.LLM(str(store), **arguments) as llm:
+        with FileResults(tmp_path / "out") as results:
+            assert results.requests_finished == 16
+        run(llm, source, tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == expected
+
+
+def test_what_auto_came_to_is_kept(source, tmp_path, offload, monkeypatch):
+    """Less memory may be free when the job goes on; the policy is still that of the beginning."""
+    arguments = ["generate", "--model", MODEL, "--offload-dir", offload, "-i", str(source)]
+    arguments += ["-o", str(tmp_path / "out"), "--window", "16", "--max-tokens", "3", "--json"]
+    arguments += ["--device-batch-size", "4", "--num-device-batches", "2"]
+    blocks_run(monkeypatch, stop_after=3)
+    with pytest.raises(Stopped):
+        CliRunner().invoke(main, [*arguments, "--device-memory", "50kB"])
+    monkeypatch.undo()
+    wrong = CliRunner().invoke(main, [*arguments, "--temperature", "1"])
+    assert wrong.exit_code == 2
+    assert "task temperature was 0.0, is 1.0" in wrong.stderr
+    assert "or give --restart to begin anew" in wrong.stderr
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert "going on: 24 requests are finished already" in result.stderr
+    report = json.loads(result.stdout)
+    assert 0 < report["policy"]["weights"]["device"] < 100
+    assert report["requests"] == 48
+    assert report["errors"] == 2
+    assert report["blocks"] == 6
+    assert report["disk_bytes"] > 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_job_and_says_how_to_go_on(
+    source, tmp_path, offload, monkeypatch, number, code
+):
+    arguments = ["generate", "--model", MODEL, "--offload-dir", offload, "-i", str(source)]
+    arguments += ["-o", str(tmp_path / "out"), "--max-tokens", "3"]
+    arguments += ["--device-batch-size", "4", "--num-device-batches", "2"]
+    real, blocks = flexgen_jax.generation.BlockEffects._book, set()
+
+    def signalled(self, state):
+        blocks.add(id(self._states))
+        if len(blocks) == 3:
+            blocks.add("sent")
+            os.kill(os.getpid(), number)
+        real(self, state)
+
+    monkeypatch.setattr(flexgen_jax.generation.BlockEffects, "_book", signalled)
+    before = signal.getsignal(signal.SIGTERM)
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == code, result.output
+    assert "interrupted: 16 requests are finished and kept" in result.stderr
+    assert "run the same command again to go on" in result.stderr
+    assert signal.getsignal(signal.SIGTERM) == before
+    monkeypatch.undo()
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    assert len((tmp_path / "out").read_text().splitlines()) == 50
+
+
+def test_nothing_is_left_of_a_job_that_finished_nothing(llm, source, tmp_path, monkeypatch):
+    interrupted(llm, source, tmp_path / "out", monkeypatch, blocks=0)
+    assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_a_damaged_output_is_not_taken_for_whole(llm, source, tmp_path, monkeypatch):
+    target = tmp_path / "out"
+    interrupted(llm, source, target, monkeypatch, blocks=4)
+    os.truncate(tmp_path / "out.ordered", 100)
+    with pytest.raises(JobError, match=r"out\.ordered is damaged: it has 100 bytes of"):
+        run(llm, source, target)
+    header, rest = (tmp_path / "out.partial").read_bytes().split(b"\n", 1)
+    other = json.dumps({**json.loads(header), "flexgen_jax_job": 99}).encode()
+    (tmp_path / "out.partial").write_bytes(other + b"\n" + rest)
+    with pytest.raises(JobError, match="is of another version of flexgen-jax"):
+        run(llm, source, target)
