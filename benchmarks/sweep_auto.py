@@ -28,11 +28,11 @@ from scheduling.peak import room_nbytes
 WORKLOADS = [
     ("facebook/opt-125m", 64, 16, 64, (0.25, 0.6)),
     ("facebook/opt-125m", 256, 4, 64, (0.25, 0.6)),
-    ("facebook/opt-125m", 32, 32, 128, (0.25, 0.6)),
+    ("facebook/opt-125m", 32, 32, 64, (0.25, 0.6)),
 ]
-SHAPES = [(16, 1), (16, 4), (32, 1), (32, 2), (64, 1), (64, 2)]
+SHAPES = [(16, 1), (16, 4), (32, 2), (64, 1)]
 WEIGHTS = (100, 75, 50, 25, 0)
-CACHE = (100, 50, 0)
+CACHE = (100, 0)
 
 
 def policies(model: Model, workload: Uniform, requests: int, memory: float) -> list[fg.Policy]:

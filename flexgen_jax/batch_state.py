@@ -11,7 +11,8 @@ import numpy as np
 
 from flexgen_jax.blocks import Batch, Request
 from flexgen_jax.outputs import Logprob
-from flexgen_jax.sampling import Sampled, batch_arrays, seed_words
+from flexgen_jax.sampling import History, Sampled, batch_arrays, seed_words
+from flexgen_jax.stops import Decode, stopped_by
 
 SCORE_CHUNK = 256  # positions scored at a time: their logits are (positions, vocab)
 
@@ -22,14 +23,23 @@ class Generated:
 
     request: Request
     stop_ids: frozenset[int]
+    decode: Decode | None = None
     token_ids: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[dict[int, Logprob]] = dataclasses.field(default_factory=list)
     scores: list[dict[int, Logprob]] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None
+    stop_string: str | None = None  # that ended it
 
     def accept(self, token: int) -> None:
         self.token_ids.append(token)
-        if token in self.stop_ids and len(self.token_ids) > self.request.params.min_tokens:
+        params = self.request.params
+        late = len(self.token_ids) > params.min_tokens
+        if token in self.stop_ids and late:
+            self.finish_reason = "stop"
+            return
+        if params.stop and late and self.decode is not None:
+            self.stop_string = stopped_by(self.token_ids, params.stop, self.decode)
+        if self.stop_string is not None:
             self.finish_reason = "stop"
         elif len(self.token_ids) >= self.request.params.max_tokens:
             self.finish_reason = "length"
@@ -38,7 +48,9 @@ class Generated:
 class BatchState:
     """The arrays of one batch on the device, and its requests' results on the host."""
 
-    def __init__(self, batch: Batch, seed: int, eos_token_id: int | None) -> None:
+    def __init__(
+        self, batch: Batch, seed: int, eos_token_id: int | None, decode: Decode | None = None
+    ) -> None:
         self.batch = batch
         self.padding = jnp.asarray(batch.padding())
         self.tokens = batch.tokens()  # what the embedding takes next, on the host
@@ -49,11 +61,41 @@ class BatchState:
         self._forced = _forced(batch)
         self.left = False
         stops = [_stop_ids(r, eos_token_id) for r in batch.requests]
-        self.results = [Generated(r, s) for r, s in zip(batch.requests, stops, strict=True)]
+        self.results = [Generated(r, s, decode) for r, s in zip(batch.requests, stops, strict=True)]
         params = [r.params for r in batch.requests]
         seeds = [seed_words(r.params, (seed, r.index)) for r in batch.requests]
         self.arrays, self.features = batch_arrays(
             params, seeds, [sorted(s) for s in stops], batch.rows
+        )
+        self._prompts: jax.Array | None = None
+        if self.features.penalised:
+            # An empty row's prompt is one token 0, and nobody asks what comes of it.
+            real = np.arange(batch.prompt_len) >= batch.padding()[:, None]
+            self._prompts = jnp.asarray(np.where(real, batch.tokens(), -1))
+
+    def history(self) -> History | None:
+        """What was generated, for sampling; None where no request of the batch asks for it."""
+        rows = self.batch.rows
+        if not (self.features.penalised or self.features.banning):
+            return None
+        output = np.full((rows, self.batch.num_steps), -1, np.int32)
+        banned: list[list[int]] = [[] for _ in range(rows)]
+        for row, result in enumerate(self.results):
+            output[row, : len(result.token_ids)] = result.token_ids
+            banned[row] = [
+                word[-1]
+                for word in result.request.bad_words
+                if _ends_with(result.token_ids, word[:-1])
+            ]
+        # As wide as it can get, so that one program serves all steps.
+        widest = max(1, *(len(r.bad_words) for r in self.batch.requests))
+        filled = [[*words, *[-1] * (widest - len(words))] for words in banned]
+        nothing = jnp.full((rows, 1), -1, jnp.int32)
+        penalised = self._prompts is not None
+        return History(
+            nothing if self._prompts is None else self._prompts,
+            jnp.asarray(output) if penalised else nothing,
+            jnp.asarray(filled, jnp.int32),
         )
 
     def forced(self, step: int) -> np.ndarray | None:
@@ -97,6 +139,10 @@ class BatchState:
     @property
     def finished(self) -> bool:
         return all(result.finish_reason is not None for result in self.results)
+
+
+def _ends_with(tokens: list[int], end: tuple[int, ...]) -> bool:
+    return not end or tuple(tokens[-len(end) :]) == end
 
 
 def _wanted(batch: Batch) -> np.ndarray:

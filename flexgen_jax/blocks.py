@@ -30,6 +30,7 @@ class Request:
             none. None: of none at all.
         forced: What comes out, token by token, whatever is likeliest: to follow a given text
             through the cache as generating does.
+        bad_words: Token sequences that are never generated.
     """
 
     index: int
@@ -38,6 +39,7 @@ class Request:
     params: SamplingParams
     scored: tuple[int, ...] | None = None
     forced: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

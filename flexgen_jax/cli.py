@@ -129,6 +129,28 @@ def convert(
 @click.option("--min-p", type=float, default=0.0, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True, help="For requests without one.")
 @click.option("--stop-token-id", "stop_token_ids", type=int, multiple=True, help="Repeatable.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. Repeatable.")
+@click.option(
+    "--repetition-penalty",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Above 1: against what prompt or output have had.",
+)
+@click.option(
+    "--presence-penalty",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Above 0: against what the output has had.",
+)
+@click.option(
+    "--frequency-penalty",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Likewise, as often as it has had it.",
+)
 @click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-text token.")
 @click.option("--logprobs", type=int, help="Return this many likeliest tokens' log-probabilities.")
 @click.option("--prompt-logprobs", type=int, help="Likewise, at each token of the prompt.")

@@ -184,12 +184,17 @@ class JobFiles:
 
     def _choose_policy(self, llm: LLM, task: Task) -> None:
         """Of policy auto, by the first requests: once, so that all windows are grouped alike."""
-        from flexgen_jax.job_input import STANDARD, JobInput
+        from flexgen_jax.job_input import STANDARD, JobError, JobInput
         from flexgen_jax.windows import Limits, Windows
 
         if self.input_path is None or self.input_path == STANDARD:
             return  # an input that can be read once
-        with JobInput(self.input_path) as source, Windows(source, task, Limits.of(1)) as windows:
+        first = None
+        with (
+            contextlib.suppress(JobError),  # is said when the job comes to it
+            JobInput(self.input_path) as source,
+            Windows(source, task, Limits.of(1)) as windows,
+        ):
             first = next(iter(windows), None)
         llm.policy = llm.choose_policy(first.requests if first is not None else [])
 

@@ -26,6 +26,7 @@ from flexgen_jax.cells import (
 )
 from flexgen_jax.kv_cache import KeptCache, LayerCache
 from flexgen_jax.sampling import sample
+from flexgen_jax.stops import Decode
 from flexgen_jax.unpacking import Dense
 from flexgen_jax.weights import LayerWeights, Weights
 from scheduling.dependencies import Issue
@@ -86,6 +87,7 @@ class BlockEffects:
     Args:
         number: Which block of ``cells`` it is.
         seed: The ``LLM``'s seed, for requests without their own.
+        decode: Token ids to text, for stop strings.
         on_tokens: Told how many new tokens were booked, at each step border of a batch.
         on_logits: Given (step, batch, logits) of every head computation: for tests and research.
     """
@@ -99,6 +101,7 @@ class BlockEffects:
         rings: Rings,
         *,
         seed: int,
+        decode: Decode | None = None,
         on_tokens: OnTokens | None = None,
         on_logits: OnLogits | None = None,
     ) -> None:
@@ -110,7 +113,7 @@ class BlockEffects:
         self._head = weights.num_layers - 1
         self._device = jax.local_devices()[0]
         self._host = jax.local_devices(backend="cpu")[0]
-        self._states = [BatchState(b, seed, config.eos_token_id) for b in block.batches]
+        self._states = [BatchState(b, seed, config.eos_token_id, decode) for b in block.batches]
         tier_of = {
             cell.name: cell.tier
             for placement in (cells.cache_of[number], cells.hidden_of[number])
@@ -350,7 +353,12 @@ class BlockEffects:
                 self._on_logits(step, number, logits)
             forced = state.forced(step)
             state.sampled = sample(
-                logits, state.arrays, np.int32(step), forced, features=state.features
+                logits,
+                state.arrays,
+                np.int32(step),
+                forced,
+                state.history(),
+                features=state.features,
             )
             return state.sampled.token
         if step == 0:

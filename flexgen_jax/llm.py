@@ -338,6 +338,7 @@ class LLM:
             raise RequestError("the prompt has no tokens; give at least one")
         self._check_vocabulary("token id", ids)
         self._check_vocabulary("stop token id", params.stop_token_ids)
+        self._check_vocabulary("logit_bias token id", params.logit_bias)
         room = self.config.max_position_embeddings
         if len(ids) + params.max_tokens > room:
             raise RequestError(
@@ -345,7 +346,25 @@ class LLM:
                 f"exceed the model's {room} positions"
             )
         scored = None if params.prompt_logprobs is None else (*ids[1:], -1)
-        return Request(index, text, tuple(ids), params, scored=scored)
+        return Request(
+            index, text, tuple(ids), params, scored=scored, bad_words=self._bad_words(params)
+        )
+
+    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """As tokens, at the beginning of a word and within (vLLM's rule)."""
+        if self.tokenizer is None:
+            for name in ("stop", "bad_words"):
+                if getattr(params, name):
+                    raise RequestError(
+                        f"this model has no tokenizer files, which {name} needs; give "
+                        "stop_token_ids or logit_bias instead"
+                    )
+            return ()
+        found: dict[tuple[int, ...], None] = {}
+        for word in params.bad_words:
+            for prefix in ("", " "):
+                found[tuple(self.tokenizer.encode_words(prefix + word.lstrip()))] = None
+        return tuple(word for word in found if word)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, special tokens included.
@@ -568,6 +587,7 @@ class LLM:
             cells,
             rings,
             seed=self.seed,
+            decode=None if self.tokenizer is None else self.tokenizer.decode,
             on_tokens=progress,
             on_logits=on_logits,
         )
@@ -580,21 +600,26 @@ class LLM:
     def _output(self, generated: Generated) -> RequestOutput:
         request, ids = generated.request, generated.token_ids
         text, logprobs, cumulative = "", None, None
-        visible = ids[:-1] if generated.finish_reason == "stop" else ids
+        stop = generated.stop_string
+        by_token = generated.finish_reason == "stop" and stop is None
         if self.tokenizer is not None:
-            text = self.tokenizer.decode(visible)
+            text = self.tokenizer.decode(ids[:-1] if by_token else ids)
+        if stop is not None:
+            text = text[: text.index(stop)]
         if request.params.logprobs is not None:
             logprobs = self._decoded(generated.logprobs)
             cumulative = sum(
                 entry[token].logprob for entry, token in zip(logprobs, ids, strict=True)
             )
-        stopped_by = ids[-1] if ids and ids[-1] in request.params.stop_token_ids else None
+        stopped_by: int | str | None = stop
+        if by_token and ids[-1] in request.params.stop_token_ids:
+            stopped_by = ids[-1]
         completion = CompletionOutput(
             index=0,
             text=text,
             token_ids=tuple(ids),
             finish_reason=generated.finish_reason or "length",
-            stop_reason=stopped_by if generated.finish_reason == "stop" else None,
+            stop_reason=stopped_by,
             logprobs=logprobs,
             cumulative_logprob=cumulative,
         )

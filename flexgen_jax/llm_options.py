@@ -174,23 +174,23 @@ class Chosen:
                 say=say,
                 progress=update,
             )
+        limits = {name: v[name] for name in ("device_memory", "host_memory")}
+        searching: dict[str, Any] = {**limits, "fixed": wanted, "allow": self._allow}
         if policy == "auto" and recorded is not None:
-            policy = dataclasses.replace(recorded, weight_bits=bits)
+            # What is given differently now is for the job to notice.
+            policy, searching = dataclasses.replace(recorded, **wanted), {}
         slots = {"weight_slots": v["weight_slots"], "cache_slots": v["cache_slots"]}
         llm = LLM(
             str(store),
             policy=policy,
             schedule=v["schedule"],
-            device_memory=v["device_memory"],
-            host_memory=v["host_memory"],
             offload_dir=v["offload_dir"],
             dtype=dtype,
             seed=self._seed,
             hardware=Hardware.load(v["hardware"]) if v["hardware"] else None,
             disk=DiskContext(mode=v["disk_mode"]),
             slots={name: count for name, count in slots.items() if count is not None},
-            fixed=wanted,
-            allow=self._allow,
+            **searching,
         )
         with llm:
             yield llm

@@ -26,10 +26,12 @@ class CompletionOutput:
 
     Attributes:
         index: Which of the request's completions; always 0.
-        text: Decoded ``token_ids`` without special tokens; empty if the model has no tokenizer.
+        text: Decoded ``token_ids`` without special tokens, up to a stop string; empty if the model
+            has no tokenizer.
         token_ids: All generated tokens, the one that ended the request included.
-        finish_reason: ``"stop"`` (end-of-text or a stop token) or ``"length"`` (``max_tokens``).
-        stop_reason: The stop token id of the request that ended it; None otherwise.
+        finish_reason: ``"stop"`` (end-of-text, a stop token or a stop string) or ``"length"``
+            (``max_tokens``).
+        stop_reason: The request's stop token id or stop string that ended it; None otherwise.
         logprobs: Per token: token id -> :class:`Logprob` of the chosen and the likeliest tokens;
             None unless asked for.
         cumulative_logprob: Sum over the chosen tokens; None unless ``logprobs`` was asked for.
@@ -39,7 +41,7 @@ class CompletionOutput:
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str
-    stop_reason: int | None = None
+    stop_reason: int | str | None = None
     logprobs: tuple[dict[int, Logprob], ...] | None = None
     cumulative_logprob: float | None = None
 

@@ -166,6 +166,9 @@ class Report:
             "streams": self.timeline.summary(),
             "predicted": compare(self.predicted, self.timeline),
             "lower_bound_seconds": self.lower_bound_seconds,
+            "achieved_over_bound": self.timeline.seconds / self.lower_bound_seconds
+            if self.lower_bound_seconds
+            else None,
             "observations": [row.to_json() for row in self.observations],
         }
 

@@ -1,7 +1,10 @@
 """Which token comes next: parameters as people write them, and as a batch computes them.
 
-A request's tokens depend on its logits, its seed and the step alone: every row draws from its own
-random stream, so neighbours, blocks and schedules make no difference.
+A request's tokens depend on its logits, its seed and its own tokens so far: every row draws from
+its own random stream, so neighbours, blocks and schedules make no difference.
+
+What changes logits comes in vLLM's order: repetition, frequency and presence penalties, logit bias,
+bad words, stop tokens that would be too early, temperature, min-p, top-k, top-p.
 """
 
 from __future__ import annotations
@@ -31,6 +34,19 @@ class SamplingArrays(NamedTuple):
     seed: UInt32[Array, "batch 2"]
     min_tokens: Int[Array, "batch"]
     stop_ids: Int[Array, "batch stops"]
+    repetition: Float[Array, "batch"]
+    presence: Float[Array, "batch"]
+    frequency: Float[Array, "batch"]
+    bias_ids: Int[Array, "batch biases"]
+    bias: Float[Array, "batch biases"]
+
+
+class History(NamedTuple):
+    """The tokens of each row so far, filled up with -1; ``banned``: those that may not come now."""
+
+    prompt: Int[Array, "batch seq"]
+    output: Int[Array, "batch steps"]
+    banned: Int[Array, "batch words"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +56,9 @@ class SamplingFeatures:
     random: bool = False
     truncated: bool = False
     delayed_stop: bool = False
+    penalised: bool = False
+    biased: bool = False
+    banning: bool = False
     num_logprobs: int | None = None
 
 
@@ -78,6 +97,12 @@ def batch_arrays(
     words = np.zeros((rows, 2), np.uint32)
     if len(params):
         words[: len(params)] = np.stack(list(seeds))
+    widest = max(1, *(len(p.logit_bias) for p in padded))
+    bias_ids = np.full((rows, widest), -1, np.int32)
+    bias = np.zeros((rows, widest), np.float32)
+    for row, p in enumerate(params):
+        bias_ids[row, : len(p.logit_bias)] = list(p.logit_bias)
+        bias[row, : len(p.logit_bias)] = list(p.logit_bias.values())
     sampled = [p for p in params if p.temperature > 0]
     counts = [p.logprobs for p in params if p.logprobs is not None]
     arrays = SamplingArrays(
@@ -88,14 +113,48 @@ def batch_arrays(
         seed=jnp.asarray(words),
         min_tokens=jnp.asarray([p.min_tokens for p in padded], jnp.int32),
         stop_ids=jnp.asarray([[*s, *[-1] * (most - len(s))] for s in stops], jnp.int32),
+        repetition=jnp.asarray([p.repetition_penalty for p in padded], jnp.float32),
+        presence=jnp.asarray([p.presence_penalty for p in padded], jnp.float32),
+        frequency=jnp.asarray([p.frequency_penalty for p in padded], jnp.float32),
+        bias_ids=jnp.asarray(bias_ids),
+        bias=jnp.asarray(bias),
     )
     features = SamplingFeatures(
         random=bool(sampled),
         truncated=any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in sampled),
         delayed_stop=any(p.min_tokens > 0 for p in params),
+        penalised=any(map(_penalised, params)),
+        biased=any(p.logit_bias for p in params),
+        banning=any(p.bad_words for p in params),
         num_logprobs=max(counts) if counts else None,
     )
     return arrays, features
+
+
+def _penalised(p: SamplingParams) -> bool:
+    penalties = p.repetition_penalty, p.presence_penalty, p.frequency_penalty
+    return penalties != (1.0, 0.0, 0.0)
+
+
+def _counts(tokens: Int[Array, "batch any"], vocab: int) -> Int[Array, "batch vocab"]:
+    """How often each token comes; what is negative is none."""
+    rows = jnp.arange(tokens.shape[0])[:, None]
+    places = jnp.where(tokens >= 0, tokens, vocab)
+    return jnp.zeros((tokens.shape[0], vocab), jnp.int32).at[rows, places].add(1, mode="drop")
+
+
+def penalise(
+    logits: Float[Array, "batch vocab"], arrays: SamplingArrays, history: History
+) -> Float[Array, "batch vocab"]:
+    """Repetition penalty over prompt and output (CTRL, Keskar et al. 2019), then frequency and
+    presence penalties over the output (as OpenAI defines them)."""
+    output = _counts(history.output, logits.shape[1])
+    seen = (output > 0) | (_counts(history.prompt, logits.shape[1]) > 0)
+    factor = jnp.where(seen, arrays.repetition[:, None], 1.0)
+    logits = jnp.where(logits > 0, logits / factor, logits * factor)
+    often = output.astype(jnp.float32)
+    logits -= arrays.frequency[:, None] * often
+    return logits - arrays.presence[:, None] * jnp.minimum(often, 1.0)
 
 
 def truncate(
@@ -146,18 +205,30 @@ def sample(
     arrays: SamplingArrays,
     step: Int[Array, ""],
     forced: Int[Array, "batch"] | None = None,
+    history: History | None = None,
     *,
     features: SamplingFeatures,
 ) -> Sampled:
     """Draws the token of generated index ``step`` (0: the first) of every row.
 
-    Where ``forced`` is not negative, that is the token.
+    Where ``forced`` is not negative, that is the token. ``history`` is looked at where a feature
+    needs it.
     """
     raw = logits
+    rows = jnp.arange(logits.shape[0])[:, None]
+    if features.penalised:
+        assert history is not None
+        logits = penalise(logits, arrays, history)
+    if features.biased:
+        ids = jnp.where(arrays.bias_ids >= 0, arrays.bias_ids, logits.shape[1])
+        logits = logits.at[rows, ids].add(arrays.bias, mode="drop")
+    if features.banning:
+        assert history is not None
+        ids = jnp.where(history.banned >= 0, history.banned, logits.shape[1])
+        logits = logits.at[rows, ids].set(_MASKED, mode="drop")
     if features.delayed_stop:
         early = step < arrays.min_tokens
         ids = jnp.where(early[:, None] & (arrays.stop_ids >= 0), arrays.stop_ids, logits.shape[1])
-        rows = jnp.arange(logits.shape[0])[:, None]
         logits = logits.at[rows, ids].set(_MASKED, mode="drop")
     if features.random:
         token = _draw(logits, arrays, step, features.truncated)

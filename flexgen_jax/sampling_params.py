@@ -8,16 +8,9 @@ from typing import Any
 
 # Fields of vLLM's SamplingParams that mean something this library does not do yet, with the value
 # that means "off": accepting another would change what the user gets without a word.
-_NOT_YET = {
-    "n": 1,
-    "stop": None,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "logit_bias": None,
-    "bad_words": None,
-}
+_NOT_YET = {"n": 1}
 MAX_LOGPROBS = 20
+MAX_STOPS, MAX_BIASES = 64, 1024
 # Beyond these nothing changes any more, and numbers overflow.
 MAX_TEMPERATURE = 1e6
 MAX_TOP_K = 2**31 - 1
@@ -36,6 +29,15 @@ class SamplingParams:
             request's place in the input.
         stop_token_ids: Token ids that end the request, beside the model's end-of-text token. The
             token that ends a request is the last of ``token_ids`` and is not part of ``text``.
+        stop: Texts that end the request, also where they come across several tokens; ``text`` ends
+            before the first of them. Needs a tokenizer.
+        repetition_penalty: Divides the logits of tokens that prompt or output have had, if they are
+            positive, and multiplies the others: above 1 discourages, below encourages.
+        presence_penalty: Taken off the logits of tokens that the output has had, in [-2, 2].
+        frequency_penalty: Likewise, as often as it has had them.
+        logit_bias: Token id -> what is added to its logit.
+        bad_words: Texts that are never generated: the last token of each cannot come after the
+            ones before it. Needs a tokenizer.
         ignore_eos: Go on after the model's end-of-text token.
         max_tokens: Most tokens to generate, at least 1.
         min_tokens: Tokens to generate before a stop token may be chosen.
@@ -59,13 +61,13 @@ class SamplingParams:
     min_tokens: int = 0
     logprobs: int | None = None
     n: int = 1
-    stop: str | tuple[str, ...] | None = None
+    stop: tuple[str, ...] = ()
     prompt_logprobs: int | None = None
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] | None = None
-    bad_words: tuple[str, ...] | None = None
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict, hash=False)
+    bad_words: tuple[str, ...] = ()
     max_new_tokens: dataclasses.InitVar[int | None] = None
     do_sample: dataclasses.InitVar[bool | None] = None
 
@@ -90,6 +92,9 @@ class SamplingParams:
                 )
         self._check_ranges()
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "stop", _texts("stop", self.stop))
+        object.__setattr__(self, "bad_words", _texts("bad_words", self.bad_words))
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
 
     def _check_ranges(self) -> None:
         number = _is_number
@@ -133,6 +138,16 @@ class SamplingParams:
             "a list of token ids",
             ids,
         )
+        penalty = self.repetition_penalty
+        _require(
+            number(penalty) and 0 < penalty <= MAX_TEMPERATURE,
+            "repetition_penalty",
+            "a number above 0",
+            penalty,
+        )
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            _require(number(value) and -2 <= value <= 2, name, "a number from -2 to 2", value)
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(self, name)
             _require(
@@ -153,7 +168,7 @@ class SamplingParams:
         if unknown:
             raise ValueError(
                 f"unknown sampling field {', '.join(map(repr, unknown))}; "
-                f"known: {', '.join(sorted(own))}"
+                f"known: {', '.join(sorted(set(own) - set(_NOT_YET)))}"
             )
         if values.get("max_new_tokens") is not None and "max_tokens" not in values:
             own["max_tokens"] = type(self).max_tokens
@@ -162,6 +177,34 @@ class SamplingParams:
         # null means "the default" in the JSON dialects this reads
         given = {k: v for k, v in values.items() if v is not None or own.get(k, 0) is None}
         return SamplingParams(**{**own, **given})
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    """One text, or several."""
+    texts = [value] if isinstance(value, str) else value if value is not None else []
+    _require(
+        isinstance(texts, (list, tuple))
+        and len(texts) <= MAX_STOPS
+        and all(isinstance(t, str) and t for t in texts),
+        name,
+        f"a text that is not empty, or a list of at most {MAX_STOPS}",
+        value,
+    )
+    return tuple(texts)
+
+
+def _biases(value: Any) -> dict[int, float]:
+    """JSON has texts for keys."""
+    expected = f"an object of at most {MAX_BIASES} token ids and numbers from -100 to 100"
+    _require(value is None or isinstance(value, Mapping), "logit_bias", expected, value)
+    found = {}
+    for key, bias in (value or {}).items():
+        token = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key
+        fits = _is_int(token) and token >= 0 and _is_number(bias) and -100 <= bias <= 100
+        _require(fits, "logit_bias", expected, value)
+        found[int(token)] = float(bias)
+    _require(len(found) <= MAX_BIASES, "logit_bias", expected, value)
+    return found
 
 
 def _is_int(value: object) -> bool:

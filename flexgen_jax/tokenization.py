@@ -23,6 +23,10 @@ class Tokenizer:
         text.encode("utf-8")
         return self._backend.encode(text).ids
 
+    def encode_words(self, text: str) -> list[int]:
+        """Token ids of ``text`` as it comes in the middle of another: no special tokens."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of ``token_ids`` without special tokens."""
         return self._backend.decode(list(token_ids), skip_special_tokens=True)

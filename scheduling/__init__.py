@@ -3,7 +3,6 @@
 Knows no array, no file and no device: the standard library, NumPy and SciPy only.
 """
 
-from scheduling.calibrate import Observation, calibrated, observations
 from scheduling.cost_model import CostModel
 from scheduling.dependencies import (
     Issue,
@@ -15,7 +14,6 @@ from scheduling.dependencies import (
     needs,
     stream_of,
 )
-from scheduling.estimate import estimate
 from scheduling.hardware import Hardware
 from scheduling.limits import Limits
 from scheduling.ops import (
@@ -36,7 +34,6 @@ from scheduling.peak import peak_nbytes
 from scheduling.placement import Cell, Placement, place
 from scheduling.policy import Policy, Split, Tier
 from scheduling.schedules import SCHEDULES, diagonal, lock_step, row_by_row, zigzag
-from scheduling.search import NothingFitsError, search
 from scheduling.simulate import simulate
 from scheduling.sizes import Link, Sizes
 from scheduling.timeline import Span, Timeline, compare, to_perfetto, write_trace
@@ -59,8 +56,6 @@ __all__ = [
     "LoadHidden",
     "LoadWeights",
     "Need",
-    "NothingFitsError",
-    "Observation",
     "Op",
     "Placement",
     "Policy",
@@ -76,21 +71,17 @@ __all__ = [
     "Weights",
     "Workload",
     "bind",
-    "calibrated",
     "compare",
     "diagonal",
-    "estimate",
     "first_n",
     "format_schedule",
     "lock_step",
     "needs",
-    "observations",
     "parse_op",
     "parse_schedule",
     "peak_nbytes",
     "place",
     "row_by_row",
-    "search",
     "serialize",
     "serialized",
     "simulate",

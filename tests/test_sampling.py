@@ -1,14 +1,21 @@
 """Sampling: what parameters mean, and that rows do not see each other."""
 
+import json
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from click.testing import CliRunner
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexgen_jax.sampling import batch_arrays, sample, seed_words, truncate
+import flexgen_jax as fg
+from flexgen_jax.cli import main
+from flexgen_jax.sampling import History, batch_arrays, penalise, sample, seed_words, truncate
 from flexgen_jax.sampling_params import SamplingParams
+from flexgen_jax.stops import first_stop, stopped_by
 
 VOCAB = 40
 
@@ -176,10 +183,10 @@ def test_logprobs_zero_gives_the_chosen_token_only(logits):
         ("stop_token_ids", "</s>", "list of token ids"),
         ("ignore_eos", 1, "true or false"),
         ("n", 2, "not supported yet"),
-        ("stop", "\n", "not supported yet"),
+        ("stop", [1], "stop must be a text"),
         ("prompt_logprobs", 99, "prompt_logprobs must be null or an integer from 0 to 20"),
-        ("repetition_penalty", 1.2, "not supported yet"),
-        ("logit_bias", {1: 2.0}, "not supported yet"),
+        ("repetition_penalty", 0, "a number above 0"),
+        ("logit_bias", {"x": 2.0}, "token ids and numbers"),
     ],
 )
 def test_bad_values_are_refused_by_name(field, value, word):
@@ -207,3 +214,218 @@ def test_updated_overlays_a_lines_fields():
     assert base.updated({"temperature": None, "stop_token_ids": [3]}).stop_token_ids == (3,)
     with pytest.raises(ValueError, match="unknown sampling field 'temprature'"):
         base.updated({"temprature": 1})
+
+
+def history(prompts, outputs, banned=None, steps=8):
+    def filled(rows, width):
+        return jnp.asarray([[*r, *[-1] * (width - len(r))] for r in rows], jnp.int32)
+
+    return History(
+        filled(prompts, max(map(len, prompts))),
+        filled(outputs, steps),
+        filled(banned or [[]] * len(prompts), 2),
+    )
+
+
+def greedy(logits, params, past):
+    seeds = [seed_words(p, (0, i)) for i, p in enumerate(params)]
+    arrays, features = batch_arrays(params, seeds, [[]] * len(params), len(params))
+    out = sample(logits, arrays, np.int32(3), None, past, features=features)
+    return [int(t) for t in out.token]
+
+
+def test_penalties_by_hand():
+    """Hugging Face's repetition penalty; OpenAI's presence and frequency penalties."""
+    logits = jnp.asarray([[2.0, -1.0, 0.5, 0.0]])
+    past = history([[0, 1]], [[2, 2, 3]])
+    arrays, _ = batch_arrays(
+        [SamplingParams(repetition_penalty=2.0, presence_penalty=0.3, frequency_penalty=0.1)],
+        [np.zeros(2, np.uint32)],
+        [[]],
+        1,
+    )
+    found = penalise(logits, arrays, past)
+    expected = [[2.0 / 2, -1.0 * 2, 0.5 / 2 - 2 * 0.1 - 0.3, 0.0 - 0.1 - 0.3]]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+PENALTIES = st.builds(
+    SamplingParams,
+    temperature=st.just(0.0),
+    repetition_penalty=st.sampled_from([1.0, 0.7, 1.5]),
+    presence_penalty=st.sampled_from([0.0, 1.0, -2.0]),
+    frequency_penalty=st.sampled_from([0.0, 0.5]),
+    logit_bias=st.dictionaries(st.integers(0, VOCAB - 1), st.floats(-5, 5), max_size=3),
+)
+TOKENS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=6)
+
+
+@given(params=PENALTIES, prompt=TOKENS, output=TOKENS, other=PENALTIES, seed=st.integers(0, 99))
+@settings(max_examples=40)
+def test_what_a_row_has_had_is_its_own(params, prompt, output, other, seed):
+    """The plain definition; and the same token beside another row."""
+    row = np.random.default_rng(seed).normal(0, 2, VOCAB).astype(np.float32)
+    wanted = row.copy()
+    for token in {*prompt, *output}:
+        wanted[token] = (
+            wanted[token] / np.float32(params.repetition_penalty)
+            if wanted[token] > 0
+            else wanted[token] * np.float32(params.repetition_penalty)
+        )
+    for token in set(output):
+        wanted[token] -= params.frequency_penalty * output.count(token) + params.presence_penalty
+    for token, bias in params.logit_bias.items():
+        wanted[token] += bias
+    (alone,) = greedy(jnp.asarray(row[None]), [params], history([prompt], [output]))
+    assert wanted[alone] == pytest.approx(wanted.max(), abs=1e-4)
+    both = jnp.asarray(np.stack([row[::-1], row]))
+    past = history([[3], prompt], [[5, 5], output])
+    assert greedy(both, [other, params], past)[1] == alone
+
+
+def test_biases_and_banned_tokens():
+    logits = jnp.asarray([[3.0, 2.0, 1.0, 0.0]] * 2)
+    free = SamplingParams(temperature=0.0)
+    pushed = SamplingParams(temperature=0.0, logit_bias={"3": 10, 0: -1})
+    assert greedy(logits, [free, pushed], history([[0], [0]], [[], []])) == [0, 3]
+    banning = SamplingParams(temperature=0.0, bad_words=["x"])
+    past = history([[0], [0]], [[1], [1]], banned=[[0, 1], []])
+    assert greedy(logits, [banning, banning], past) == [2, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "expected"),
+    [
+        ("one two three", ["two"], (4, "two")),
+        ("one two three", ["three", "two"], (4, "two")),
+        ("one two three", ["tw", "two"], (4, "tw")),
+        ("one two three", ["four"], None),
+        ("", ["x"], None),
+    ],
+)
+def test_the_first_stop_string(text, stops, expected):
+    assert first_stop(text, stops) == expected
+
+
+@given(
+    text=st.text(alphabet="ab é€😀", max_size=60),
+    stop=st.text(alphabet="ab é€", min_size=1, max_size=4),
+)
+def test_a_stop_string_ends_at_the_token_that_completes_it(text, stop):
+    """Tokens are bytes here: characters and stop strings come in pieces."""
+    tokens: list[int] = []
+
+    def decode(ids):
+        return bytes(ids).decode("utf-8", errors="replace")
+
+    for byte in text.encode():
+        tokens.append(byte)
+        found = stopped_by(tokens, [stop, "never"], decode)
+        assert (found == stop) == (stop in decode(tokens))
+        if found:
+            break
+    assert (stop in text) == (stop in decode(tokens))
+
+
+DEMO = "flexgen_jax/demo_model"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    policy = fg.Policy(device_batch_size=4, num_device_batches=2)
+    with fg.LLM(DEMO, policy=policy, offload_dir=str(tmp_path_factory.mktemp("off"))) as llm:
+        yield llm
+
+
+def completed(llm, prompt="Once upon a time", **choices):
+    params = SamplingParams(**{"temperature": 0.0, "max_tokens": 24, **choices})
+    return llm.generate([prompt], params)[0].outputs[0]
+
+
+def test_stop_strings_end_a_request(demo):
+    free = completed(demo)
+    # Not where a token begins or ends.
+    cut = len(demo.tokenizer.decode(free.token_ids[:9])) + 1
+    stop = free.text[cut : cut + 5]
+    stopped = completed(demo, stop=stop)
+    assert stopped.text == free.text[: free.text.index(stop)]
+    assert (stopped.finish_reason, stopped.stop_reason) == ("stop", stop)
+    assert stopped.token_ids == free.token_ids[: len(stopped.token_ids)]
+    assert stop in demo.tokenizer.decode(stopped.token_ids)
+    assert stop not in demo.tokenizer.decode(stopped.token_ids[:-1])
+    assert completed(demo, stop=["no such text", stop]).text == stopped.text
+    late = completed(demo, stop=stop, min_tokens=24)
+    assert late.finish_reason in ("stop", "length")
+    assert len(late.token_ids) == 24
+    beside = demo.generate(
+        ["Once upon a time", "The little dog"] * 3,
+        [
+            SamplingParams(temperature=0.0, max_tokens=24, stop=s)
+            for s in [(), stop, stop, (), stop, ()]
+        ],
+    )
+    assert beside[2].outputs[0].text == beside[4].outputs[0].text == stopped.text
+    assert beside[0].outputs[0].text == free.text
+
+
+def test_bad_words_do_not_come(demo):
+    free = completed(demo)
+    words = [w for w in free.text.replace(".", " ").split() if len(w) > 2]
+    for word in dict.fromkeys(words[:4]):
+        changed = completed(demo, bad_words=[word])
+        assert f" {word} " not in f" {changed.text} "
+    assert completed(demo, bad_words=["no such word at all"]).text == free.text
+
+
+def test_penalties_change_what_comes(demo):
+    free = completed(demo, max_tokens=48)
+    varied = completed(demo, max_tokens=48, frequency_penalty=2.0, presence_penalty=2.0)
+    assert len(set(varied.token_ids)) > len(set(free.token_ids))
+    assert completed(demo, max_tokens=48, repetition_penalty=1e5).token_ids != free.token_ids
+    token = free.token_ids[0]
+    assert token not in completed(demo, logit_bias={token: -100}).token_ids
+    with_logprobs = completed(demo, logit_bias={token: -100}, logprobs=1)
+    entry = with_logprobs.logprobs[0]
+    assert token in entry  # log-probabilities are of the unmodified logits
+
+
+def test_a_model_without_a_tokenizer_says_what_it_cannot(tmp_path):
+    store = fg.convert_dummy(fg.OPTConfig.load(Path("tests/goldens/pre_norm")), tmp_path / "s")
+    with fg.LLM(str(store), policy=fg.Policy(), offload_dir=str(tmp_path)) as llm:
+        for name in ("stop", "bad_words"):
+            with pytest.raises(fg.RequestError, match=f"no tokenizer files, which {name} needs"):
+                llm.generate([[5, 6]], SamplingParams(**{name: "x"}))
+        with pytest.raises(fg.RequestError, match="logit_bias token id 999999 is outside"):
+            llm.generate([[5, 6]], SamplingParams(logit_bias={999999: 1}))
+
+
+def test_a_job_takes_them_all(tmp_path):
+    lines = [
+        {"prompt": "Once upon a time", "stop": ["."], "repetition_penalty": 1.1},
+        {"prompt": "Once upon a time", "logit_bias": {"7": -5}, "bad_words": ["the"]},
+        {"prompt": "Once upon a time", "stop": [""]},
+        {"prompt": "Once upon a time", "presence_penalty": 3},
+        {
+            "custom_id": "o",
+            "url": "/v1/completions",
+            "body": {"prompt": "Once upon a time", "stop": ".", "frequency_penalty": 0.5},
+        },
+        {"prompt": "Once upon a time", "best_of": 2},
+    ]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(map(json.dumps, lines)))
+    command = ["generate", "--model", DEMO, "--offload-dir", tmp_path, "-i", source, "-o", target]
+    command += ["--max-tokens", 32, "--presence-penalty", 0.1, "--stop", "!!", "--quiet"]
+    done = CliRunner().invoke(main, [str(c) for c in command])
+    assert done.exit_code == 0, done.output
+    records = [json.loads(line) for line in target.read_text().splitlines()]
+    assert records[0]["stop_reason"] == "."
+    assert "." not in records[0]["text"]
+    assert " the " not in records[1]["text"]
+    assert "stop must be a text that is not empty" in records[2]["error"]["message"]
+    assert "presence_penalty must be a number from -2 to 2" in records[3]["error"]["message"]
+    (choice,) = records[4]["response"]["body"]["choices"]
+    assert choice["finish_reason"] == "stop"
+    message = records[5]["error"]["message"]
+    assert "unknown sampling field 'best_of'" in message
+    assert "known: bad_words, frequency_penalty" in message
