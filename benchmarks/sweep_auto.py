@@ -26,9 +26,9 @@ from scheduling.peak import room_nbytes
 
 # Preset, prompt, new tokens, requests, limits in GB.
 WORKLOADS = [
-    ("facebook/opt-125m", 64, 16, 64, (0.25, 0.6)),
-    ("facebook/opt-125m", 256, 4, 64, (0.25, 0.6)),
-    ("facebook/opt-125m", 32, 32, 64, (0.25, 0.6)),
+    ("facebook/opt-125m", 64, 16, 64, (0.35, 0.7)),
+    ("facebook/opt-125m", 256, 4, 64, (0.35, 0.7)),
+    ("facebook/opt-125m", 32, 32, 64, (0.35, 0.7)),
 ]
 SHAPES = [(16, 1), (16, 4), (32, 2), (64, 1)]
 WEIGHTS = (100, 75, 50, 25, 0)

@@ -34,6 +34,7 @@ _BATCHES, _MOST_BATCHES = (1, 4, 16), 20
 _SIMULATED = 3
 _LARGE = 1000  # computations of a step
 _TRIES = 6
+_STEPS = (0, 25, 50, 75, 100)
 
 # The blocks of a policy, and how many there are like each; the one that takes most memory first.
 Blocks = Callable[[Policy], Sequence[tuple[Workload, float]]]
@@ -242,8 +243,20 @@ class _Search:
             found = self._dealt(policy, splits, less)
             if found is not None:
                 return found
-        least = {name: self.fixed.get(name, Split(device=0, disk=100)) for name in SPLITS}
-        return self._dealt(policy, least, {})
+        return self._in_steps(policy)
+
+    def _in_steps(self, policy: Policy) -> Candidate | None:
+        """The best of a few shares: where tensors are so large that no solution can be rounded."""
+        found = []
+        for weights, cache in itertools.product(_STEPS, _STEPS):
+            splits = {
+                "weights": Split(device=weights, disk=100 - weights),
+                "cache": Split(device=cache, disk=100 - cache),
+                "hidden": Split(device=0, disk=100),
+            }
+            splits |= {name: self.fixed[name] for name in SPLITS if name in self.fixed}
+            found.append(self._dealt(policy, splits, {}))
+        return min(filter(None, found), key=_seconds, default=None)
 
     def _dealt(
         self, policy: Policy, splits: Mapping[str, Split], less: dict[Tier, float]
