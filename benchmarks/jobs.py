@@ -68,11 +68,14 @@ def main() -> None:
         lines = Lines(target, target.with_name("out.jsonl.ordered"))
         started = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        shown = 0.0
         while process.poll() is None:
-            time.sleep(args.every)
+            time.sleep(0.2)
             held, seconds = held_nbytes(process.pid), time.perf_counter() - started
             if held:
                 samples.append((seconds, lines.update(), held))
+            if held and seconds >= shown + args.every:
+                shown = seconds
                 sample = {"seconds": round(seconds, 1), "requests": samples[-1][1]}
                 print(json.dumps({**sample, "held_gb": round(held / 1e9, 3)}), flush=True)
         assert process.stdout is not None
@@ -90,7 +93,10 @@ def summary(requests: int, samples: list[tuple[float, int, int]], report: dict) 
         inside = [
             s for s in samples if requests * quarter / 4 <= s[1] <= requests * (quarter + 1) / 4
         ]
-        (begun, before, _), (ended, after, _) = inside[0], inside[-1]
+        # Whole windows only: from when one was written out to when another one was.
+        (begun, before, _) = inside[0]
+        after = inside[-1][1]
+        ended = min(seconds for seconds, count, _ in inside if count == after)
         held = max(s[2] for s in inside) / 1e9
         quarters.append(((after - before) / (ended - begun), held))
     (second, held_second), (last, held_last) = quarters
