@@ -173,6 +173,18 @@ def one_after_the_other(
     return {kind: (together(first), together(then)) for kind, (first, then) in phases.items()}
 
 
+def moving(phases: Mapping[str, tuple[Seconds, Seconds]]) -> float:
+    """Seconds that all streams but the computing one are busy, one after another."""
+    streams = {stream.value for stream in Stream} - {Stream.COMPUTE.value}
+    return sum(
+        seconds
+        for kind in phases.values()
+        for phase in kind
+        for lane, seconds in phase.items()
+        if lane in streams
+    )
+
+
 def busiest(phases: Mapping[str, tuple[Seconds, Seconds]]) -> float:
     """Seconds of both phases, each as long as its busiest lane."""
     total = 0.0

@@ -25,6 +25,8 @@ SPLITS = ("weights", "cache", "hidden")
 TIERS = tuple(Tier)
 # What a tier faster than need be is worth: enough to break ties.
 _TIE = 1e-3
+# Where host and device are one processor, moving takes this share of its time from computing.
+CONTENTION = 0.2
 
 
 def with_splits(policy: Policy, splits: Mapping[str, Split]) -> Policy:
@@ -93,7 +95,8 @@ class Program:
                 rows.append(row)
                 limits.append(-base.get(lane, 0.0))
         self.rows, self.upper = rows, limits
-        self.cost = _TIE * weight
+        # Each second of moving is in two lanes, the stream's and the link's.
+        self.cost = (CONTENTION / 2 if self.limits.shared else _TIE) * weight
         self.cost[9:] = 1
 
     def _memory(self, less: Mapping[Tier, float]) -> tuple[list[np.ndarray], list[float]]:

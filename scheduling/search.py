@@ -12,10 +12,10 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from scheduling.estimate import Seconds, busiest, estimate, lanes, one_after_the_other
+from scheduling.estimate import Seconds, busiest, estimate, lanes, moving, one_after_the_other
 from scheduling.hardware import Hardware
 from scheduling.limits import Limits
-from scheduling.linear_program import SPLITS, Program, with_splits
+from scheduling.linear_program import CONTENTION, SPLITS, Program, with_splits
 from scheduling.ops import Op
 from scheduling.peak import room_nbytes
 from scheduling.policy import Policy, Split, Tier
@@ -247,8 +247,10 @@ class _Search:
 
     def _in_steps(self, policy: Policy) -> Candidate | None:
         """The best of a few shares: where tensors are so large that no solution can be rounded."""
-        found = []
+        found: list[Candidate | None] = []
         for weights, cache in itertools.product(_STEPS, _STEPS):
+            if found and found[0] is None:
+                return None  # even what takes least does not fit
             splits = {
                 "weights": Split(device=weights, disk=100 - weights),
                 "cache": Split(device=cache, disk=100 - cache),
@@ -266,7 +268,7 @@ class _Search:
         blocks = self.blocks(dealt)
         over = self.limits.exceeded(room_nbytes(blocks[0][0], shared=self.limits.shared))
         if not over:
-            seconds = sum(count * busiest(self._lanes(workload)) for workload, count in blocks)
+            seconds = sum(count * self._seconds(workload) for workload, count in blocks)
             return Candidate(policy=dealt, seconds=seconds)
         excess = sum(over.values())
         if self.least is None or excess < self.least[0]:
@@ -275,6 +277,11 @@ class _Search:
         for tier, nbytes in over.items():
             less[tier] = less.get(tier, 0.0) + 1.05 * nbytes
         return None
+
+    def _seconds(self, workload: Workload) -> float:
+        found = self._lanes(workload)
+        contended = CONTENTION * moving(found) if self.limits.shared else 0.0
+        return busiest(found) + contended
 
     def _lanes(self, workload: Workload) -> dict[str, tuple[Seconds, Seconds]]:
         found = lanes(workload, self.hardware)
