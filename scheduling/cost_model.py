@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from scheduling.alike import alike
 from scheduling.hardware import Hardware
 from scheduling.ops import Compute, LoadCache, LoadWeights, Op, StoreCache
 from scheduling.policy import Tier
@@ -151,14 +152,15 @@ class CostModel:
         for resource, each in kept.items():
             spared = sum(sorted(each, reverse=True)[: w.weight_slots])
             total[resource] -= (w.num_steps - 1) * spared
-        for number, batch in enumerate(sizes.batches):
-            for step in range(batch.num_steps):
-                for layer in range(w.num_layers):
-                    add(self.pieces(Compute(step, layer, number)))
-                    if w.has_cache(layer):
-                        add(self.pieces(StoreCache(step, layer, number)))
-                        if step:
-                            add(self.pieces(LoadCache(step, layer, number)))
+        for (layer, of), count in alike(sizes).items():
+            if of is None:
+                continue
+            for step in range(sizes.batches[of].num_steps):
+                add(self.pieces(Compute(step, layer, of)), count)
+                if w.has_cache(layer):
+                    add(self.pieces(StoreCache(step, layer, of)), count)
+                    if step:
+                        add(self.pieces(LoadCache(step, layer, of)), count)
         return total
 
 

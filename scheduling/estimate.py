@@ -6,6 +6,7 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 
+from scheduling.alike import alike
 from scheduling.cost_model import CostModel
 from scheduling.dependencies import Stream, stream_of
 from scheduling.hardware import Hardware
@@ -115,7 +116,7 @@ def lanes(workload: Workload, hardware: Hardware) -> dict[str, tuple[Seconds, Se
             phase[stream] += times * seconds
 
     steps = workload.num_steps - 1
-    for (layer, number), count in _alike(workload).items():
+    for (layer, number), count in alike(sizes).items():
         for step in (0, 1) if steps else (0,):
             if number is None:
                 add("weights", LoadWeights(step, layer), count * (steps if step else 1))
@@ -138,27 +139,6 @@ def lanes(workload: Workload, hardware: Hardware) -> dict[str, tuple[Seconds, Se
                     add("cache", LoadCache(step, layer, number), times)
                 add("cache", StoreCache(step, layer, number), times)
     return found
-
-
-def _alike(workload: Workload) -> dict[tuple[int, int | None], int]:
-    """(layer, batch) -> how many cost the same; (layer, None): how many layers' weights do."""
-    sizes = workload.sizes
-    assert sizes is not None
-    last = workload.num_layers - 1
-    firsts: dict[object, int] = {}
-    batch_kinds = [firsts.setdefault(batch, number) for number, batch in enumerate(sizes.batches)]
-    counts: dict[tuple[int, int | None], int] = defaultdict(int)
-    layers: dict[object, int] = {}
-    places: dict[object, tuple[int, int | None]] = {}
-    for layer in range(workload.num_layers):
-        kind = sizes.matmul_flops[layer], sizes.dense[layer], layer if layer in (0, last) else -1
-        weights = *sizes.weights[layer].values(), kind
-        counts[layers.setdefault(weights, layer), None] += 1
-        for number, batch_kind in enumerate(batch_kinds):
-            cell = sizes.cache.get((layer, number))
-            key = kind, batch_kind, id(cell)
-            counts[places.setdefault(key, (layer, number))] += 1
-    return counts
 
 
 def one_after_the_other(

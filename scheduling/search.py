@@ -120,7 +120,7 @@ def best_near(
     """Estimated seconds of a job with the best policy near ``policy``'s shape; None: none fits."""
     found = _Search(blocks, hardware, limits, schedule, 10**9, dict(fixed), ())
     size, batches = policy.device_batch_size, policy.num_device_batches
-    for shape in ((size, batches), (size, 2 * batches), (2 * size, batches)):
+    for shape in ((size, batches), (size, 2 * batches)):
         found.attempt(*shape, {})
     return min((c.seconds for c in found.fitting()), default=None)
 
