@@ -299,7 +299,7 @@ class BlockEffects:
 
     def _border(self, batch: int, state: BatchState) -> bool:
         """Books the tokens of the step before; True if the batch is finished and leaves."""
-        if batch == 0:
+        if batch in (0, len(self._states) - 1):
             self._sample()
         self._book(state)
         if state.finished:
