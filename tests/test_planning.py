@@ -42,7 +42,7 @@ def test_the_papers_machine_within_a_factor_of_two(model):
     assert found.peak_bytes[fg.Tier.DEVICE] <= 16e9
     assert found.peak_bytes[fg.Tier.HOST] <= 208e9
     assert found.lower_bound
-    assert max(found.lower_bound.values()) <= found.timeline.seconds
+    assert max(found.lower_bound.values()) <= found.timeline.seconds * (1 + 1e-9)
 
 
 def test_the_placement_is_what_a_run_places(tmp_path):
@@ -157,7 +157,7 @@ def test_the_commands(tmp_path):
     assert predicted["prefill_seconds"] + predicted["decode_seconds"] == pytest.approx(
         predicted["seconds"]
     )
-    assert figures["lower_bound_seconds"] <= predicted["seconds"]
+    assert figures["lower_bound_seconds"] <= predicted["seconds"] * (1 + 1e-9)
     auto = json.loads(run("plan", *common, "--allow", "host-attention", "--json").stdout)
     assert auto["predicted"]["tokens_per_second"] >= predicted["tokens_per_second"]
     assert auto["why"].startswith("best of")
