@@ -11,6 +11,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Mapping
+from logging import WARNING
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -18,6 +19,7 @@ import jax
 from flexgen_jax._version import __version__
 from flexgen_jax.dialects import Asked, answer, dump
 from flexgen_jax.job_input import JobError, JobInput
+from flexgen_jax.logs import event
 from flexgen_jax.outputs import RequestOutput
 from flexgen_jax.report import Report
 from flexgen_jax.results import Position, Results
@@ -176,6 +178,8 @@ class Job:
             windows.expect(window.last_line, window.digest, begun.last_line, begun.digest)
             for sums in begun.blocks.values():
                 self._total.add_sums(sums)
+        for line, error in window.errors.items():
+            event("bad line", level=WARNING, line=line, message=str(error))
         blocks = self._llm.blocks(window.requests)
         done = begun.blocks if begun is not None else {}
         left = [number for number in range(len(blocks)) if number not in done]

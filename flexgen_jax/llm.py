@@ -424,7 +424,6 @@ class LLM:
         self.choose_policy(requests)
         outputs: dict[int, RequestOutput] = {}
         blocks, total = self.blocks(requests), self.sum_of_reports()
-        _log_begun(self.schedule_name, requests, blocks, self.plan(blocks))
 
         def keep(number: int, finished: list[RequestOutput], report: Report) -> None:
             total.add(report)
@@ -434,7 +433,6 @@ class LLM:
 
         self.run_blocks(blocks, keep, progress=progress, on_logits=on_logits)
         self.report = total.total()
-        _log_tokens("run finished", outputs.values(), self.report.seconds)
         return [outputs[r.index] for r in requests]
 
     def run_blocks(
@@ -462,6 +460,8 @@ class LLM:
         for workload in {self._workload(block) for block in blocks} - self._valid:
             validate(self._schedule(workload), workload)
             self._valid.add(workload)
+        _log_begun(self.schedule_name, blocks, self.plan(blocks))
+        begun, tokens = time.perf_counter(), 0
         with self._cells(blocks) as cells:
             for number, block in enumerate(blocks):
                 event("block begun", block=number, of=len(blocks), requests=len(block.requests))
@@ -470,7 +470,9 @@ class LLM:
                 compiling = compile_seconds()
                 results, timeline, held = self._run_block(block, number, cells, progress, on_logits)
                 finished = [self._output(g) for g in results]
-                _log_tokens("block finished", finished, timeline.seconds, block=number)
+                made = sum(len(c.token_ids) for o in finished for c in o.outputs)
+                tokens += made
+                _log_tokens("block finished", made, timeline.seconds, block=number)
                 event("streams", level=DEBUG, block=number, streams=timeline.summary())
                 report = Report(
                     policy=self.policy,
@@ -481,7 +483,7 @@ class LLM:
                     batches=len(block.batches),
                     prompt_tokens=sum(len(r.token_ids) for r in block.requests),
                     padded_tokens=sum(b.rows * b.prompt_len for b in block.batches),
-                    generated_tokens=sum(len(c.token_ids) for o in finished for c in o.outputs),
+                    generated_tokens=made,
                     seconds=time.perf_counter() - started,
                     compilations=compilations() - compiled,
                     disk_bytes=self._weights.disk_bytes + cells.disk_bytes_read - read,
@@ -497,6 +499,7 @@ class LLM:
                     compile_seconds=compile_seconds() - compiling,
                 )
                 on_block(number, finished, report)
+        _log_tokens("run finished", tokens, time.perf_counter() - begun)
 
     def sum_of_reports(self) -> Sum:
         """Of nothing yet; takes the reports of :meth:`run_blocks`."""
@@ -659,21 +662,16 @@ def _log(message: str) -> None:
     LOGGER.warning(message)
 
 
-def _log_begun(
-    schedule: str,
-    requests: Sequence[Request],
-    blocks: Sequence[Block],
-    placement: Mapping[str, Placement],
-) -> None:
-    event("run begun", schedule=schedule, requests=len(requests), blocks=len(blocks))
+def _log_begun(schedule: str, blocks: Sequence[Block], placement: Mapping[str, Placement]) -> None:
+    requests = sum(len(block.requests) for block in blocks)
+    event("run begun", schedule=schedule, requests=requests, blocks=len(blocks))
     for kind, placed in placement.items():
         if placed.cells:
             shares = {tier.value: placed.nbytes(tier) for tier in Tier}
             event("placement", kind=kind, nbytes=shares)
 
 
-def _log_tokens(what: str, outputs: Iterable[RequestOutput], seconds: float, **fields: Any) -> None:
-    tokens = sum(len(o.outputs[0].token_ids) for o in outputs)
+def _log_tokens(what: str, tokens: int, seconds: float, **fields: Any) -> None:
     rate = tokens / seconds if seconds > 0 else 0.0
     event(what, **fields, tokens=tokens, seconds=seconds, tokens_per_second=rate)
 

@@ -22,6 +22,7 @@ from typing import IO, Any, Protocol
 
 from flexgen_jax.compressed import Packer
 from flexgen_jax.job_input import STANDARD, JobError
+from flexgen_jax.logs import event
 
 _FORMAT = 1
 _MARK = "flexgen_jax_job"  # the first key of a journal
@@ -326,6 +327,8 @@ class FileResults:
                 self.ordered.unlink()
             self.partial.unlink()
         self.header = None
+        records = self.position.requests + self.position.errors
+        event("results written", path=str(self.path), records=records)
 
     def _errors(self, path: Path) -> _WriteErrors:
         return _WriteErrors(path)

@@ -41,6 +41,7 @@ def test_every_line_is_an_object_of_json(run, tmp_path):
     assert events == [
         "conversion begun",
         "conversion finished",
+        "policy chosen",
         "model opened",
         "bad line",
         "run begun",
