@@ -127,7 +127,11 @@ def kind_of(job: Job) -> object:
         return job if isinstance(job, Uniform) else ()
     longest = padded_length(max(len(r.token_ids) for r in job))
     most = max(r.params.max_tokens for r in job)
-    return len(job).bit_length(), longest, most.bit_length()
+    return _rows(job).bit_length(), longest, most.bit_length()
+
+
+def _rows(job: Sequence[Request]) -> int:
+    return sum(r.params.n for r in job)
 
 
 def _some(requests: Sequence[Request]) -> Sequence[Request]:
@@ -222,7 +226,7 @@ class Auto:
             hardware,
             limits,
             schedule=schedule,
-            requests=10**9 if isinstance(job, Uniform) else len(job),
+            requests=10**9 if isinstance(job, Uniform) else _rows(job),
             fixed=fixed,
             allow=self.allow,
         )

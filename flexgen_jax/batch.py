@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from flexgen_jax._version import __version__
+from flexgen_jax.blocks import last_blocks
 from flexgen_jax.dialects import Asked, answer, dump
 from flexgen_jax.job_input import JobError, JobInput
 from flexgen_jax.logs import event
@@ -176,29 +177,36 @@ class Job:
             results.begin_window(window.number, window.last_line, window.digest)
         else:
             windows.expect(window.last_line, window.digest, begun.last_line, begun.digest)
-            for sums in begun.blocks.values():
-                self._total.add_sums(sums)
+            for earlier in begun.blocks.values():
+                self._total.add_sums(earlier)
         for line, error in window.errors.items():
             event("bad line", level=WARNING, line=line, message=str(error))
         blocks = self._llm.blocks(window.requests)
         done = begun.blocks if begun is not None else {}
-        left = [number for number in range(len(blocks)) if number not in done]
+        last = last_blocks(blocks)
+        left = [number for number in range(len(blocks)) if last[number] not in done]
         if on_window is not None:
             on_window(window, blocks, left)
         first = window.requests[0].index if window.requests else 0
         lap = time.perf_counter()
+        # Blocks that share a request count when it is complete, as one.
+        records: dict[int, bytes] = {}
+        sums = self._llm.sum_of_reports()
 
-        def keep(place: int, finished: list[RequestOutput], report: Report) -> None:
-            nonlocal lap
-            records = {}
-            for request, output in zip(blocks[left[place]].requests, finished, strict=True):
-                asked = window.asked[request.index - first]
+        def keep(place: int, finished: dict[int, RequestOutput], report: Report) -> None:
+            nonlocal lap, records, sums
+            for index, output in finished.items():
+                asked, request = window.asked[index - first], window.requests[index - first]
                 records[asked.line] = dump(self._task.answer(asked, request, output))
             # With the reading and writing between the blocks: what a job really takes.
             now = time.perf_counter()
             report, lap = dataclasses.replace(report, seconds=now - lap), now
-            results.add_block(left[place], records, report.sums())
             self._total.add(report)
+            sums.add_sums(report.sums())
+            number = left[place]
+            if last[number] == number:
+                results.add_block(number, records, sums.sums())
+                records, sums = {}, self._llm.sum_of_reports()
 
         if left:
             self._llm.run_blocks(

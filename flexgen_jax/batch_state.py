@@ -63,7 +63,7 @@ class BatchState:
         stops = [_stop_ids(r, eos_token_id) for r in batch.requests]
         self.results = [Generated(r, s, decode) for r, s in zip(batch.requests, stops, strict=True)]
         params = [r.params for r in batch.requests]
-        seeds = [seed_words(r.params, (seed, r.index)) for r in batch.requests]
+        seeds = [seed_words(r.params, (seed, r.index), r.sample) for r in batch.requests]
         self.arrays, self.features = batch_arrays(
             params, seeds, [sorted(s) for s in stops], batch.rows
         )

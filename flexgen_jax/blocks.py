@@ -8,7 +8,7 @@ a block has its own length; what a block shares is the passes over the weights.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -31,6 +31,7 @@ class Request:
         forced: What comes out, token by token, whatever is likeliest: to follow a given text
             through the cache as generating does.
         bad_words: Token sequences that are never generated.
+        sample: Which of the ``n`` completions of its prompt.
     """
 
     index: int
@@ -40,6 +41,15 @@ class Request:
     scored: tuple[int, ...] | None = None
     forced: tuple[int, ...] | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()
+    sample: int = 0
+
+    def samples(self) -> Iterator[Request]:
+        """A request for each of its completions; what is asked of the prompt, of the first only."""
+        yield self
+        if self.params.n > 1:
+            params = dataclasses.replace(self.params, prompt_logprobs=None)
+            for sample in range(1, self.params.n):
+                yield dataclasses.replace(self, params=params, scored=None, sample=sample)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,6 +92,7 @@ class Block:
 
     @property
     def requests(self) -> tuple[Request, ...]:
+        """One for each row: a prompt's completions are requests of their own here."""
         return tuple(r for batch in self.batches for r in batch.requests)
 
     def workload(self, num_layers: int, slots: Mapping[str, Any] | None = None) -> Workload:
@@ -119,18 +130,46 @@ def padded_rows(count: int, device_batch_size: int) -> int:
 def make_blocks(
     requests: Sequence[Request], *, device_batch_size: int, num_device_batches: int
 ) -> Iterator[Block]:
-    """Cuts ``requests`` into blocks, long prompts first: memory trouble shows at the start."""
+    """Cuts ``requests`` into blocks, long prompts first: memory trouble shows at the start.
+
+    The completions of a prompt come one after another, in one block if it has room for them.
+    """
     order = sorted(requests, key=lambda r: (-len(r.token_ids), -r.params.max_tokens, r.index))
-    batches = [
-        Batch(
-            requests=tuple(group),
-            rows=padded_rows(len(group), device_batch_size),
-            prompt_len=padded_length(max(len(r.token_ids) for r in group)),
+    for rows in _rows_of_blocks(order, device_batch_size * num_device_batches):
+        yield Block(
+            tuple(
+                Batch(
+                    requests=tuple(group),
+                    rows=padded_rows(len(group), device_batch_size),
+                    prompt_len=padded_length(max(len(r.token_ids) for r in group)),
+                )
+                for group in _groups(rows, device_batch_size)
+            )
         )
-        for group in _groups(order, device_batch_size)
-    ]
-    for group in _groups(batches, num_device_batches):
-        yield Block(tuple(group))
+
+
+def _rows_of_blocks(order: Iterable[Request], size: int) -> Iterator[list[Request]]:
+    rows: list[Request] = []
+    for request in order:
+        if rows and len(rows) + request.params.n > size:
+            yield rows
+            rows = []
+        for sample in request.samples():
+            if len(rows) == size:
+                yield rows
+                rows = []
+            rows.append(sample)
+    if rows:
+        yield rows
+
+
+def last_blocks(blocks: Sequence[Block]) -> list[int]:
+    """Of each block, the one with which the last of its requests is complete."""
+    last = list(range(len(blocks)))
+    for number in range(len(blocks) - 2, -1, -1):
+        if blocks[number].requests[-1].index == blocks[number + 1].requests[0].index:
+            last[number] = last[number + 1]
+    return last
 
 
 def _groups(items: Sequence, size: int) -> Iterator[Sequence]:

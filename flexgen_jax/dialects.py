@@ -22,7 +22,7 @@ _PROMPT_FIELDS = ("prompt", "prompt_token_ids")
 # Fields of an OpenAI body that change nothing here, and those that would: with the value that
 # asks for nothing.
 _OPENAI_NEUTRAL = {"model", "user", "metadata"}
-_OPENAI_OFF = {"stream": False, "echo": False, "best_of": 1, "suffix": None, "stream_options": None}
+_OPENAI_OFF = {"stream": False, "echo": False, "suffix": None, "stream_options": None}
 
 
 class LineError(ValueError):
@@ -126,22 +126,34 @@ def _openai(values: dict[str, Any], line: int) -> Asked:
     for name, off in _OPENAI_OFF.items():
         if body.get(name, off) not in (off, None):
             raise wrong(f"{name}={shown(body[name])} is not supported; leave it at {off!r}")
+    best_of, count = body.get("best_of"), body.get("n") or 1
+    if best_of not in (None, count):
+        raise wrong(f"best_of={shown(best_of)} is not supported unless it is n ({shown(count)})")
     if "prompt" not in body:
         raise wrong("the body has no 'prompt'")
-    skipped = {*_OPENAI_NEUTRAL, *_OPENAI_OFF, "prompt"}
+    skipped = {*_OPENAI_NEUTRAL, *_OPENAI_OFF, "best_of", "prompt"}
     sampling = {k: v for k, v in body.items() if k not in skipped}
     return Asked(line, line_id, {"prompt": body["prompt"]}, sampling, openai=True)
 
 
 def answer(asked: Asked, output: RequestOutput, model: str) -> dict[str, Any]:
     """The output record of a finished request."""
-    completion = output.outputs[0]
     if asked.openai:
-        return _openai_answer(asked, output, completion, model)
+        return _openai_answer(asked, output, model)
     record: dict[str, Any] = {"id": asked.id}
     if isinstance(asked.prompt.get("prompt"), str):
         record["prompt"] = asked.prompt["prompt"]
-    record |= {
+    if len(output.outputs) == 1:
+        record |= _completion(output.outputs[0])
+    else:
+        record["outputs"] = [{"index": c.index, **_completion(c)} for c in output.outputs]
+    if output.prompt_logprobs is not None:
+        record["prompt_logprobs"] = list(map(_entry, output.prompt_logprobs))
+    return record
+
+
+def _completion(completion: CompletionOutput) -> dict[str, Any]:
+    record: dict[str, Any] = {
         "text": completion.text,
         "token_ids": list(completion.token_ids),
         "finish_reason": completion.finish_reason,
@@ -151,8 +163,6 @@ def answer(asked: Asked, output: RequestOutput, model: str) -> dict[str, Any]:
     if completion.logprobs is not None:
         record["cumulative_logprob"] = completion.cumulative_logprob
         record["logprobs"] = list(map(_entry, completion.logprobs))
-    if output.prompt_logprobs is not None:
-        record["prompt_logprobs"] = list(map(_entry, output.prompt_logprobs))
     return record
 
 
@@ -162,34 +172,18 @@ def _entry(entry: Mapping[int, Logprob] | None) -> dict[str, Any] | None:
     return {str(token): dataclasses.asdict(p) for token, p in entry.items()}
 
 
-def _openai_answer(
-    asked: Asked, output: RequestOutput, completion: CompletionOutput, model: str
-) -> dict[str, Any]:
-    prompt_tokens, new_tokens = len(output.prompt_token_ids), len(completion.token_ids)
-    logprobs = None
-    if completion.logprobs is not None:
-        chosen = list(zip(completion.logprobs, completion.token_ids, strict=True))
-        logprobs = {
-            "tokens": [entry[t].decoded_token for entry, t in chosen],
-            "token_logprobs": [entry[t].logprob for entry, t in chosen],
-            "top_logprobs": [
-                {p.decoded_token or str(t): p.logprob for t, p in entry.items()}
-                for entry, _ in chosen
-            ],
-        }
-    choice = {
-        "index": 0,
-        "text": completion.text,
-        "logprobs": logprobs,
-        "finish_reason": completion.finish_reason,
-    }
+def _openai_answer(asked: Asked, output: RequestOutput, model: str) -> dict[str, Any]:
+    prompt_tokens = len(output.prompt_token_ids)
+    new_tokens = sum(len(c.token_ids) for c in output.outputs)
+    choices = list(map(_choice, output.outputs))
     if output.prompt_logprobs is not None:  # vLLM's addition to the form
-        choice["prompt_logprobs"] = list(map(_entry, output.prompt_logprobs))
+        for choice in choices:
+            choice["prompt_logprobs"] = list(map(_entry, output.prompt_logprobs))
     body = {
         "id": f"cmpl-{asked.id}",
         "object": "text_completion",
         "model": model,
-        "choices": [choice],
+        "choices": choices,
         "usage": {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": new_tokens,
@@ -202,6 +196,26 @@ def _openai_answer(
         "custom_id": asked.id,
         "response": response,
         "error": None,
+    }
+
+
+def _choice(completion: CompletionOutput) -> dict[str, Any]:
+    logprobs = None
+    if completion.logprobs is not None:
+        chosen = list(zip(completion.logprobs, completion.token_ids, strict=True))
+        logprobs = {
+            "tokens": [entry[t].decoded_token for entry, t in chosen],
+            "token_logprobs": [entry[t].logprob for entry, t in chosen],
+            "top_logprobs": [
+                {p.decoded_token or str(t): p.logprob for t, p in entry.items()}
+                for entry, _ in chosen
+            ],
+        }
+    return {
+        "index": completion.index,
+        "text": completion.text,
+        "logprobs": logprobs,
+        "finish_reason": completion.finish_reason,
     }
 
 

@@ -22,7 +22,7 @@ from flexgen_jax.kernels import compilations
 from flexgen_jax.logs import LOGGER, event
 from flexgen_jax.machine import this_machine
 from flexgen_jax.memory import parse_bytes
-from flexgen_jax.outputs import CompletionOutput, Logprob, RequestOutput
+from flexgen_jax.outputs import CompletionOutput, Gathered, Logprob, RequestOutput
 from flexgen_jax.prompts import Prompt, RequestError, as_list, parse_prompt, shown
 from flexgen_jax.report import Report, Sum
 from flexgen_jax.sampling_params import SamplingParams
@@ -268,7 +268,7 @@ class LLM:
             prompts: Strings, lists of token ids, or dicts with ``prompt`` or ``prompt_token_ids``.
             sampling_params: One for all, or one per prompt; None: the defaults.
             progress: Told the number of new tokens whenever some are booked.
-            on_block: Given the results of each block as it finishes.
+            on_block: Given the results of the prompts that are complete as each block finishes.
             on_logits: Given (step, batch, logits [rows, vocab]) of every head computation.
 
         Raises:
@@ -423,22 +423,22 @@ class LLM:
         """Completes checked requests; results in their order. Sets :attr:`report`."""
         self.choose_policy(requests)
         outputs: dict[int, RequestOutput] = {}
-        blocks, total = self.blocks(requests), self.sum_of_reports()
+        total = self.sum_of_reports()
 
-        def keep(number: int, finished: list[RequestOutput], report: Report) -> None:
+        def keep(_: int, finished: dict[int, RequestOutput], report: Report) -> None:
             total.add(report)
-            outputs.update(zip((r.index for r in blocks[number].requests), finished, strict=True))
+            outputs.update(finished)
             if on_block is not None:
-                on_block(finished)
+                on_block(list(finished.values()))
 
-        self.run_blocks(blocks, keep, progress=progress, on_logits=on_logits)
+        self.run_blocks(self.blocks(requests), keep, progress=progress, on_logits=on_logits)
         self.report = total.total()
         return [outputs[r.index] for r in requests]
 
     def run_blocks(
         self,
         blocks: Sequence[Block],
-        on_block: Callable[[int, list[RequestOutput], Report], None],
+        on_block: Callable[[int, dict[int, RequestOutput], Report], None],
         *,
         progress: Callable[[int], None] | None = None,
         on_logits: OnLogits | None = None,
@@ -446,8 +446,8 @@ class LLM:
         """Runs ``blocks`` one after another, keeping no results.
 
         Args:
-            on_block: Given the block's place in ``blocks``, the outputs of its requests in their
-                order, and its report, as each finishes.
+            on_block: Given the block's place in ``blocks``, the outputs of the requests that are
+                complete with it, by their index, and its report, as each finishes.
             progress: As :meth:`generate` takes it, like ``on_logits``.
 
         Raises:
@@ -461,7 +461,7 @@ class LLM:
             validate(self._schedule(workload), workload)
             self._valid.add(workload)
         _log_begun(self.schedule_name, blocks, self.plan(blocks))
-        begun, tokens = time.perf_counter(), 0
+        begun, tokens, gathered = time.perf_counter(), 0, Gathered()
         with self._cells(blocks) as cells:
             for number, block in enumerate(blocks):
                 event("block begun", block=number, of=len(blocks), requests=len(block.requests))
@@ -469,8 +469,13 @@ class LLM:
                 written, started = cells.disk_bytes_written, time.perf_counter()
                 compiling = compile_seconds()
                 results, timeline, held = self._run_block(block, number, cells, progress, on_logits)
-                finished = [self._output(g) for g in results]
-                made = sum(len(c.token_ids) for o in finished for c in o.outputs)
+                finished = {}
+                for result in results:
+                    request = result.request
+                    output = gathered.add(self._output(result), request.params.n)
+                    if output is not None:
+                        finished[request.index] = output
+                made = sum(len(result.token_ids) for result in results)
                 tokens += made
                 _log_tokens("block finished", made, timeline.seconds, block=number)
                 event("streams", level=DEBUG, block=number, streams=timeline.summary())
@@ -478,7 +483,7 @@ class LLM:
                     policy=self.policy,
                     placement=self.plan([block]),
                     schedule=self.schedule_name,
-                    requests=len(block.requests),
+                    requests=len(finished),
                     blocks=1,
                     batches=len(block.batches),
                     prompt_tokens=sum(len(r.token_ids) for r in block.requests),
@@ -618,7 +623,7 @@ class LLM:
         if by_token and ids[-1] in request.params.stop_token_ids:
             stopped_by = ids[-1]
         completion = CompletionOutput(
-            index=0,
+            index=request.sample,
             text=text,
             token_ids=tuple(ids),
             finish_reason=generated.finish_reason or "length",

@@ -25,7 +25,7 @@ class CompletionOutput:
     """One completion.
 
     Attributes:
-        index: Which of the request's completions; always 0.
+        index: Which of the request's completions.
         text: Decoded ``token_ids`` without special tokens, up to a stop string; empty if the model
             has no tokenizer.
         token_ids: All generated tokens, the one that ended the request included.
@@ -54,7 +54,7 @@ class RequestOutput:
         request_id: Its place in the input, as a string.
         prompt: Its text; None if it was given as token ids.
         prompt_token_ids: Special tokens included.
-        outputs: The completions.
+        outputs: The completions, ``n`` of them.
         prompt_logprobs: An entry per prompt token, as ``CompletionOutput.logprobs`` has per new
             one; the first is None, since nothing comes before it. None unless asked for.
     """
@@ -65,3 +65,21 @@ class RequestOutput:
     outputs: tuple[CompletionOutput, ...]
     prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
     finished: bool = True
+
+
+class Gathered:
+    """Puts the completions of each prompt together as they come."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[RequestOutput]] = {}
+
+    def add(self, output: RequestOutput, n: int) -> RequestOutput | None:
+        """Takes one of ``n`` completions, in their order; the whole with the last of them."""
+        parts = self._parts.setdefault(output.request_id, [])
+        parts.append(output)
+        if len(parts) < n:
+            return None
+        outputs = tuple(
+            completion for part in self._parts.pop(output.request_id) for completion in part.outputs
+        )
+        return dataclasses.replace(parts[0], outputs=outputs)

@@ -76,11 +76,18 @@ class Sampled(NamedTuple):
     top_logprobs: Float[Array, "rows k"]
 
 
-def seed_words(params: SamplingParams, fallback: tuple[int, int]) -> np.ndarray:
-    """The two words of a request's random key: its own seed, or one drawn from ``fallback``."""
-    if params.seed is not None:
-        value = params.seed % (1 << 64)
-        return np.array([value >> 32, value & 0xFFFFFFFF], np.uint32)
+def seed_words(params: SamplingParams, fallback: tuple[int, int], sample: int = 0) -> np.ndarray:
+    """The two words of a request's random key: its own seed, or one drawn from ``fallback``.
+
+    Args:
+        sample: Which of the request's completions; each has a key of its own.
+    """
+    own = None if params.seed is None else params.seed % (1 << 64)
+    if sample:
+        parents = fallback if own is None else (own,)
+        return np.random.SeedSequence(parents, spawn_key=(sample,)).generate_state(2, np.uint32)
+    if own is not None:
+        return np.array([own >> 32, own & 0xFFFFFFFF], np.uint32)
     return np.random.SeedSequence(fallback).generate_state(2, np.uint32)
 
 

@@ -6,11 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-# Fields of vLLM's SamplingParams that mean something this library does not do yet, with the value
-# that means "off": accepting another would change what the user gets without a word.
-_NOT_YET = {"n": 1}
 MAX_LOGPROBS = 20
 MAX_STOPS, MAX_BIASES = 64, 1024
+MAX_SAMPLES = 1024
 # Beyond these nothing changes any more, and numbers overflow.
 MAX_TEMPERATURE = 1e6
 MAX_TOP_K = 2**31 - 1
@@ -41,13 +39,15 @@ class SamplingParams:
         ignore_eos: Go on after the model's end-of-text token.
         max_tokens: Most tokens to generate, at least 1.
         min_tokens: Tokens to generate before a stop token may be chosen.
+        n: How many completions of the prompt, each drawn by itself; above 1 only with a
+            ``temperature`` above 0. The first is what ``n=1`` gives.
         logprobs: Return the log-probabilities of the chosen and this many likeliest tokens.
         prompt_logprobs: Likewise, at each position of the prompt.
         max_new_tokens: Hugging Face's name of ``max_tokens``.
         do_sample: Hugging Face's switch; False means ``temperature=0``.
 
     Raises:
-        ValueError: a value out of range, or a vLLM field that is not supported.
+        ValueError: a value out of range.
     """
 
     temperature: float = 1.0
@@ -85,11 +85,6 @@ class SamplingParams:
                 object.__setattr__(self, "temperature", 0.0)
             elif self.temperature == 0:
                 raise ValueError("do_sample=True contradicts temperature=0 (greedy)")
-        for name, off in _NOT_YET.items():
-            if getattr(self, name) not in (off, [], (), {}):
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is not supported yet; leave it at {off!r}"
-                )
         self._check_ranges()
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
         object.__setattr__(self, "stop", _texts("stop", self.stop))
@@ -116,6 +111,17 @@ class SamplingParams:
         _require(
             number(self.min_p) and 0 <= self.min_p <= 1, "min_p", "a number in [0, 1]", self.min_p
         )
+        _require(
+            _is_int(self.n) and 1 <= self.n <= MAX_SAMPLES,
+            "n",
+            f"an integer from 1 to {MAX_SAMPLES}",
+            self.n,
+        )
+        if self.n > 1 and self.temperature == 0:
+            raise ValueError(
+                f"n={self.n} completions of greedy decoding are all the same; give a temperature "
+                "above 0, or n=1"
+            )
         _require(self.seed is None or _is_int(self.seed), "seed", "an integer or null", self.seed)
         _require(isinstance(self.ignore_eos, bool), "ignore_eos", "true or false", self.ignore_eos)
         _require(
@@ -168,7 +174,7 @@ class SamplingParams:
         if unknown:
             raise ValueError(
                 f"unknown sampling field {', '.join(map(repr, unknown))}; "
-                f"known: {', '.join(sorted(set(own) - set(_NOT_YET)))}"
+                f"known: {', '.join(sorted(own))}"
             )
         if values.get("max_new_tokens") is not None and "max_tokens" not in values:
             own["max_tokens"] = type(self).max_tokens

@@ -35,8 +35,8 @@ def generate_iter(
         # Of policy auto the first window decides, before there are blocks for it to be whole of.
         limits = Limits.of(llm.policy.block_size if total is not None else 1, window)
         requests: list[Request] = []
-        tokens = 0
-        while not limits.reached(len(requests), _TOKEN_NBYTES * tokens):
+        tokens = more = 0
+        while not limits.reached(len(requests), _TOKEN_NBYTES * tokens, more=more):
             try:
                 prompt, params = next(pairs)
                 requests.append(llm.request(index, prompt, params))
@@ -47,19 +47,19 @@ def generate_iter(
                 wrong = RequestError(f"prompt {index}: {error}")
                 break
             tokens += len(requests[-1].token_ids)
+            more += requests[-1].params.n - 1
             index += 1
         if total is None:
             llm.choose_policy(requests)
             total = llm.sum_of_reports()
         found: dict[int, RequestOutput] = {}
-        blocks, sums = llm.blocks(requests), total
+        sums = total
 
-        def keep(number: int, finished: list[RequestOutput], report: Report) -> None:
+        def keep(_: int, finished: dict[int, RequestOutput], report: Report) -> None:
             sums.add(report)  # noqa: B023 # called before the next
-            places = (r.index for r in blocks[number].requests)  # noqa: B023 # called before the next
-            found.update(zip(places, finished, strict=True))  # noqa: B023
+            found.update(finished)  # noqa: B023
 
-        llm.run_blocks(blocks, keep, progress=progress)
+        llm.run_blocks(llm.blocks(requests), keep, progress=progress)
         llm.report = total.total()
         for request in requests:
             yield found.pop(request.index)

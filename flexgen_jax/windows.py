@@ -30,7 +30,8 @@ class Limits:
     """When a window is full.
 
     Attributes:
-        requests: So many are enough: whole blocks, so that only a job's last block is not full.
+        requests: So many rows are enough, one for each completion: whole blocks, so that only a
+            job's last block is not full; where prompts have several, whole prompts.
         nbytes: Of prompts, as they lie in the input: whole blocks likewise.
         lines: So many at most, good and bad, full blocks or not.
     """
@@ -49,10 +50,11 @@ class Limits:
         size = max(1, blocks) * block_size
         return cls(size, _NBYTES, _LINES * size, block_size)
 
-    def reached(self, requests: int, nbytes: int, lines: int = 0) -> bool:
-        """Whether a window that holds so much is full."""
-        enough = requests >= self.requests or nbytes >= self.nbytes
-        return (enough and requests % self.block_size == 0 and requests > 0) or lines >= self.lines
+    def reached(self, requests: int, nbytes: int, lines: int = 0, *, more: int = 0) -> bool:
+        """Whether a window that holds so much is full; ``more``: completions beyond the first."""
+        rows = requests + more
+        enough = rows > 0 and (rows >= self.requests or nbytes >= self.nbytes)
+        return (enough and (more > 0 or rows % self.block_size == 0)) or lines >= self.lines
 
 
 class Task(Protocol):
@@ -143,8 +145,8 @@ class Windows:
 
     def _next(self) -> Window | None:
         window = Window(self._number, [], [], {})
-        nbytes = lines = 0
-        while not self._limits.reached(len(window.requests), nbytes, lines):
+        nbytes = lines = more = 0
+        while not self._limits.reached(len(window.requests), nbytes, lines, more=more):
             line = next(self._lines, None)
             if line is None:
                 break
@@ -157,6 +159,7 @@ class Windows:
                 nbytes += len(line.raw or b"")
                 window.asked.append(found[0])
                 window.requests.append(found[1])
+                more += found[1].params.n - 1
         self._number += 1
         self._index += len(window.requests)
         return window if lines else None

@@ -244,7 +244,7 @@ def test_openai_lines_are_answered_in_their_dialect(job):
     lines = [
         line,
         {**line, "custom_id": "b", "url": "/v1/chat/completions"},
-        {**line, "custom_id": "c", "body": {**body, "n": 3}},
+        {**line, "custom_id": "c", "body": {**body, "best_of": 3}},
         {**line, "custom_id": "d", "body": {**body, "echo": True}},
         {**line, "custom_id": "e", "body": {**body, "prompt_logprobs": 1}},
     ]
@@ -263,7 +263,7 @@ def test_openai_lines_are_answered_in_their_dialect(job):
         "total_tokens": 7,
     }
     assert good["response"]["body"]["choices"][0]["finish_reason"] == "length"
-    for record, word in zip(records[1:], ("/v1/completions", "n=3", "echo"), strict=True):
+    for record, word in zip(records[1:], ("/v1/completions", "best_of=3", "echo"), strict=True):
         assert record["response"] is None
         assert word in record["error"]["message"]
 
@@ -592,3 +592,20 @@ def test_a_weight_store_brings_its_dtype(tmp_path):
     )
     assert wrong.exit_code == 2
     assert "holds bfloat16" in wrong.output
+
+
+def test_several_completions_in_both_dialects(job):
+    body = {"prompt": [5, 6, 7], "max_tokens": 4, "temperature": 1.0, "n": 3, "best_of": 3}
+    lines = [
+        {"id": "a", "prompt_token_ids": [5, 6, 7], "n": 2, "temperature": 1.0, "logprobs": 0},
+        {"custom_id": "b", "url": "/v1/completions", "body": body},
+        {"id": "c", "prompt_token_ids": [5, 6, 7], "n": 2},
+    ]
+    _, (plain, openai, greedy) = job(lines, "--ignore-eos", "--max-tokens", 5)
+    assert [c["index"] for c in plain["outputs"]] == [0, 1]
+    assert all(len(c["token_ids"]) == len(c["logprobs"]) == 5 for c in plain["outputs"])
+    assert "text" not in plain
+    answer = openai["response"]["body"]
+    assert [c["index"] for c in answer["choices"]] == [0, 1, 2]
+    assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 12, "total_tokens": 15}
+    assert "temperature above 0" in greedy["error"]["message"]

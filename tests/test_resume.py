@@ -492,3 +492,30 @@ def test_a_damaged_output_is_not_taken_for_whole(llm, source, tmp_path, monkeypa
     (tmp_path / "out.partial").write_bytes(other + b"\n" + rest)
     with pytest.raises(JobError, match="is of another version of flexgen-jax"):
         run(llm, source, target)
+
+
+def test_completions_that_take_several_blocks(llm, tmp_path, monkeypatch):
+    """Stopped before any block, a request is whole or not there; the report knows of all blocks."""
+    asked = [(1, 3), (1, 20), (0, 1), (1, 9), (0, 1), (1, 2)]  # a block has 8 rows
+    lines = [
+        json.dumps({"prompt_token_ids": [5 + i] * (9 - i), "temperature": t, "n": n})
+        for i, (t, n) in enumerate(asked)
+    ]
+    source = tmp_path / "in.jsonl"
+    source.write_text("\n".join(lines))
+    count = blocks_run(monkeypatch)
+    clean = run(llm, source, tmp_path / "clean")
+    monkeypatch.undo()
+    expected = (tmp_path / "clean").read_bytes()
+    records = [json.loads(line) for line in expected.splitlines()]
+    assert [len(r["outputs"]) if "outputs" in r else 1 for r in records] == [n for _, n in asked]
+    assert clean.report.requests == 6
+    assert clean.report.generated_tokens == 3 * sum(n for _, n in asked)
+    assert clean.report.blocks == count[0] > 5
+    for stop_after in range(1, count[0]):
+        target = tmp_path / f"{stop_after}"
+        interrupted(llm, source, target, monkeypatch, blocks=stop_after)
+        resumed = run(llm, source, target)
+        assert target.read_bytes() == expected
+        assert resumed.report.blocks == clean.report.blocks
+        assert resumed.report.requests == 6

@@ -1,5 +1,6 @@
 """Sampling: what parameters mean, and that rows do not see each other."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flexgen_jax as fg
+from flexgen_jax.blocks import Request, last_blocks, make_blocks
 from flexgen_jax.cli import main
 from flexgen_jax.sampling import History, batch_arrays, penalise, sample, seed_words, truncate
 from flexgen_jax.sampling_params import SamplingParams
@@ -182,7 +184,7 @@ def test_logprobs_zero_gives_the_chosen_token_only(logits):
         ("logprobs", 21, "from 0 to 20"),
         ("stop_token_ids", "</s>", "list of token ids"),
         ("ignore_eos", 1, "true or false"),
-        ("n", 2, "not supported yet"),
+        ("n", 0, "n must be an integer from 1 to 1024"),
         ("stop", [1], "stop must be a text"),
         ("prompt_logprobs", 99, "prompt_logprobs must be null or an integer from 0 to 20"),
         ("repetition_penalty", 0, "a number above 0"),
@@ -429,3 +431,58 @@ def test_a_job_takes_them_all(tmp_path):
     message = records[5]["error"]["message"]
     assert "unknown sampling field 'best_of'" in message
     assert "known: bad_words, frequency_penalty" in message
+
+
+def test_several_completions_are_drawn_each_by_itself(demo):
+    hot = {"max_tokens": 6, "temperature": 1.5, "ignore_eos": True, "logprobs": 1}
+    prompts = ["Once upon a time", "The dog", "A"]
+    params = [
+        SamplingParams(n=5, seed=3, prompt_logprobs=0, **hot),
+        SamplingParams(**hot),
+        SamplingParams(n=2, **hot),
+    ]
+    single = demo.generate(prompts, [dataclasses.replace(p, n=1) for p in params])
+    assert demo.policy.block_size >= 5
+    several = demo.generate(prompts, params)
+    assert [len(o.outputs) for o in several] == [5, 1, 2]
+    assert [o.prompt for o in several] == prompts
+    for one, more in zip(single, several, strict=True):
+        assert one.outputs[0].token_ids == more.outputs[0].token_ids
+        assert one.prompt_logprobs == more.prompt_logprobs
+        assert [c.index for c in more.outputs] == list(range(len(more.outputs)))
+        assert len({c.token_ids for c in more.outputs}) == len(more.outputs)
+        assert all(len(c.logprobs) == 6 for c in more.outputs)
+    assert demo.report.requests == 3
+    assert demo.report.generated_tokens == 8 * 6
+    streamed = demo.generate_iter(prompts, params, window=1)
+    assert [[c.token_ids for c in o.outputs] for o in streamed] == [
+        [c.token_ids for c in o.outputs] for o in several
+    ]
+
+
+def test_greedy_completions_would_all_be_the_same():
+    with pytest.raises(ValueError, match="n=2 completions of greedy decoding are all the same"):
+        SamplingParams(n=2, temperature=0.0)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 60), st.integers(1, 9)), min_size=1, max_size=30),
+    st.integers(1, 4),
+    st.integers(1, 4),
+)
+def test_completions_stay_together(asked, rows, batches):
+    """In order, in one block if it has room; none is lost."""
+    requests = [
+        Request(i, None, (5,) * length, SamplingParams(n=n)) for i, (length, n) in enumerate(asked)
+    ]
+    blocks = list(make_blocks(requests, device_batch_size=rows, num_device_batches=batches))
+    found = [[(r.index, r.sample) for r in block.requests] for block in blocks]
+    assert all(len(block) <= rows * batches for block in found)
+    flat = [pair for block in found for pair in block]
+    assert sorted(flat) == [(i, k) for i, (_, n) in enumerate(asked) for k in range(n)]
+    for index, (_, n) in enumerate(asked):
+        assert [k for i, k in flat if i == index] == list(range(n))
+        ends = {last_blocks(blocks)[b] for b, block in enumerate(found) if (index, 0) in block}
+        homes = [b for b, block in enumerate(found) if any(i == index for i, _ in block)]
+        assert len(homes) == 1 or n > rows * batches
+        assert max(homes) <= ends.pop()
