@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from logging import WARNING
@@ -25,6 +26,7 @@ from flexgen_jax.outputs import RequestOutput
 from flexgen_jax.report import Report
 from flexgen_jax.results import Position, Results
 from flexgen_jax.sampling_params import SamplingParams
+from flexgen_jax.snapshots import Snapshot, Snapshots
 from flexgen_jax.windows import Limits, Task, Window, Windows
 from scheduling.policy import Policy
 
@@ -100,6 +102,8 @@ class Job:
     Args:
         source: Opened. ``results``: entered.
         limits: Of a window; None: what is usual.
+        checkpoint_seconds: How often the state of a running block is saved beside the output, to
+            go on inside it; None: never.
 
     Raises:
         JobError: ``results`` are those of another job; the message says what differs.
@@ -114,7 +118,10 @@ class Job:
         *,
         limits: Limits | None = None,
         input_identity: Mapping[str, Any] | None = None,
+        checkpoint_seconds: float | None = None,
     ) -> None:
+        if checkpoint_seconds is not None and results.snapshots is None:
+            raise JobError("checkpoints lie beside the output: give an output file")
         self._llm, self._task, self._source, self._results = llm, task, source, results
         self._limits = limits or Limits.of(llm.policy.block_size)
         identity = {
@@ -125,6 +132,11 @@ class Job:
         check_same(results, identity)
         self._header = {"identity": identity, "policy": llm.policy.to_json()}
         self._total = llm.sum_of_reports()
+        # What an earlier process has left is gone on from, even if nothing more is to be saved.
+        self._snapshots: Snapshots | None = None
+        if results.snapshots is not None and (checkpoint_seconds or results.snapshots.exists()):
+            seconds = math.inf if checkpoint_seconds is None else checkpoint_seconds
+            self._snapshots = Snapshots(results.snapshots, seconds)
         if results.position.sums is not None:
             self._total.add_sums(results.position.sums)
 
@@ -198,21 +210,30 @@ class Job:
             for index, output in finished.items():
                 asked, request = window.asked[index - first], window.requests[index - first]
                 records[asked.line] = dump(self._task.answer(asked, request, output))
-            # With the reading and writing between the blocks: what a job really takes.
+            # With the reading and writing between the blocks: what a job really takes. The report
+            # may know of more: of an earlier process that began the block.
             now = time.perf_counter()
-            report, lap = dataclasses.replace(report, seconds=now - lap), now
+            seconds, lap = max(report.seconds, now - lap), now
+            report = dataclasses.replace(report, seconds=seconds)
             self._total.add(report)
             sums.add_sums(report.sums())
             number = left[place]
             if last[number] == number:
                 results.add_block(number, records, sums.sums())
                 records, sums = {}, self._llm.sum_of_reports()
+                if self._snapshots is not None:
+                    self._snapshots.clear()
+
+        def snapshot_of(place: int) -> Snapshot:
+            assert self._snapshots is not None
+            return self._snapshots.of(window=window.number, block=left[place])
 
         if left:
             self._llm.run_blocks(
                 [blocks[number] for number in left],
                 keep,
                 progress=progress,
+                snapshot_of=None if self._snapshots is None else snapshot_of,
             )
         results.end_window(window.error_records(), self._after(window))
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,31 @@ class Generated:
             self.finish_reason = "stop"
         elif len(self.token_ids) >= self.request.params.max_tokens:
             self.finish_reason = "length"
+
+    def to_json(self) -> dict[str, Any]:
+        """What was produced, as plain JSON."""
+        return {
+            "token_ids": self.token_ids,
+            "logprobs": list(map(_plain, self.logprobs)),
+            "scores": list(map(_plain, self.scores)),
+            "finish_reason": self.finish_reason,
+            "stop_string": self.stop_string,
+        }
+
+    def restore(self, values: Mapping[str, Any]) -> None:
+        """Takes what :meth:`to_json` gave."""
+        self.token_ids = list(values["token_ids"])
+        self.logprobs = list(map(_entry, values["logprobs"]))
+        self.scores = list(map(_entry, values["scores"]))
+        self.finish_reason, self.stop_string = values["finish_reason"], values["stop_string"]
+
+
+def _plain(entry: dict[int, Logprob]) -> dict[str, Any]:
+    return {str(token): [p.logprob, p.rank] for token, p in entry.items()}
+
+
+def _entry(values: Mapping[str, Any]) -> dict[int, Logprob]:
+    return {int(token): Logprob(*pair) for token, pair in values.items()}
 
 
 class BatchState:
@@ -135,6 +161,21 @@ class BatchState:
                 if wanted is not None:
                     result.logprobs.append(_logprobs(sampled, row, wanted))
         return count
+
+    def to_json(self) -> dict[str, Any]:
+        """What was produced so far, between two steps: all that the arrays do not follow from."""
+        return {
+            "tokens": self.tokens.tolist(),
+            "left": self.left,
+            "results": [result.to_json() for result in self.results],
+        }
+
+    def restore(self, values: Mapping[str, Any]) -> None:
+        """Takes what :meth:`to_json` gave."""
+        self.tokens = np.asarray(values["tokens"], np.int32)
+        self.left = values["left"]
+        for result, kept in zip(self.results, values["results"], strict=True):
+            result.restore(kept)
 
     @property
     def finished(self) -> bool:

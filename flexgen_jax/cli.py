@@ -10,7 +10,13 @@ import click
 from flexgen_jax import cli_completion, cli_doctor, cli_plan, cli_scores, logs
 from flexgen_jax._version import __version__
 from flexgen_jax.cli_errors import Failure, plain_errors, say, silent
-from flexgen_jax.cli_jobs import JobFiles, exit_if_none_succeeded, job_options, print_report
+from flexgen_jax.cli_jobs import (
+    JobFiles,
+    checkpoint_option,
+    exit_if_none_succeeded,
+    job_options,
+    print_report,
+)
 from flexgen_jax.llm_options import DTYPES, Chosen, llm_options
 from flexgen_jax.pictures import check_pictures, write_pictures
 from flexgen_jax.signals import terminable
@@ -112,6 +118,7 @@ def convert(
 @main.command()
 @llm_options
 @job_options
+@checkpoint_option
 @click.option(
     "--prompt-len",
     type=click.IntRange(min=1),

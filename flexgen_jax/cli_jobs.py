@@ -58,6 +58,14 @@ _OPTIONS = [
 ]
 NAMES = ("input_path", "output_path", "restart", "window")
 
+checkpoint_option = click.option(
+    "--checkpoint-minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="N",
+    help="Save the state of a running block (cache, tokens, positions) every N minutes beside the "
+    "output, so that a killed job goes on inside it: for blocks of hours.",
+)
+
 
 def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the options; :class:`JobFiles` takes their values."""
@@ -106,6 +114,10 @@ class JobFiles:
                 raise Failure(f"input and output are the same file, {self.input_path}")
         self._made, self._scratch = made, scratch
         self._restart, self._window = values["restart"], values["window"]
+        minutes = options.pop("checkpoint_minutes", None)
+        self._checkpoint_seconds = None if minutes is None else 60 * minutes
+        if minutes is not None and self.output_path in (None, STANDARD):
+            raise Failure("--checkpoint-minutes: checkpoints lie beside the output: give a file")
         self._quiet = quiet
         self._tell = silent if quiet else say
         self._stack = contextlib.ExitStack()
@@ -162,7 +174,15 @@ class JobFiles:
         if self.results.header is None:
             self._choose_policy(llm, task)
         limits = Limits.of(llm.policy.block_size, self._window)
-        job = Job(llm, task, source, self.results, limits=limits, input_identity=self._identity)
+        job = Job(
+            llm,
+            task,
+            source,
+            self.results,
+            limits=limits,
+            input_identity=self._identity,
+            checkpoint_seconds=self._checkpoint_seconds,
+        )
         if self.results.header is not None:
             self._tell(f"going on: {self.results.requests_finished} requests are finished already")
         with progress.count(None, *what, quiet=self._quiet) as bar:
@@ -206,6 +226,11 @@ class JobFiles:
             return "nothing was to be kept"
         if self.output_path == STANDARD:
             return f"the results of {done} requests were written; there is no going on from there"
+        if not done and self.results.snapshots is not None and self.results.snapshots.exists():
+            return (
+                f"no request is finished yet; the state of the running block is kept beside "
+                f"{self.output_path}; run the same command again to go on"
+            )
         if not done:
             return "stopped before the first block was finished; nothing was kept"
         return (

@@ -6,11 +6,12 @@ stores of :mod:`flexgen_jax.cells` fetch and keep.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flexgen_jax import kernels
@@ -26,6 +27,7 @@ from flexgen_jax.cells import (
 )
 from flexgen_jax.kv_cache import KeptCache, LayerCache
 from flexgen_jax.sampling import sample
+from flexgen_jax.snapshots import Arrays
 from flexgen_jax.stops import Decode
 from flexgen_jax.unpacking import Dense
 from flexgen_jax.weights import LayerWeights, Weights
@@ -442,6 +444,59 @@ class BlockEffects:
         attended = jax.device_put(attended, self._device)
         hidden, marker = kernels.decode_rest(weights.params, hidden, attended, config=config)
         return hidden, kept, marker
+
+    def settle(self) -> None:
+        """Between two schedules of one block: books tokens, and drops what was loaded ahead."""
+        for number, state in enumerate(self._states):
+            if not state.left:
+                self._book(state)
+                if state.finished:
+                    self._leave(number, state)
+        self._finished = all(s.left for s in self._states)
+        for kept in (self._loaded, self._readers, self._arrived, self._slots, self._leaving):
+            kept.clear()
+
+    def batches(self) -> list[dict[str, Any]]:
+        """What each batch has produced, as plain JSON."""
+        return [state.to_json() for state in self._states]
+
+    def cells(self, done: Sequence[int]) -> Iterator[tuple[str, Arrays]]:
+        """The cache, cell by cell, of the batches that go on; ``done``: the steps of each."""
+        for (_, number), cell in self._cache.items():
+            state = self._states[number]
+            if state.left or not done[number]:
+                continue
+            filled = state.batch.prompt_len + done[number] - 1
+            slot, arrays = Slot(), []
+            for name in (cell.name, cell.values):
+                if name is not None:
+                    slot.begin(cell.store.slot_nbytes(cell.sizes))
+                    # Copied: the slot is used again.
+                    arrays += [np.array(a[..., :filled, :]) for a in cell.store.load(name, slot)]
+            found = {f"{place}": array for place, array in enumerate(arrays)}
+            if cell.name in self._value_sums:
+                found["value_sum"] = np.asarray(self._value_sums[cell.name])
+            yield cell.name, found
+
+    def restore(
+        self,
+        batches: Sequence[Mapping[str, Any]],
+        cells: Iterator[tuple[str, Arrays]],
+        peak_bytes: Mapping[str, int],
+    ) -> None:
+        """Takes what :meth:`batches` and :meth:`cells` gave, and ``peak_bytes`` by tier."""
+        self.peak_bytes = {tier: peak_bytes[tier.value] for tier in Tier}
+        for state, values in zip(self._states, batches, strict=True):
+            state.restore(values)
+        of_name = {cell.name: (number, cell) for (_, number), cell in self._cache.items()}
+        for name, found in cells:
+            number, cell = of_name[name]
+            home = self._host if cell.hosted else self._device
+            if "value_sum" in found:
+                self._value_sums[name] = jnp.array(found.pop("value_sum"), device=home)
+            arrays = tuple(jnp.array(found[f"{i}"], device=home) for i in range(len(found)))
+            for part_name, part in _parts(cell, arrays):
+                cell.store.put(part_name, part, self._states[number].batch.cache_len)
 
     def results(self) -> Iterator[Generated]:
         """What every request of the block produced; books the last step's tokens first."""

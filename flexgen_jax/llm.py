@@ -12,13 +12,11 @@ from typing import Any, Literal
 
 from flexgen_jax.auto import Auto, Job, Model, Uniform, kind_of, limits_of_this_machine
 from flexgen_jax.batch_state import Generated
+from flexgen_jax.block_run import Counts, run_block
 from flexgen_jax.blocks import Block, Request, make_blocks
 from flexgen_jax.cells import Cells, WrapStore, place_cache, place_hidden
 from flexgen_jax.checkpoint import cache_directory, open_store, resolve
-from flexgen_jax.compiling import compile_seconds
-from flexgen_jax.executor import execute
 from flexgen_jax.generation import BlockEffects, OnLogits, Rings
-from flexgen_jax.kernels import compilations
 from flexgen_jax.logs import LOGGER, event
 from flexgen_jax.machine import this_machine
 from flexgen_jax.memory import parse_bytes
@@ -27,6 +25,7 @@ from flexgen_jax.prompts import Prompt, RequestError, as_list, parse_prompt, sho
 from flexgen_jax.report import Report, Sum
 from flexgen_jax.sampling_params import SamplingParams
 from flexgen_jax.scoring import Score, score
+from flexgen_jax.snapshots import Snapshot
 from flexgen_jax.streaming import generate_iter
 from flexgen_jax.tokenization import load_tokenizer
 from flexgen_jax.weights import Weights, place_weights
@@ -442,6 +441,7 @@ class LLM:
         *,
         progress: Callable[[int], None] | None = None,
         on_logits: OnLogits | None = None,
+        snapshot_of: Callable[[int], Snapshot] | None = None,
     ) -> None:
         """Runs ``blocks`` one after another, keeping no results.
 
@@ -449,10 +449,12 @@ class LLM:
             on_block: Given the block's place in ``blocks``, the outputs of the requests that are
                 complete with it, by their index, and its report, as each finishes.
             progress: As :meth:`generate` takes it, like ``on_logits``.
+            snapshot_of: Given a block's place, says where its state is kept while it runs.
 
         Raises:
             ScheduleError: the schedule is wrong; nothing has run.
             ExecutionError: an op failed.
+            StorageError: a snapshot is damaged.
         """
         if self._closed:
             raise ValueError("this LLM is closed; make another one")
@@ -465,10 +467,16 @@ class LLM:
         with self._cells(blocks) as cells:
             for number, block in enumerate(blocks):
                 event("block begun", block=number, of=len(blocks), requests=len(block.requests))
-                compiled, read = compilations(), self._weights.disk_bytes + cells.disk_bytes_read
-                written, started = cells.disk_bytes_written, time.perf_counter()
-                compiling = compile_seconds()
-                results, timeline, held = self._run_block(block, number, cells, progress, on_logits)
+                counts = Counts(
+                    lambda: (
+                        self._weights.disk_bytes + cells.disk_bytes_read,
+                        cells.disk_bytes_written,
+                    )
+                )
+                snapshot = snapshot_of(number) if snapshot_of is not None else None
+                results, timeline, held = self._run_block(
+                    block, number, cells, counts, snapshot, progress, on_logits
+                )
                 finished = {}
                 for result in results:
                     request = result.request
@@ -489,10 +497,6 @@ class LLM:
                     prompt_tokens=sum(len(r.token_ids) for r in block.requests),
                     padded_tokens=sum(b.rows * b.prompt_len for b in block.batches),
                     generated_tokens=made,
-                    seconds=time.perf_counter() - started,
-                    compilations=compilations() - compiled,
-                    disk_bytes=self._weights.disk_bytes + cells.disk_bytes_read - read,
-                    disk_bytes_written=cells.disk_bytes_written - written,
                     peak_bytes={t: held[t] + self.placement.nbytes(t) for t in Tier},
                     moved=self.traffic([block]),
                     timeline=timeline,
@@ -501,7 +505,7 @@ class LLM:
                     observe=functools.partial(self._observe, block, timeline),
                     lower_bound=functools.partial(self._lower_bound, block),
                     why=self._why,
-                    compile_seconds=compile_seconds() - compiling,
+                    **counts(),
                 )
                 on_block(number, finished, report)
         _log_tokens("run finished", tokens, time.perf_counter() - begun)
@@ -580,11 +584,12 @@ class LLM:
         block: Block,
         number: int,
         cells: Cells,
+        counts: Counts,
+        snapshot: Snapshot | None,
         progress: Callable[[int], None] | None,
         on_logits: OnLogits | None,
     ) -> tuple[list[Generated], Timeline, Mapping[Tier, int]]:
         workload = self._workload(block)
-        schedule = self._order()
         # The same slots for all blocks: making one costs as much as reading a layer.
         rings = self._rings or Rings.of(workload)
         self._rings = None  # after a failure something may still be reading them
@@ -599,7 +604,7 @@ class LLM:
             on_tokens=progress,
             on_logits=on_logits,
         )
-        timeline = execute(schedule(workload), workload, effects)
+        timeline = run_block(self._order(), workload, effects, counts, snapshot)
         self._rings = rings
         results = list(effects.results())
         effects.close()

@@ -2,7 +2,8 @@
 
 ``OUT.partial`` is the journal: what job it is, how far the finished windows reach, and the records
 of the current window's blocks as they finish. ``OUT.ordered`` grows by whole windows, in order, and
-takes the name ``OUT`` when the job is done. Each step leaves files from which the next process goes
+takes the name ``OUT`` when the job is done. ``OUT.checkpoint`` may hold the state of the block that
+was running. Each step leaves files from which the next process goes
 on, wherever it is killed.
 """
 
@@ -13,6 +14,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import shutil
 import sys
 import tempfile
 import zlib
@@ -66,6 +68,7 @@ class Results(Protocol):
     begun: Begun | None
     header: Mapping[str, Any] | None
     done: bool
+    snapshots: Path | None  # where the state of a running block may be kept
 
     @property
     def requests_finished(self) -> int:
@@ -132,6 +135,7 @@ class FileResults:
         self.path = path.resolve()  # a link stays one
         self.partial = self.path.with_name(self.path.name + ".partial")
         self.ordered = self.path.with_name(self.path.name + ".ordered")
+        self.snapshots: Path | None = self.path.with_name(self.path.name + ".checkpoint")
         self.position = Position()
         self.begun: Begun | None = None
         self.header: Mapping[str, Any] | None = None
@@ -197,7 +201,7 @@ class FileResults:
                 "one, or give --restart to begin anew"
             )
         self._read_entries(self._journal)
-        if not self.requests_finished and not self.position.line and not self.done:
+        if not self._worth_keeping():
             return  # as if it had never begun
         self.header = header
         assert self._out is not None
@@ -244,6 +248,15 @@ class FileResults:
         blocks = self.begun.blocks.values() if self.begun else ()
         return self.position.requests + sum(sums["requests"] for sums in blocks)
 
+    def _drop_snapshots(self) -> None:
+        assert self.snapshots is not None
+        shutil.rmtree(self.snapshots, ignore_errors=True)
+
+    def _worth_keeping(self) -> bool:
+        finished = self.requests_finished or self.position.line or self.done
+        assert self.snapshots is not None
+        return bool(finished) or self.snapshots.exists()
+
     def begin(self, header: Mapping[str, Any]) -> None:
         self.header = {_MARK: _FORMAT, **header}
         assert self._out is not None
@@ -251,6 +264,7 @@ class FileResults:
             if self._foreign:  # nobody knows what it is: it is kept
                 os.replace(self.partial, self.partial.with_name(self.partial.name + ".old"))
             self._out.truncate(0)
+            self._drop_snapshots()
             self._replace_journal()
 
     def _replace_journal(self) -> None:
@@ -326,6 +340,7 @@ class FileResults:
             else:
                 self.ordered.unlink()
             self.partial.unlink()
+            self._drop_snapshots()
         self.header = None
         records = self.position.requests + self.position.errors
         event("results written", path=str(self.path), records=records)
@@ -336,9 +351,8 @@ class FileResults:
     def __exit__(self, *_: object) -> None:
         # What could not be written is not tried again: it was said already.
         with contextlib.suppress(OSError):
-            begun = self.header is not None
-            if begun and not self.requests_finished and not self.position.line and not self.done:
-                self.partial.unlink()  # nothing worth keeping
+            if self.header is not None and not self._worth_keeping():
+                self.partial.unlink()
         with contextlib.suppress(OSError):
             assert self._out is not None
             status = os.fstat(self._out.fileno())
@@ -355,6 +369,7 @@ class StreamResults:
         self.begun: Begun | None = None
         self.header: Mapping[str, Any] | None = None
         self.done = False
+        self.snapshots: Path | None = None
         self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 # closed on exit
         self._spool = _Spool()
 

@@ -37,7 +37,7 @@ from scheduling.schedules import SCHEDULES, diagonal, lock_step, row_by_row, zig
 from scheduling.simulate import simulate
 from scheduling.sizes import Link, Sizes
 from scheduling.timeline import Span, Timeline, compare, to_perfetto, write_trace
-from scheduling.transforms import first_n, serialize, serialized
+from scheduling.transforms import Cut, first_n, remaining, serialize, serialized
 from scheduling.validate import validate
 from scheduling.workload import Workload
 
@@ -47,6 +47,7 @@ __all__ = [
     "Cell",
     "Compute",
     "CostModel",
+    "Cut",
     "FreeWeights",
     "Hardware",
     "Issue",
@@ -81,6 +82,7 @@ __all__ = [
     "parse_schedule",
     "peak_nbytes",
     "place",
+    "remaining",
     "row_by_row",
     "serialize",
     "serialized",

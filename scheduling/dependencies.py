@@ -123,13 +123,15 @@ def _keys(op: Any, workload: Workload) -> tuple[_Key, ...]:
     if kind is LoadHidden:
         if op.layer > 0:
             return ((StoreHidden, op.step, op.layer - 1, op.batch),)
-        if op.step > 0:
+        if op.step > workload.first_step(op.batch):
             # The last layer's "hidden" is the new token, which the next step begins with.
             return ((StoreHidden, op.step - 1, workload.num_layers - 1, op.batch),)
         return ()
     if kind is StoreHidden or kind is StoreCache:
         return ((Compute, op.step, op.layer, op.batch),)
     if kind is LoadCache:
+        if op.step == workload.first_step(op.batch):
+            return ()  # kept from before
         return ((StoreCache, op.step - 1, op.layer, op.batch),)
     if kind is FreeWeights:
         return ((Weights, 0, op.layer, 0),)
@@ -231,7 +233,10 @@ class _Binder:
         self.stores: dict[type, deque[int]] = {
             kind: deque(maxlen=workload.store_slots) for kind in (StoreCache, StoreHidden)
         }
-        self.reached = [-1] * workload.num_batches  # step * num_layers + layer last computed
+        # step * num_layers + layer last computed
+        self.reached = [
+            workload.first_step(b) * workload.num_layers - 1 for b in range(workload.num_batches)
+        ]
         self.recent: deque[Op] = deque(maxlen=4)
         self.index = 0
 

@@ -22,9 +22,10 @@ def validate(ops: Iterable[Op], workload: Workload) -> None:
             or the weights that are never freed.
     """
     w = workload
-    reached = [0] * w.num_batches  # a batch's computations come in one order: bind sees to it
+    # A batch's computations come in one order: bind sees to it.
+    reached = [w.first_step(b) * w.num_layers for b in range(w.num_batches)]
     held: dict[int, LoadWeights] = {}
-    stored = set()
+    stored = {b for b in range(w.num_batches) if w.first_step(b) == w.num_steps}
     count = 0
     for issue in bind(ops, workload):
         count += 1

@@ -22,6 +22,7 @@ class Workload:
         store_slots: How many results may wait to be stored, of each kind; a computation waits
             until there are fewer.
         device_batch_size: Requests of a batch. Descriptive, as ``prompt_len`` (tokens) is.
+        done: The steps of each batch that were done before, and are left out; empty: none.
         sizes: What its ops move, for cost models; two workloads are equal without them.
     """
 
@@ -35,15 +36,23 @@ class Workload:
     store_slots: int = 2
     device_batch_size: int = 1
     prompt_len: int = 1
+    done: tuple[int, ...] = ()
     sizes: Sizes | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name not in ("cached_layers", "sizes") and (
+            if field.name not in ("cached_layers", "done", "sizes") and (
                 not isinstance(value, int) or isinstance(value, bool) or value < 1
             ):
                 raise ValueError(f"{field.name} must be an integer of at least 1, got {value!r}")
+        if self.done and (
+            len(self.done) != self.num_batches
+            or not all(type(n) is int and 0 <= n <= self.num_steps for n in self.done)
+        ):
+            raise ValueError(
+                f"done must have {self.num_batches} numbers in 0..{self.num_steps}, got {self.done}"
+            )
         if self.cached_layers is None:
             return
         try:
@@ -63,6 +72,10 @@ class Workload:
     def gen_len(self) -> int:
         """Generated tokens: ``num_steps``."""
         return self.num_steps
+
+    def first_step(self, batch: int) -> int:
+        """The step with which ``batch`` begins."""
+        return self.done[batch] if self.done else 0
 
     def has_cache(self, layer: int) -> bool:
         """Whether ``layer`` keeps a KV cache."""

@@ -1,15 +1,20 @@
 """The schedules that come with the package, and their transforms."""
 
+import dataclasses
+import itertools
+from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from scheduling import (
     SCHEDULES,
     Barrier,
     Compute,
+    Cut,
     LoadWeights,
     ScheduleError,
     StoreCache,
@@ -21,6 +26,7 @@ from scheduling import (
     format_schedule,
     lock_step,
     parse_schedule,
+    remaining,
     row_by_row,
     serialize,
     serialized,
@@ -174,3 +180,52 @@ def test_serialized_keeps_the_name_and_transforms_are_lazy():
     ]
     assert list(first_n(zigzag(endless), 0)) == []
     assert next(iter(bind(serialize(zigzag(endless)), endless))).stream is Stream.LOAD_WEIGHTS
+
+
+@given(workloads(), schedules, st.lists(st.integers(0, 3), max_size=5))
+def test_a_schedule_can_be_cut_at_step_borders_and_gone_on_with(workload, schedule, borders):
+    """Cut again and again: each rest is valid by itself, and nothing is computed twice or never."""
+    computed = []
+    for border in [*borders, None]:
+        validate(remaining(schedule(workload), workload), workload)
+        answers = itertools.repeat(False) if border is None else iter([False] * border + [True])
+        cut = Cut(remaining(schedule(workload), workload), workload, partial(next, answers))
+        part = [issue.op for issue in bind(cut, workload)]
+        computed += [op for op in part if isinstance(op, Compute)]
+        assert cut.done == tuple(
+            sum(op.batch == b and op.layer == workload.num_layers - 1 for op in computed)
+            for b in range(workload.num_batches)
+        )
+        if cut.ended:
+            break
+        workload = dataclasses.replace(workload, done=cut.done)
+    assert cut.ended
+    whole = [
+        op for op in schedule(dataclasses.replace(workload, done=())) if isinstance(op, Compute)
+    ]
+    assert sorted(computed, key=str) == sorted(whole, key=str)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_has_step_borders(name):
+    count = 0
+
+    def due():
+        nonlocal count
+        count += 1
+        return False
+
+    workload = Workload(num_steps=4, num_layers=4, num_batches=2)
+    assert list(Cut(SCHEDULES[name](workload), workload, due)) == list(SCHEDULES[name](workload))
+    assert count >= 3
+
+
+def test_what_is_done_loads_no_weights():
+    workload = Workload(num_steps=3, num_layers=3, num_batches=2, done=(2, 3))
+    ops = list(remaining(zigzag(workload), workload))
+    assert [op for op in ops if isinstance(op, LoadWeights)] == [
+        LoadWeights(2, i) for i in range(3)
+    ]
+    assert [op for op in ops if isinstance(op, Compute)] == [Compute(2, i, 0) for i in range(3)]
+    with pytest.raises(ValueError, match=r"done must have 2 numbers in 0\.\.3"):
+        dataclasses.replace(workload, done=(4, 0))

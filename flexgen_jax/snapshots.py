@@ -1,0 +1,195 @@
+"""The state of a block on its way, kept on disk: a job that is killed goes on inside the block.
+
+At a step border that state is small in kind: the cache, the tokens so far, and how many steps are
+done. Arrays are saved through Orbax, some cells at a time, so that memory holds a few of them; what
+is plain lies beside them as JSON, written last, which makes a snapshot one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flexgen_jax.logs import event
+from scheduling.timeline import Timeline
+from storage.store import StorageError
+
+Arrays = dict[str, np.ndarray]  # of a cell, by the name of the part
+
+_GROUP_NBYTES = 256 << 20
+_STATE = "state.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """A block at a step border.
+
+    Attributes:
+        done: The steps of each batch that are done, as ``Workload.done``.
+        batches: What each batch has produced, as plain JSON.
+        counts: What the block has taken so far, in seconds, bytes and the like.
+        timeline: Measured so far.
+        peak_bytes: By the name of the tier.
+    """
+
+    done: tuple[int, ...]
+    batches: list[dict[str, Any]]
+    counts: dict[str, float]
+    timeline: Timeline
+    peak_bytes: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts and lists."""
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {**plain, "timeline": self.timeline.to_json()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> State:
+        """The inverse of :meth:`to_json`."""
+        timeline = Timeline.from_json(values["timeline"])
+        return cls(**{**values, "done": tuple(values["done"]), "timeline": timeline})
+
+
+class Snapshots:
+    """Where a job keeps the state of its current block.
+
+    Args:
+        directory: Made when there is something to keep.
+        seconds: How often; the time that saving takes is not counted.
+    """
+
+    def __init__(self, directory: Path, seconds: float) -> None:
+        self._directory, self._seconds = directory.absolute(), seconds
+        self._since = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether it is time to save."""
+        return time.monotonic() - self._since >= self._seconds
+
+    def of(self, **block: Any) -> Snapshot:
+        """Those of the block that is called so."""
+        return Snapshot(self, self._directory, block)
+
+    def clear(self) -> None:
+        """The block's results are safe: nothing of it is needed any more."""
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def saved(self) -> None:
+        """Counts the time from now on."""
+        self._since = time.monotonic()
+
+
+class Snapshot:
+    """The state of one block. The latest counts."""
+
+    def __init__(self, kept: Snapshots, directory: Path, block: dict[str, Any]) -> None:
+        self._kept, self._directory, self._block = kept, directory, block
+        self._latest: Path | None = None
+        self.due = kept.due
+
+    def load(self) -> tuple[State, Iterator[tuple[str, Arrays]]] | None:
+        """The state and, lazily, the cells by name; None: none is kept of this block.
+
+        Raises:
+            StorageError: while reading the cells: they are damaged.
+        """
+        for path in sorted(self._directory.glob("[0-9]*"), key=lambda p: -int(p.name)):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                values = json.loads((path / _STATE).read_text())
+                if values.pop("block") == self._block:
+                    groups = values.pop("groups")
+                    state = State.from_json(values)
+                    event("snapshot read", path=str(path), done=list(state.done))
+                    self._latest = path
+                    return state, _cells(path, groups)
+        return None
+
+    def save(self, state: State, cells: Iterator[tuple[str, Arrays]]) -> None:
+        """Saves, and drops what was saved of the block before.
+
+        What cannot be written is said and left out: the run is worth more than a way back to it.
+        """
+        begun = time.perf_counter()
+        numbers = [int(path.name) for path in self._directory.glob("[0-9]*")]
+        path = self._directory / str(max(numbers, default=-1) + 1)
+        try:
+            path.mkdir(parents=True)
+            groups, nbytes = 0, 0
+            for group in _groups(cells):
+                nbytes += sum(a.nbytes for arrays in group.values() for a in arrays.values())
+                with _checkpointer() as checkpointer:
+                    checkpointer.save(path / f"cells_{groups}", group)
+                groups += 1
+            values = {"block": self._block, "groups": groups, **state.to_json()}
+            new = path / f"{_STATE}.new"
+            with new.open("w") as file:
+                json.dump(values, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(new, path / _STATE)
+        except (OSError, ValueError) as error:
+            shutil.rmtree(path, ignore_errors=True)
+            why = getattr(error, "strerror", None) or str(error)
+            event("snapshot failed", level=logging.WARNING, path=str(path), why=why)
+        else:
+            seconds = time.perf_counter() - begun
+            event("snapshot saved", path=str(path), nbytes=nbytes, seconds=seconds)
+            if self._latest is not None:
+                shutil.rmtree(self._latest, ignore_errors=True)
+            self._latest = path
+        self._kept.saved()
+
+
+def _groups(cells: Iterator[tuple[str, Arrays]]) -> Iterator[dict[str, Arrays]]:
+    """Each is a checkpoint of its own, which costs some ten milliseconds, and is held at once."""
+    group: dict[str, Arrays] = {}
+    nbytes = 0
+    for name, arrays in cells:
+        group[name] = arrays
+        nbytes += sum(a.nbytes for a in arrays.values())
+        if nbytes >= _GROUP_NBYTES:
+            yield group
+            group, nbytes = {}, 0
+    if group:
+        yield group
+
+
+def _cells(path: Path, groups: int) -> Iterator[tuple[str, Arrays]]:
+    for number in range(groups):
+        try:
+            with _checkpointer() as checkpointer:
+                group = checkpointer.restore(path / f"cells_{number}")
+        except Exception as error:  # whatever Orbax and TensorStore raise
+            raise StorageError(
+                f"the checkpoint {path} is damaged ({error}); remove {path.parent} to begin the "
+                "block anew"
+            ) from error
+        yield from group.items()
+
+
+@contextlib.contextmanager
+def _checkpointer() -> Iterator[Any]:
+    import orbax.checkpoint as ocp
+
+    logger = logging.getLogger("absl")  # warns of what was not asked for: OCDBT
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        # Compressing codes and random bits takes long and gains nothing.
+        handler = ocp.PyTreeCheckpointHandler(
+            use_ocdbt=False, use_zarr3=True, use_compression=False
+        )
+        with ocp.Checkpointer(handler) as checkpointer:
+            yield checkpointer
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,209 @@
+"""A job that is stopped inside a block goes on inside it, to the same bytes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import flexgen_jax as fg
+from flexgen_jax.batch import Completing, Job, JobError
+from flexgen_jax.cli import main
+from flexgen_jax.job_input import JobInput
+from flexgen_jax.results import FileResults, StreamResults
+from flexgen_jax.sampling_params import SamplingParams
+from storage.store import StorageError
+
+MODEL = "flexgen_jax/demo_model"
+PARAMS = SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True)
+DISK = fg.Split(device=0, host=0, disk=100)
+MIXED = fg.Split(device=34, host=33, disk=33)
+SHAPE = {"device_batch_size": 2, "num_device_batches": 3}
+
+POLICIES = {
+    "device": fg.Policy(**SHAPE),
+    "mixed": fg.Policy(**SHAPE, weights=MIXED, cache=MIXED, hidden=MIXED),
+    "codes": fg.Policy(**SHAPE, cache=MIXED, cache_bits=4),
+    "sparse": fg.Policy(**SHAPE, cache=MIXED, attention_sparsity=0.5),
+    "host attention": fg.Policy(**SHAPE, cache=DISK, host_attention=True),
+    "no overlap": fg.Policy(**SHAPE, weights=DISK, overlap=False),
+}
+
+
+class Stopped(BaseException):
+    """The power goes."""
+
+
+STOPPED = (Stopped, fg.ExecutionError)  # between two schedules, or within one
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Six requests, one block, of unequal lengths: sampled, penalised, stopped early, scored."""
+    fields = [
+        {"temperature": 1.0},
+        {"max_tokens": 3},
+        {"repetition_penalty": 1.5, "frequency_penalty": 0.5},
+        {"logprobs": 2, "prompt_logprobs": 1},
+        {"temperature": 0.8, "n": 1, "seed": 4},
+        {"bad_words": ["a"]},
+    ]
+    lines = [{"prompt": "Once upon a time " * (i % 3 + 1), **f} for i, f in enumerate(fields)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path / "in.jsonl"
+
+
+@pytest.fixture(scope="module")
+def offload(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("offload"))
+
+
+def run(llm, source, target, *, stop_after=None, seconds=1e-9):
+    """``seconds`` of nearly nothing: a snapshot at every step border."""
+    booked = 0
+
+    def progress(count):
+        nonlocal booked
+        booked += count
+        if stop_after is not None and booked >= stop_after:
+            raise Stopped
+
+    with JobInput(source) as lines, FileResults(target) as results:
+        job = Job(llm, Completing(llm, PARAMS, "m"), lines, results, checkpoint_seconds=seconds)
+        return job.run(progress=progress), booked
+
+
+def computed(done):
+    spans = done.report.timeline.spans
+    return [(s.step, s.layer, s.batch) for s in spans if s.op == "Compute"]
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    [
+        *((name, "zigzag") for name in POLICIES),
+        *(("mixed", schedule) for schedule in ("diagonal", "lock_step", "row_by_row")),
+    ],
+)
+def test_what_is_gone_on_with_gives_the_same_bytes(source, tmp_path, offload, name, schedule):
+    with fg.LLM(MODEL, policy=POLICIES[name], schedule=schedule, offload_dir=offload) as llm:
+        clean, tokens = run(llm, source, tmp_path / "clean", seconds=None)
+        target = tmp_path / "out"
+        for stop_after in (9, 20, 20):
+            with pytest.raises(STOPPED):
+                run(llm, source, target, stop_after=stop_after)
+            assert list((tmp_path / "out.checkpoint").glob("*/state.json"))
+        done, left = run(llm, source, target)
+        assert target.read_bytes() == (tmp_path / "clean").read_bytes()
+        assert left < tokens - 20
+        assert done.report.generated_tokens == clean.report.generated_tokens
+        assert done.report.seconds > done.report.timeline.seconds > 0
+        # All steps are on the timeline, once.
+        assert len(computed(done)) == len(set(computed(done)))
+        assert set(computed(done)) == set(computed(clean))
+        assert not list(tmp_path.glob("out.*"))
+
+
+def test_a_snapshot_is_left_only_while_a_block_runs(source, tmp_path, offload):
+    with fg.LLM(MODEL, policy=POLICIES["device"], offload_dir=offload) as llm:
+        run(llm, source, tmp_path / "none", seconds=3600)  # never due
+        with pytest.raises(STOPPED):
+            run(llm, source, tmp_path / "none2", stop_after=20, seconds=3600)
+        assert not (tmp_path / "none2.checkpoint").exists()
+        assert not (tmp_path / "none2.partial").exists()
+
+
+def test_a_damaged_snapshot_is_said(source, tmp_path, offload):
+    with fg.LLM(MODEL, policy=POLICIES["device"], offload_dir=offload) as llm:
+        run(llm, source, tmp_path / "clean", seconds=None)
+        target = tmp_path / "out"
+        with pytest.raises(STOPPED):
+            run(llm, source, target, stop_after=20)
+        (state,) = (tmp_path / "out.checkpoint").glob("*/state.json")
+        array = next(p for p in state.parent.rglob("zarr.json") if p.parent != state.parent)
+        array.unlink()
+        with pytest.raises(StorageError, match=r"is damaged .*; remove .*out\.checkpoint to begin"):
+            run(llm, source, target)
+        # A state that is torn is none: the block begins anew.
+        state.write_text(state.read_text()[:100])
+        run(llm, source, target)
+        assert target.read_bytes() == (tmp_path / "clean").read_bytes()
+
+
+def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(
+    source, tmp_path, offload, monkeypatch, caplog
+):
+    import orbax.checkpoint as ocp
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ocp.Checkpointer, "save", full)
+    with fg.LLM(MODEL, policy=POLICIES["device"], offload_dir=offload) as llm:
+        run(llm, source, tmp_path / "out")
+    assert "No space left on device" in caplog.text
+    assert len((tmp_path / "out").read_text().splitlines()) == 6
+
+
+def test_another_job_begins_anew(source, tmp_path, offload):
+    with fg.LLM(MODEL, policy=POLICIES["device"], offload_dir=offload) as llm:
+        target = tmp_path / "out"
+        with pytest.raises(STOPPED):
+            run(llm, source, target, stop_after=20)
+        source.write_text(json.dumps({"prompt": "The"}))
+        with pytest.raises(JobError, match="was begun otherwise"):
+            run(llm, source, target)
+        (tmp_path / "out.partial").unlink()
+        run(llm, source, target)
+        assert len(target.read_text().splitlines()) == 1
+        assert not (tmp_path / "out.checkpoint").exists()
+
+
+def test_checkpoints_need_an_output_file(source, offload):
+    with (
+        fg.LLM(MODEL, policy=POLICIES["device"], offload_dir=offload) as llm,
+        JobInput(source) as lines,
+        StreamResults() as results,
+        pytest.raises(JobError, match="give an output file"),
+    ):
+        Job(llm, Completing(llm, PARAMS, "m"), lines, results, checkpoint_seconds=60)
+    arguments = ["generate", "--model", MODEL, "-i", str(source), "-o", "-"]
+    result = CliRunner().invoke(main, [*arguments, "--checkpoint-minutes", "5"])
+    assert result.exit_code == 2
+    assert "give a file" in result.output
+
+
+def test_a_killed_process_goes_on_inside_the_block(source, tmp_path, offload):
+    """SIGKILL at a random moment of a process that saves at every step."""
+    arguments = [
+        *("generate", "--model", MODEL, "-i", str(source), "--ignore-eos", "--quiet"),
+        *("--gpu-batch-size", "2", "--num-gpu-batches", "3", "--percent", "0", "0", "0", "50", "0"),
+        *("0", "--max-tokens", "60", "--offload-dir", offload),
+    ]
+    result = CliRunner().invoke(main, [*arguments, "-o", str(tmp_path / "clean")])
+    assert result.exit_code == 0, result.output
+    target = str(tmp_path / "out")
+    command = [sys.executable, "-m", "flexgen_jax", *arguments, "-o", target]
+    process = subprocess.Popen(
+        [*command, "--checkpoint-minutes", "1e-9"],
+        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+    )
+    steps = random.Random(3).randint(5, 30)
+    while process.poll() is None:
+        states = list((tmp_path / "out.checkpoint").glob(f"{steps}*/state.json"))
+        if states:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    assert process.returncode == -signal.SIGKILL
+    kept = [json.loads(p.read_text()) for p in (tmp_path / "out.checkpoint").glob("*/state.json")]
+    assert max(max(state["done"]) for state in kept) >= steps
+    # Without the option, too.
+    result = CliRunner().invoke(main, [*arguments, "-o", target])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "clean").read_bytes()
+    assert not (tmp_path / "out.checkpoint").exists()
