@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from flexgen_jax.checkpoint import convert, convert_dummy, open_store
     from flexgen_jax.config import OPTConfig
     from flexgen_jax.executor import ExecutionError
+    from flexgen_jax.exporting import export
     from flexgen_jax.llm import LLM
     from flexgen_jax.outputs import CompletionOutput, Logprob, RequestOutput
     from flexgen_jax.planning import Plan, plan
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "convert": "flexgen_jax.checkpoint",
+    "export": "flexgen_jax.exporting",
     "convert_dummy": "flexgen_jax.checkpoint",
     "open_store": "flexgen_jax.checkpoint",
     "OPTConfig": "flexgen_jax.config",

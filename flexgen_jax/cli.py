@@ -116,6 +116,53 @@ def convert(
 
 
 @main.command()
+@click.argument("model")
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--dtype", type=DTYPES, help="Of a model that is no weight store. [default: float32]")
+@click.option(
+    "--max-shard-size",
+    default="5GB",
+    show_default=True,
+    metavar="SIZE",
+    help="A file takes no more, unless one tensor does.",
+)
+@click.option("--offload-dir", type=click.Path(), help="Where a converted model is kept.")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def export(
+    model: str,
+    directory: Path,
+    dtype: str | None,
+    max_shard_size: str,
+    offload_dir: str | None,
+    quiet: bool,
+) -> None:
+    """Write MODEL (a weight store, or what convert takes) as the Hugging Face directory DIRECTORY.
+
+    The weights of a quantised store become what their codes stand for.
+
+    \b
+    flexgen-jax export opt-1.3b-store opt-1.3b-hf
+    """
+    with plain_errors():
+        from flexgen_jax import progress
+        from flexgen_jax.exporting import export as write
+        from flexgen_jax.memory import parse_bytes
+
+        tell = silent if quiet else say
+        with progress.transfer("exporting", quiet=quiet) as update:
+            path = write(
+                model,
+                directory,
+                dtype=dtype,
+                max_shard_nbytes=parse_bytes(max_shard_size) or 0,
+                offload_dir=offload_dir,
+                progress=update,
+                say=tell,
+            )
+        tell(f"Hugging Face directory ready: {path}")
+
+
+@main.command()
 @llm_options
 @job_options
 @checkpoint_option

@@ -1,5 +1,7 @@
 """Reads an OPT model in Hugging Face's form: which files, which tensors, under which names.
 
+Or an Orbax checkpoint of its params, with the ``config.json`` in or beside it.
+
 A tensor is handed out in blocks, as the weight store wants it (kernels transposed, dtype
 converted), from files that are mapped rather than loaded: what is held in memory is one block.
 Knows nothing of the weight store itself.
@@ -14,7 +16,7 @@ import math
 import mmap
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,7 +44,10 @@ WEIGHT_FILES = (
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+    "flax_model.msgpack",
+    "flax_model.msgpack.index.json",
 )
+_ORBAX_FILE = "_METADATA"
 
 # Old checkpoints save the decoder alone, without the language model around it.
 _PREFIXES = ("model.decoder.", "decoder.")
@@ -75,7 +80,9 @@ class ModelNotFoundError(SourceError):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Entry:
+class Entry:
+    """What a file says about a tensor; ``offset`` orders them as they lie there."""
+
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     offset: int
@@ -84,7 +91,7 @@ class _Entry:
 class _WeightFile(Protocol):
     """One file of named tensors."""
 
-    entries: dict[str, _Entry]
+    entries: dict[str, Entry]
 
     def array(self, key: str) -> np.ndarray: ...
 
@@ -124,7 +131,7 @@ class _SafetensorsFile:
     def _damaged(self, what: str) -> SourceError:
         return SourceError(f"{self._path} is truncated: it has {what}; download the model again")
 
-    def _entry(self, key: str, values: dict[str, Any]) -> _Entry:
+    def _entry(self, key: str, values: dict[str, Any]) -> Entry:
         if values["dtype"] not in _SAFETENSORS_DTYPES:
             raise SourceError(
                 f"{self._path}: tensor {key} has dtype {values['dtype']}; readable are "
@@ -134,7 +141,7 @@ class _SafetensorsFile:
         begin, end = values["data_offsets"]
         if end - begin != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"tensor {key} of shape {list(shape)} has {end - begin} bytes")
-        return _Entry(shape, dtype, self._data_at + begin)
+        return Entry(shape, dtype, self._data_at + begin)
 
     def array(self, key: str) -> np.ndarray:
         entry = self.entries[key]
@@ -173,7 +180,7 @@ class _TorchFile:
                 f"{path} is truncated, or no PyTorch weights ({reason}); download the model again"
             ) from error
         self.entries = {
-            key: _Entry(tuple(t.shape), self._numpy(t[:0] if t.ndim else t).dtype, position)
+            key: Entry(tuple(t.shape), self._numpy(t[:0] if t.ndim else t).dtype, position)
             for position, (key, t) in enumerate(self._state.items())
         }
 
@@ -216,7 +223,7 @@ class HuggingFaceModel:
     def __init__(self, directory: Path, name: str | None = None) -> None:
         self.directory = directory
         self.name = name or directory.resolve().name
-        found = [directory / n for n in WEIGHT_FILES if (directory / n).is_file()]
+        found = _weights_in(directory)
         if not (directory / "config.json").is_file() or not found:
             raise ModelNotFoundError(not_a_model(directory))
         self.config = OPTConfig.load(directory)
@@ -247,7 +254,7 @@ class HuggingFaceModel:
         for path in (self.directory / "config.json", *self.companions):
             content = hashlib.sha256(path.read_bytes()).hexdigest()
             digest.update(f"{path.name} {content}\n".encode())
-        for path in sorted(self.weight_files):
+        for path in sorted(_files(self.weight_files)):
             with open(path, "rb") as file:
                 status = os.fstat(file.fileno())
                 digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
@@ -264,21 +271,22 @@ class HuggingFaceModel:
         return self._open_file
 
     def _locate(self, listed_in: Path) -> dict[str, _Located]:
-        entries: dict[str, tuple[Path, _Entry]] = {}
+        entries: dict[str, tuple[Path, Entry]] = {}
         for path in self.weight_files:
             entries.update({k: (path, e) for k, e in self._file(path).entries.items()})
         if listed_in.name.endswith(".index.json"):
-            lost = [k for k in _weight_map(listed_in) if k not in entries]
+            # Flax's index has slashes between the parts.
+            lost = [k for k in _weight_map(listed_in) if k.replace("/", ".") not in entries]
             if lost:
                 raise SourceError(
                     f"{listed_in} lists the tensor {lost[0]}{_more(lost)}, which its shard does "
                     "not contain; download the model again"
                 )
-        prefix = next((p for p in _PREFIXES if any(k.startswith(p) for k in entries)), _PREFIXES[0])
+        key_of, prefix = _naming(entries)
         located: dict[str, _Located] = {}
         missing: list[str] = []
         for name, shape in param_shapes(self.config).items():
-            key, transposed = _key(name, prefix)
+            key, transposed = key_of(name, prefix)
             if key not in entries:
                 missing.append(key)
                 continue
@@ -301,7 +309,7 @@ class HuggingFaceModel:
                 f"{self.directory / 'config.json'} calls for; download the model again"
             )
         if self.config.tie_word_embeddings:
-            entries.pop("lm_head.weight", None)
+            entries.pop(key_of("head.tokens", prefix)[0], None)
         unexpected = [k for k in entries if k.removeprefix(prefix) not in _HARMLESS]
         if unexpected:
             raise SourceError(
@@ -314,9 +322,24 @@ class HuggingFaceModel:
 
 def is_model_directory(directory: Path) -> bool:
     """Whether there are a config and weights, whatever is in them."""
-    return (directory / "config.json").is_file() and any(
-        (directory / n).is_file() for n in WEIGHT_FILES
-    )
+    return (directory / "config.json").is_file() and bool(_weights_in(directory))
+
+
+def _weights_in(directory: Path) -> list[Path]:
+    """Files, or the directory of an Orbax checkpoint: at most two levels below."""
+    found = [directory / n for n in WEIGHT_FILES if (directory / n).is_file()]
+    patterns = ("", "*/", "*/*/")
+    return found or [
+        file.parent for p in patterns for file in sorted(directory.glob(f"{p}{_ORBAX_FILE}"))
+    ]
+
+
+def _files(paths: Iterable[Path]) -> Iterator[Path]:
+    for path in paths:
+        if path.is_dir():
+            yield from (p for p in path.rglob("*") if p.is_file())
+        else:
+            yield path
 
 
 def not_a_model(directory: Path) -> str:
@@ -324,7 +347,7 @@ def not_a_model(directory: Path) -> str:
     if (directory / "config.json").is_file():
         return (
             f"{directory} is no model: it has a config.json, but no weights "
-            f"({', '.join(WEIGHT_FILES)})"
+            f"({', '.join(WEIGHT_FILES)}, or an Orbax checkpoint)"
         )
     return (
         f"{directory} is no model: it has neither the manifest of a weight store nor a "
@@ -371,7 +394,13 @@ def download(name: str) -> Path:
 
 
 def _open(path: Path) -> _WeightFile:
+    from flexgen_jax import flax_files
+
     try:
+        if path.is_dir():
+            return flax_files.OrbaxParams(path)
+        if path.suffix == ".msgpack":
+            return flax_files.MsgpackFile(path)
         return _SafetensorsFile(path) if path.suffix == ".safetensors" else _TorchFile(path)
     except OSError as error:
         raise SourceError(f"cannot read {path}: {error.strerror or error}") from error
@@ -417,7 +446,7 @@ _MODULES = {
 }
 
 
-def _key(name: str, prefix: str) -> tuple[str, bool]:
+def torch_key(name: str, prefix: str = _PREFIXES[0]) -> tuple[str, bool]:
     """Hugging Face's name of a parameter, and whether it holds the transpose."""
     if name == "head.tokens":
         return "lm_head.weight", False
@@ -430,6 +459,34 @@ def _key(name: str, prefix: str) -> tuple[str, bool]:
     if unit.startswith("layer_"):
         module = f"layers.{unit.removeprefix('layer_')}.{_MODULES.get(module, module)}"
     return f"{prefix}{module}.{kind}", leaf[0] == "kernel"
+
+
+def _flax_key(name: str, prefix: str) -> tuple[str, bool]:
+    """Likewise, Flax's: its kernels lie as ours do, but for the head's."""
+    if name == "head.tokens":
+        return f"{prefix.removesuffix('model.decoder.')}lm_head.kernel", True
+    key, _ = torch_key(name, prefix)
+    whole, _, kind = key.rpartition(".")
+    if kind == "weight":
+        leaf = name.rpartition(".")[2]
+        kind = leaf if leaf in ("kernel", "scale") else "embedding"
+    return f"{whole}.{kind}", False
+
+
+def _own_key(name: str, prefix: str) -> tuple[str, bool]:
+    """Likewise, of a tree of our own params."""
+    return prefix + name, False
+
+
+def _naming(entries: Iterable[str]) -> tuple[Callable[[str, str], tuple[str, bool]], str]:
+    """Whose names these are, and what stands before them."""
+    for key in entries:
+        if key.endswith("embed_tokens.embedding"):
+            return _flax_key, key.removesuffix("embed_tokens.embedding")
+        if key in ("embed.tokens", "params.embed.tokens"):
+            return _own_key, key.removesuffix("embed.tokens")
+    known = (p for p in _PREFIXES if any(k.startswith(p) for k in entries))
+    return torch_key, next(known, _PREFIXES[0])
 
 
 def _blocks(source: np.ndarray, dtype: np.dtype[Any]) -> Iterator[np.ndarray]:
