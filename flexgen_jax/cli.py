@@ -328,6 +328,26 @@ def demo(output_dir: Path, max_tokens: int) -> None:
         run_demo(output_dir, max_tokens, say)
 
 
+@main.command(
+    "eval",
+    context_settings={"ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def evaluate(arguments: tuple[str, ...]) -> None:
+    """Run lm-evaluation-harness on a model here: ARGUMENTS are lm_eval's own.
+
+    The model is flexgen-jax unless they say otherwise. Needs pip install 'flexgen-jax[eval]'.
+
+    \b
+    flexgen-jax eval --model_args pretrained=facebook/opt-1.3b --tasks lambada_openai
+    """
+    with plain_errors():
+        from flexgen_jax.evaluation import main as run
+
+        run(arguments)
+
+
 for command in (
     cli_scores.score,
     cli_scores.perplexity,

@@ -321,8 +321,13 @@ class LLM:
             raise ValueError(f"window must be an integer of at least 1, got {window!r}")
         return generate_iter(self, prompts, sampling_params, window=window, progress=progress)
 
-    def request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
+    def request(
+        self, index: int, prompt: Prompt, params: SamplingParams, *, scoring: bool = False
+    ) -> Request:
         """Checks one prompt against the model and makes a :class:`Request` of it.
+
+        Args:
+            scoring: Only the prompt is of interest: new tokens need no positions.
 
         Raises:
             RequestError: what is wrong with it.
@@ -339,7 +344,7 @@ class LLM:
         self._check_vocabulary("stop token id", params.stop_token_ids)
         self._check_vocabulary("logit_bias token id", params.logit_bias)
         room = self.config.max_position_embeddings
-        if len(ids) + params.max_tokens > room:
+        if len(ids) + (0 if scoring else params.max_tokens) > room:
             raise RequestError(
                 f"too long: {len(ids)} prompt tokens and max_tokens {params.max_tokens} "
                 f"exceed the model's {room} positions"

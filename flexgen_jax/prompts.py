@@ -14,10 +14,10 @@ class RequestError(ValueError):
 
 def as_list(prompts: Any) -> list[Any]:
     """One prompt or many, as a list."""
-    one = isinstance(prompts, (str, Mapping))
-    if one or (len(prompts) and all(isinstance(i, int) for i in prompts)):
+    if isinstance(prompts, (str, Mapping)) or getattr(prompts, "ndim", None) == 1:
         return [prompts]
-    return list(prompts)
+    several = list(prompts)
+    return [several] if several and all(isinstance(i, int) for i in several) else several
 
 
 def parse_prompt(prompt: Prompt) -> tuple[str | None, list[int] | None]:
@@ -35,6 +35,8 @@ def parse_prompt(prompt: Prompt) -> tuple[str | None, list[int] | None]:
 
 
 def _token_ids(value: object) -> list[int]:
+    if getattr(value, "ndim", None) == 1 and hasattr(value, "tolist"):
+        value = value.tolist()  # NumPy's and JAX's arrays
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         ids = list(value)
         if all(isinstance(i, int) and not isinstance(i, bool) for i in ids):

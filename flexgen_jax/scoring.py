@@ -108,7 +108,7 @@ def sequence_request(llm: LLM, index: int, tokens: Sequence[int], num_scored: in
     Raises:
         RequestError: too many of them, or outside the vocabulary.
     """
-    request = llm.request(index, list(tokens[:-1]), _PARAMS)
+    request = llm.request(index, list(tokens[:-1]), _PARAMS, scoring=True)
     llm.request(index, [tokens[-1]], _PARAMS)  # is looked up, not fed
     unscored = (-1,) * (len(tokens) - 1 - num_scored)
     return dataclasses.replace(request, scored=(*unscored, *tokens[len(tokens) - num_scored :]))

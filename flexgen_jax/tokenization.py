@@ -31,6 +31,10 @@ class Tokenizer:
         """The text of ``token_ids`` without special tokens."""
         return self._backend.decode(list(token_ids), skip_special_tokens=True)
 
+    def token_id(self, token: str) -> int | None:
+        """The id of a token as the tokenizer's files write it; None: it has none such."""
+        return self._backend.token_to_id(token)
+
     def token(self, token_id: int) -> str | None:
         """The text of one token; None for an id that the tokenizer does not know."""
         if self._backend.id_to_token(token_id) is None:

@@ -11,6 +11,8 @@ import sys
 import tracemalloc
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import zstandard
 from click.testing import CliRunner
@@ -374,3 +376,24 @@ def test_lines_of_any_size_are_read_one_at_a_time(tmp_path, monkeypatch):
         assert source.share_read == 1
     assert found == [(1, b"short\n"), (2, None), (3, None), (5, None)]
     assert io.BytesIO(data).readlines()[4] == b"last one that is long"
+
+
+def test_a_hugging_face_dataset_is_completed_row_by_row(llm):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"prompt_token_ids": [5 + i] * (i + 1), "label": i} for i in range(3)]
+    dataset = datasets.Dataset.from_list(rows)
+    expected = [o.outputs[0].token_ids for o in llm.generate(rows, GREEDY)]
+    for given in (dataset, dataset.to_iterable_dataset(), (row for row in dataset)):
+        found = list(llm.generate_iter(given, GREEDY, window=2))
+        assert [o.outputs[0].token_ids for o in found] == expected
+
+
+def test_token_ids_may_be_arrays(llm):
+    ids = [[5, 6, 7], [8, 9]]
+    expected = [o.outputs for o in llm.generate(ids, GREEDY)]
+    assert [o.outputs for o in llm.generate([np.array(i) for i in ids], GREEDY)] == expected
+    assert [o.outputs for o in llm.generate((jnp.array(i) for i in ids), GREEDY)] == expected
+    one = llm.generate(np.array(ids[0]), GREEDY)
+    assert [o.outputs[0].token_ids for o in one] == [expected[0][0].token_ids]
+    with pytest.raises(fg.RequestError, match="expected a text or a list of token ids"):
+        llm.generate([np.array([0.5, 1.5])], GREEDY)
