@@ -16,8 +16,8 @@ from flexgen_jax.blocks import Block, Request, make_blocks, padded_length
 from flexgen_jax.config import OPTConfig
 from flexgen_jax.memory import device_memory
 from flexgen_jax.sampling_params import SamplingParams
+from flexgen_jax.stages import place_stages, stage_starts
 from flexgen_jax.weight_format import WeightFormat
-from flexgen_jax.weights import place_weights
 from scheduling.hardware import Hardware
 from scheduling.limits import Limits
 from scheduling.ops import Op
@@ -68,6 +68,7 @@ class Model:
         dtype: Of weights, cache and hidden states, quantisation aside.
         stored: How the weights there are stored; None: there are none yet.
         slots: Of the workload.
+        hosts: Of the stages, as a ``Workload`` has them.
     """
 
     config: OPTConfig
@@ -75,6 +76,7 @@ class Model:
     stored: WeightFormat | None = None
     slots: Mapping[str, int] = dataclasses.field(default_factory=dict)
     chunk_positions: int = DiskContext().chunk_positions
+    hosts: tuple[int, ...] = ()
 
     def form(self, policy: Policy) -> WeightFormat:
         """How weights are stored under ``policy``."""
@@ -86,13 +88,23 @@ class Model:
     def workload(self, block: Block, policy: Policy) -> Workload:
         """Of a block, with sizes."""
         form = self.form(policy)
-        entries = form.entries(self.config)
-        weights = place_weights({n: e.nbytes for n, e in entries.items()}, policy.weights)
         sizes = block_sizes(
-            block, self.config, form, policy, weights, chunk_positions=self.chunk_positions
+            block,
+            self.config,
+            form,
+            policy,
+            place_stages(self.config, form, policy),
+            chunk_positions=self.chunk_positions,
+            hosts=self.hosts,
         )
         workload = block.workload(len(self.config.units), self.slots)
-        return dataclasses.replace(workload, sizes=sizes)
+        return dataclasses.replace(
+            workload,
+            stages=stage_starts(self.config, policy.num_stages),
+            num_groups=policy.groups,
+            hosts=self.hosts,
+            sizes=sizes,
+        )
 
     def blocks_of(self, job: Job) -> Blocks:
         """What ``search`` asks for. Of many blocks a few stand for all."""

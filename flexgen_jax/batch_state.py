@@ -72,13 +72,22 @@ def _entry(values: Mapping[str, Any]) -> dict[int, Logprob]:
 
 
 class BatchState:
-    """The arrays of one batch on the device, and its requests' results on the host."""
+    """The arrays of one batch on its devices, and its requests' results on the host.
+
+    Args:
+        sampler: The device that samples; None: it is another process's.
+    """
 
     def __init__(
-        self, batch: Batch, seed: int, eos_token_id: int | None, decode: Decode | None = None
+        self,
+        batch: Batch,
+        seed: int,
+        eos_token_id: int | None,
+        decode: Decode | None = None,
+        sampler: Any = None,
     ) -> None:
         self.batch = batch
-        self.padding = jnp.asarray(batch.padding())
+        self._padding: dict[Any, jax.Array] = {}
         self.tokens = batch.tokens()  # what the embedding takes next, on the host
         self.sampled: Sampled | None = None
         self.scores: list[Sampled] = []  # of the prompts, chunk by chunk
@@ -90,14 +99,19 @@ class BatchState:
         self.results = [Generated(r, s, decode) for r, s in zip(batch.requests, stops, strict=True)]
         params = [r.params for r in batch.requests]
         seeds = [seed_words(r.params, (seed, r.index), r.sample) for r in batch.requests]
-        self.arrays, self.features = batch_arrays(
-            params, seeds, [sorted(s) for s in stops], batch.rows
-        )
+        arrays, self.features = batch_arrays(params, seeds, [sorted(s) for s in stops], batch.rows)
+        self.arrays = jax.device_put(arrays, sampler)
         self._prompts: jax.Array | None = None
         if self.features.penalised:
             # An empty row's prompt is one token 0, and nobody asks what comes of it.
             real = np.arange(batch.prompt_len) >= batch.padding()[:, None]
             self._prompts = jnp.asarray(np.where(real, batch.tokens(), -1))
+
+    def padding_on(self, device: Any) -> jax.Array:
+        """(rows,) int32 on ``device``: positions of padding at the left of each row."""
+        if device not in self._padding:
+            self._padding[device] = jax.device_put(self.batch.padding(), device)
+        return self._padding[device]
 
     def history(self) -> History | None:
         """What was generated, for sampling; None where no request of the batch asks for it."""

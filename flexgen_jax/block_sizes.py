@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
 from flexgen_jax.blocks import Batch, Block
-from flexgen_jax.cells import cache_format, hidden_name, place_cache, place_hidden
+from flexgen_jax.cells import cache_format, cache_places, hidden_name, place_cache, place_hidden
 from flexgen_jax.config import OPTConfig
 from flexgen_jax.kernels import rows_per_call
-from flexgen_jax.params import param_shapes, unit_names
+from flexgen_jax.params import matmul_flops, param_shapes, unit_names
+from flexgen_jax.stages import layers_of, stage_starts
 from scheduling.placement import Placement
 from scheduling.policy import Policy, Tier
 from scheduling.sizes import BatchSizes, CacheCell, Sizes
@@ -28,18 +29,21 @@ def block_sizes(
     config: OPTConfig,
     form: WeightFormat,
     policy: Policy,
-    weights: Placement,
+    weights: Sequence[Placement],
     *,
     chunk_positions: int,
+    hosts: tuple[int, ...] = (),
 ) -> Sizes:
     """What the ops of ``block`` move and unpack.
 
     Args:
-        weights: Where the stored tensors lie.
+        weights: Where the stored tensors of each stage lie.
         chunk_positions: Of the cache on disk.
+        hosts: Of the stages, as a ``Workload`` has them.
     """
     hidden = {c.name: c.tier for c in place_hidden(block, config, form.dtype, policy.hidden).cells}
     itemsize = jnp.dtype(form.dtype).itemsize
+    starts = stage_starts(config, policy.num_stages)
     moved, dense, reads = _weights(config, form, weights)
     return Sizes(
         weights=moved,
@@ -57,11 +61,16 @@ def block_sizes(
             for number, batch in enumerate(block.batches)
         ),
         cache=_cache(block, config, form, policy),
-        resident={tier: weights.nbytes(tier) for tier in Tier},
-        matmul_flops=_matmul_flops(config),
+        resident=tuple({tier: stage.nbytes(tier) for tier in Tier} for stage in weights),
+        matmul_flops=matmul_flops(config),
         hidden_size=config.hidden_size,
         chunk_positions=chunk_positions,
         reads=reads,
+        borders={
+            first - 1: bool(hosts) and hosts[stage] != hosts[stage - 1]
+            for stage, first in enumerate(starts)
+            if stage
+        },
     )
 
 
@@ -78,27 +87,18 @@ def _workspace(batch: Batch, config: OPTConfig, itemsize: int) -> int:
     return max(some + results, 3 * batch.rows * config.vocab_size * 4)
 
 
-def _matmul_flops(config: OPTConfig) -> tuple[float, ...]:
-    """Two for each element of a matrix that a position is multiplied with."""
-    shapes = param_shapes(config)
-    return tuple(
-        2.0
-        * sum(
-            math.prod(shapes[name])
-            for name in unit_names(config, unit)
-            if name.endswith(".kernel") or (unit == "head" and name.endswith(".tokens"))
-        )
-        for unit in config.units
-    )
-
-
 def _weights(
-    config: OPTConfig, form: WeightFormat, placement: Placement
+    config: OPTConfig, form: WeightFormat, placements: Sequence[Placement]
 ) -> tuple[tuple[Mapping[Tier, int], ...], tuple[int, ...], tuple[int, ...]]:
-    cells, shapes = {c.name: c for c in placement.cells}, param_shapes(config)
+    shapes = param_shapes(config)
     itemsize = jnp.dtype(form.dtype).itemsize
     moved, dense, reads = [], [], []
-    for unit in config.units:
+    of_units = zip(placements, layers_of(config, len(placements)), strict=True)
+    for unit, cells in (
+        (config.units[layer], {c.name: c for c in placement.cells})
+        for placement, layers in of_units
+        for layer in layers
+    ):
         by_tier = dict.fromkeys(Tier, 0)
         unpacked = accesses = 0
         for name in unit_names(config, unit):
@@ -140,14 +140,9 @@ def _cache(
             dense_nbytes=heads * config.head_dim * itemsize if kept.bits else 0,
         )
 
-    places = [
-        (layer, number, batch.rows)
-        for layer in range(1, len(config.units) - 1)
-        for number, batch in enumerate(block.batches)
-        if batch.num_steps > 1
-    ]
+    places = list(cache_places(block, config))
     dealt = place_cache(block, config, form.dtype, policy).cells  # in the same order
     return {
-        (layer, number): cell(rows, placed.tier)
-        for (layer, number, rows), placed in zip(places, dealt, strict=True)
+        (layer, number): cell(block.batches[number].rows, placed.tier)
+        for (layer, number), placed in zip(places, dealt, strict=True)
     }

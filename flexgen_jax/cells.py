@@ -6,7 +6,7 @@ A cell is what moves at once: the cache of one layer and batch, the hidden state
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flexgen_jax.blocks import Batch, Block
 from flexgen_jax.config import OPTConfig
 from flexgen_jax.kv_cache import CacheFormat
+from flexgen_jax.stages import layers_of
 from scheduling.placement import Placement, place
 from scheduling.policy import Policy, Split, Tier
 from storage.device import DeviceSequences
@@ -54,14 +55,21 @@ def hidden_nbytes(batch: Batch, config: OPTConfig, dtype: Any) -> int:
     return batch.rows * batch.prompt_len * config.hidden_size * jnp.dtype(dtype).itemsize
 
 
+def cache_places(block: Block, config: OPTConfig) -> Iterator[tuple[int, int]]:
+    """(layer, batch) of the cells of the cache, in the order in which they are dealt."""
+    for layer in range(1, len(config.units) - 1):
+        for number, batch in enumerate(block.batches):
+            if batch.num_steps > 1:  # one new token needs no cache
+                yield layer, number
+
+
 def place_cache(block: Block, config: OPTConfig, dtype: Any, policy: Policy) -> Placement:
     """Deals the cells of the cache to tiers (DESIGN §4), layer after layer."""
     form = cache_format(policy)
+    sizes = [sum(cache_sizes(batch, config, dtype, form)) for batch in block.batches]
     cells = [
-        (cache_name(config, layer, number), sum(cache_sizes(batch, config, dtype, form)))
-        for layer in range(1, len(config.units) - 1)
-        for number, batch in enumerate(block.batches)
-        if batch.num_steps > 1  # one new token needs no cache
+        (cache_name(config, layer, number), sizes[number])
+        for layer, number in cache_places(block, config)
     ]
     return _dealt(cells, policy.cache)
 
@@ -82,12 +90,20 @@ def _dealt(cells: Sequence[tuple[str, int]], split: Split) -> Placement:
     )
 
 
+Stores = dict[Tier, SequenceStore]
+
+
 class Cells:
     """Where the cells of a run's blocks lie. A context manager; nothing outlives it.
 
     Args:
         blocks: All of the run: room on disk is checked for the largest before it begins.
+        devices: Of the stages that are here, by number.
         scratch: Parent of the directory for what lies on disk.
+
+    Attributes:
+        cache_of, hidden_of: The placement of each block.
+        cache, hidden: The stores of each stage that is here.
 
     Raises:
         StorageError: too little space on the disk.
@@ -99,6 +115,7 @@ class Cells:
         config: OPTConfig,
         dtype: Any,
         policy: Policy,
+        devices: Mapping[int, Any],
         *,
         scratch: Path,
         context: DiskContext | None = None,
@@ -109,40 +126,56 @@ class Cells:
         self.hidden_of = [place_hidden(b, config, dtype, policy.hidden) for b in blocks]
         self._stack = contextlib.ExitStack()
         self._disks: list[DiskSequences] = []
+        layers = layers_of(config, policy.num_stages)
+        here = {layer for stage in devices for layer in layers[stage]}
+        cached = [
+            sum(
+                cell.nbytes
+                for cell, (layer, _) in zip(placed.cells, cache_places(block, config), strict=True)
+                if cell.tier is Tier.DISK and layer in here
+            )
+            for placed, block in zip(self.cache_of, blocks, strict=True)
+        ]
         needs = {
-            kind: max((p.nbytes(Tier.DISK) for p in placements), default=0)
-            for kind, placements in (("cache", self.cache_of), ("hidden", self.hidden_of))
+            "cache": max(cached, default=0),
+            "hidden": max((p.nbytes(Tier.DISK) for p in self.hidden_of), default=0),
         }
+        self.cache: dict[int, Stores] = {}
+        self.hidden: dict[int, Stores] = {}
         with contextlib.ExitStack() as stack:
             root = None
             if sum(needs.values()):
                 made = stack.enter_context(Scratch(scratch))
                 made.require(sum(needs.values()), "the cache and hidden states of a block")
                 root = made.path
-            self.cache = self._stores(stack, root, "cache", needs, context, wrap)
-            self.hidden = self._stores(stack, root, "hidden", needs, context, wrap)
+            for stage, device in devices.items():
+                for kind, stores in (("cache", self.cache), ("hidden", self.hidden)):
+                    directory = None if root is None else root / f"{kind}-{stage}"
+                    stores[stage] = self._stores(
+                        stack, device, directory, kind, needs, context, wrap
+                    )
             self._stack = stack.pop_all()
 
     def _stores(
         self,
         stack: contextlib.ExitStack,
-        root: Path | None,
+        device: Any,
+        directory: Path | None,
         kind: str,
         needs: dict[str, int],
         context: DiskContext | None,
         wrap: WrapStore | None,
-    ) -> dict[Tier, SequenceStore]:
+    ) -> Stores:
         hosted = kind == "cache" and self.policy.host_attention
-        device = jax.local_devices(backend="cpu")[0] if hosted else jax.local_devices()[0]
+        device = jax.local_devices(backend="cpu")[0] if hosted else device
         sparse = kind == "cache" and self.policy.attention_sparsity < 1
         stores: dict[Tier, Any] = {
-            Tier.DEVICE: DeviceSequences(),
+            Tier.DEVICE: DeviceSequences(device),
             # Pinned memory cannot be indexed where it lies.
             Tier.HOST: HostSequences(device) if hosted or sparse else host_sequences(device),
         }
         if needs[kind]:
-            assert root is not None
-            directory = root / kind
+            assert directory is not None
             directory.mkdir()
             disk = DiskSequences(directory, context, device, nbytes=sum(needs.values()))
             self._disks.append(disk)

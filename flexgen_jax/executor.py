@@ -3,11 +3,11 @@
 Owns threads, order and time; knows neither model nor tier. What an op *does* is the business of
 the ``Effects`` it is given.
 
-Each stream is a thread that performs its issues in order. An issue starts when the issues it needs
-(``scheduling.dependencies``, the same that the validator and the simulator use) are done. A
-computation is done when it is dispatched, since what comes after it works on its results, which
-JAX makes wait by itself; when the results become ready is watched by one more thread, which
-measures the spans of the compute stream.
+Each stream of each pipeline stage is a thread that performs its issues in order. An issue starts
+when the issues it needs (``scheduling.dependencies``, the same that the validator and the simulator
+use) are done. A computation is done when it is dispatched, since what comes after it works on its
+results, which JAX makes wait by itself; when the results become ready is watched by one more thread
+a stage, which measures the spans of its compute stream.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
-from scheduling.dependencies import Issue, Stream, bind, stream_of_kind, wait_reason
+from scheduling.dependencies import Issue, Lane, bind, wait_reason
 from scheduling.ops import Op
+from scheduling.simulate import look_ahead_of
 from scheduling.timeline import Span, Timeline
 from scheduling.workload import Workload
 
@@ -71,9 +72,9 @@ class _Cancelled(Exception):
 
 
 class _Place(NamedTuple):
-    """An issue by its stream and its number there, and why something waits for it."""
+    """An issue by its lane and its number there, and why something waits for it."""
 
-    stream: Stream
+    lane: Lane
     place: int
     reason: str
 
@@ -84,7 +85,7 @@ class _Run:
     def __init__(self, effects: Effects) -> None:
         self.effects = effects
         self.changed = threading.Condition()
-        self.done: dict[Stream, int] = {}  # how many issues of each stream are done
+        self.done: dict[Lane, int] = {}  # how many issues of each lane are done
         self.failure: tuple[Op, BaseException] | None = None
         self.cancelled = False
         self.spans: list[Span] = []
@@ -97,18 +98,18 @@ class _Run:
         """Why it had to wait, if it had to: for what came last."""
         reason = None
         with self.changed:
-            waiting = [p for p in places if self.done.get(p.stream, 0) <= p.place]
+            waiting = [p for p in places if self.done.get(p.lane, 0) <= p.place]
             while waiting and not self.cancelled:
                 reason = waiting[0].reason
                 self.changed.wait()
-                waiting = [p for p in waiting if self.done.get(p.stream, 0) <= p.place]
+                waiting = [p for p in waiting if self.done.get(p.lane, 0) <= p.place]
             if self.cancelled:
                 raise _Cancelled
         return reason
 
-    def mark_done(self, stream: Stream) -> None:
+    def mark_done(self, lane: Lane) -> None:
         with self.changed:
-            self.done[stream] = self.done.get(stream, 0) + 1
+            self.done[lane] = self.done.get(lane, 0) + 1
             self.changed.notify_all()
 
     def cancel(self, failure: tuple[Op, BaseException] | None = None) -> None:
@@ -120,15 +121,16 @@ class _Run:
     def record(
         self, issue: Issue, start: float, end: float, wait: str | None, waited: float
     ) -> None:
-        self.spans.append(Span.of(issue.op, issue.stream, start, end, wait, waited))
+        self.spans.append(Span.of(issue, start, end, wait, waited))
 
 
 class _Worker(threading.Thread):
-    """Performs the issues of one stream, in order."""
+    """Performs the issues of one lane, in order."""
 
-    def __init__(self, run: _Run, stream: Stream, watch: _Watch) -> None:
-        super().__init__(name=f"flexgen-{stream.value}", daemon=True)
-        self._run, self._stream, self._watch = run, stream, watch
+    def __init__(self, run: _Run, lane: Lane, watch: _Watch) -> None:
+        stage, stream = lane
+        super().__init__(name=f"flexgen-{stage}-{stream.value}", daemon=True)
+        self._run, self._lane, self._watch = run, lane, watch
         self.queue: queue.SimpleQueue[tuple[Issue, list[_Place]] | None] = queue.SimpleQueue()
 
     def run(self) -> None:
@@ -152,14 +154,14 @@ class _Worker(threading.Thread):
             except BaseException as error:
                 run.cancel((issue.op, error))
                 return
-            run.mark_done(self._stream)
+            run.mark_done(self._lane)
 
 
 class _Watch(threading.Thread):
     """Waits for results in the order of their dispatch: one device computes one thing at a time."""
 
-    def __init__(self, run: _Run) -> None:
-        super().__init__(name="flexgen-watch", daemon=True)
+    def __init__(self, run: _Run, stage: int) -> None:
+        super().__init__(name=f"flexgen-{stage}-watch", daemon=True)
         self._run = run
         self.queue: queue.SimpleQueue[tuple[Issue, float, Any, str | None] | None] = (
             queue.SimpleQueue()
@@ -183,6 +185,10 @@ class _Watch(threading.Thread):
             previous = end
 
 
+# An op's kind, its lane, and whether it crosses stages.
+_Kind = tuple[type, Lane, bool]
+
+
 def _end(run: _Run, threads: Sequence[_Worker | _Watch]) -> None:
     """Waits for the threads, the watch last, whatever interrupts: none may outlive the run."""
     interrupt: KeyboardInterrupt | None = None
@@ -204,8 +210,7 @@ def execute(
     """Runs ``ops`` to the end, or until ``effects`` is finished.
 
     Args:
-        look_ahead: How many issues may be waiting or running; None: about four layers' worth, so
-            that a load two layers ahead is never held up by the batches in between.
+        look_ahead: How many issues may be waiting or running; None: as simulated.
 
     Returns:
         The measured timeline; seconds count from the call.
@@ -216,33 +221,33 @@ def execute(
         ExecutionError: an op failed; all threads have ended.
         KeyboardInterrupt: likewise.
     """
-    limit = look_ahead or max(64, 4 * (5 * workload.num_batches + 2))
+    limit = look_ahead or look_ahead_of(workload)
     run = _Run(effects)
-    watch = _Watch(run)
-    workers: dict[Stream, _Worker] = {}
-    issued: dict[Stream, int] = {}
-    # Where each issue stands in its stream, by index: 5 bytes an issue, for blocks of millions.
-    kinds: list[type] = []
-    number: dict[type, int] = {}
-    kind_at, place_at = array("B"), array("I")
+    watches = [_Watch(run, stage) for stage in range(workload.num_stages)]
+    workers: dict[Lane, _Worker] = {}
+    issued: dict[Lane, int] = {}
+    # Where each issue stands in its lane, by index: 6 bytes an issue, for blocks of millions.
+    kinds: list[_Kind] = []
+    number: dict[_Kind, int] = {}
+    kind_at, place_at = array("H"), array("I")
     # An effortless issue is done when what it needs is: it stands for those places.
-    stands_for: dict[int, dict[Stream, _Place]] = {}
+    stands_for: dict[int, dict[Lane, _Place]] = {}
 
-    def places_of(issue: Issue) -> dict[Stream, _Place]:
-        latest: dict[Stream, _Place] = {}
+    def places_of(issue: Issue) -> dict[Lane, _Place]:
+        latest: dict[Lane, _Place] = {}
         for need in issue.needs:
-            kind = kinds[kind_at[need]]
-            reason = wait_reason(type(issue.op), kind)
+            kind, need_lane, crosses = kinds[kind_at[need]]
+            reason = wait_reason(type(issue.op), kind, crosses=crosses)
             places = stands_for.get(need)
             if places is None:
-                stream = stream_of_kind(kind)
-                places = {stream: _Place(stream, place_at[need], reason)}
-            for stream, found in places.items():
-                if stream not in latest or found.place > latest[stream].place:
-                    latest[stream] = found._replace(reason=reason)
+                places = {need_lane: _Place(need_lane, place_at[need], reason)}
+            for lane, found in places.items():
+                if lane not in latest or found.place > latest[lane].place:
+                    latest[lane] = found._replace(reason=reason)
         return latest
 
-    watch.start()
+    for watch in watches:
+        watch.start()
     total = 0
     try:
         for issue in bind(ops, workload):
@@ -251,22 +256,23 @@ def execute(
                     run.changed.wait()
             if run.cancelled or effects.finished():
                 break
-            kind = type(issue.op)
+            lane = issue.lane
+            kind = type(issue.op), lane, issue.crosses
             if kind not in number:
                 number[kind] = len(kinds)
                 kinds.append(kind)
             kind_at.append(number[kind])
-            place_at.append(issued.get(issue.stream, 0))
+            place_at.append(issued.get(lane, 0))
             places = places_of(issue)
             if effects.effortless(issue.op):
                 stands_for[issue.index] = places
                 continue
-            worker = workers.get(issue.stream)
+            worker = workers.get(lane)
             if worker is None:
-                worker = workers[issue.stream] = _Worker(run, issue.stream, watch)
+                worker = workers[lane] = _Worker(run, lane, watches[issue.stage])
                 worker.start()
-            issued[issue.stream] = issued.get(issue.stream, 0) + 1
-            places.pop(issue.stream, None)  # its own stream is in order anyway
+            issued[lane] = issued.get(lane, 0) + 1
+            places.pop(lane, None)  # its own lane is in order anyway
             worker.queue.put((issue, list(places.values())))
             total += 1
         with run.changed:
@@ -276,7 +282,7 @@ def execute(
         run.cancel()
         raise
     finally:
-        _end(run, [*workers.values(), watch])
+        _end(run, [*workers.values(), *watches])
     if run.failure is not None:
         op, error = run.failure
         raise ExecutionError(op, error) from error

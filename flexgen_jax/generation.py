@@ -6,8 +6,8 @@ stores of :mod:`flexgen_jax.cells` fetch and keep.
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,16 +21,20 @@ from flexgen_jax.cells import (
     Cells,
     cache_format,
     cache_name,
+    cache_places,
     cache_sizes,
     hidden_name,
     hidden_nbytes,
 )
+from flexgen_jax.config import OPTConfig
 from flexgen_jax.kv_cache import KeptCache, LayerCache
+from flexgen_jax.links import Link
 from flexgen_jax.sampling import sample
 from flexgen_jax.snapshots import Arrays
+from flexgen_jax.stages import Rings, Stage, fullest
 from flexgen_jax.stops import Decode
 from flexgen_jax.unpacking import Dense
-from flexgen_jax.weights import LayerWeights, Weights
+from flexgen_jax.weights import LayerWeights
 from scheduling.dependencies import Issue
 from scheduling.ops import (
     Barrier,
@@ -45,7 +49,7 @@ from scheduling.ops import (
 )
 from scheduling.policy import Tier
 from scheduling.workload import Workload
-from storage.slots import Ring, Slot
+from storage.slots import Slot
 from storage.store import SequenceStore, StorageError
 
 OnLogits = Callable[[int, int, jax.Array], None]
@@ -62,24 +66,6 @@ class _Cell(NamedTuple):
     values: str | None = None  # where the values lie if only some of them will be read
 
 
-class Rings(NamedTuple):
-    """The slots that loads fill; kept from block to block, since making them is expensive."""
-
-    weights: Ring
-    cache: Ring
-    hidden: Ring
-
-    @classmethod
-    def of(cls, workload: Workload) -> Rings:
-        """As many slots as the workload says; they take no memory until used."""
-        w = workload
-        return cls(Ring(w.weight_slots), Ring(w.cache_slots), Ring(w.hidden_slots))
-
-    def close(self) -> None:
-        for ring in self:
-            ring.close()
-
-
 _NO_SLOT = Slot()
 
 
@@ -88,6 +74,9 @@ class BlockEffects:
 
     Args:
         number: Which block of ``cells`` it is.
+        workload: Of the block.
+        stages: Those that are here, by number, with their rings made.
+        link: Between the stages.
         seed: The ``LLM``'s seed, for requests without their own.
         decode: Token ids to text, for stop strings.
         on_tokens: Told how many new tokens were booked, at each step border of a batch.
@@ -98,24 +87,32 @@ class BlockEffects:
         self,
         block: Block,
         number: int,
-        weights: Weights,
+        workload: Workload,
+        stages: Mapping[int, Stage],
         cells: Cells,
-        rings: Rings,
         *,
+        link: Link,
+        config: OPTConfig,
+        dtype: str,
         seed: int,
         decode: Decode | None = None,
         on_tokens: OnTokens | None = None,
         on_logits: OnLogits | None = None,
     ) -> None:
-        self._config = config = weights.config
-        self._weights = weights
-        self._rings = rings
+        self._config = config
+        self._stages = stages
+        self._link = link
+        self._stage_of = [workload.stage_of(layer) for layer in range(workload.num_layers)]
+        self._hands_over = [workload.hands_over(layer) for layer in range(workload.num_layers)]
         self._on_tokens = on_tokens
         self._on_logits = on_logits
-        self._head = weights.num_layers - 1
-        self._device = jax.local_devices()[0]
+        self._head = workload.num_layers - 1
         self._host = jax.local_devices(backend="cpu")[0]
-        self._states = [BatchState(b, seed, config.eos_token_id, decode) for b in block.batches]
+        last = stages.get(self._stage_of[self._head])
+        sampler = None if last is None else last.device
+        self._states = [
+            BatchState(b, seed, config.eos_token_id, decode, sampler) for b in block.batches
+        ]
         tier_of = {
             cell.name: cell.tier
             for placement in (cells.cache_of[number], cells.hidden_of[number])
@@ -124,47 +121,59 @@ class BlockEffects:
         self._form = cache_format(cells.policy)
         self._sparsity = cells.policy.attention_sparsity
         self._cache: dict[tuple[int, int], _Cell] = {}
-        self._hidden: list[_Cell] = []
+        self._hidden: dict[tuple[int, int], _Cell] = {}  # by stage and batch
         for index, batch in enumerate(block.batches):
             name = hidden_name(index)
-            sizes = [hidden_nbytes(batch, config, weights.dtype)]
-            self._hidden.append(_Cell(name, cells.hidden[tier_of[name]], sizes))
-            for layer in range(1, self._head) if batch.num_steps > 1 else ():
-                name = cache_name(config, layer, index)
-                tier = tier_of[name]
-                sizes = cache_sizes(batch, config, weights.dtype, self._form)
-                sparse = self._sparsity < 1
-                self._cache[layer, index] = _Cell(
-                    name,
-                    cells.cache[tier],
-                    sizes[: len(sizes) // 2] if sparse else sizes,
-                    hosted=cells.policy.host_attention and tier is not Tier.DEVICE,
-                    values=f"{name}.values" if sparse else None,
-                )
+            sizes = [hidden_nbytes(batch, config, dtype)]
+            for stage in stages:
+                store = cells.hidden[stage][tier_of[name]]
+                self._hidden[stage, index] = _Cell(name, store, sizes)
+        for layer, index in cache_places(block, config):
+            stage = self._stage_of[layer]
+            if stage not in stages:
+                continue
+            name = cache_name(config, layer, index)
+            tier = tier_of[name]
+            sizes = cache_sizes(block.batches[index], config, dtype, self._form)
+            sparse = self._sparsity < 1
+            self._cache[layer, index] = _Cell(
+                name,
+                cells.cache[stage][tier],
+                sizes[: len(sizes) // 2] if sparse else sizes,
+                hosted=cells.policy.host_attention and tier is not Tier.DEVICE,
+                values=f"{name}.values" if sparse else None,
+            )
         self._value_sums: dict[str, jax.Array] = {}  # of sparse attention, per cell
-        self._dense = Dense(weights.dtype)
-        self._loaded: dict[int, LayerWeights] = {}
-        self._readers: dict[int, list[jax.Array]] = {}
+        self._dense = {stage: Dense(dtype) for stage in stages}
+        # Of each layer the load that is computed with, then those ahead: a stage of one layer loads
+        # it again while it computes.
+        self._loaded: defaultdict[int, deque[LayerWeights]] = defaultdict(deque)
+        self._readers: defaultdict[int, list[jax.Array]] = defaultdict(list)
         # What was loaded for a computation, and what is to be stored after it.
         self._arrived: dict[tuple[type, int, int], tuple[jax.Array, ...]] = {}
         self._slots: dict[tuple[int, int], list[Slot]] = {}
         self._leaving: dict[tuple[type, int, int], tuple[jax.Array, ...]] = {}
-        self._last_marker: jax.Array | None = None
+        self._last_marker: dict[int, jax.Array] = {}  # by stage
         self._finished = False
         self._cells = cells
-        self.peak_bytes = dict.fromkeys(Tier, 0)  # of cells, slots and dense copies
+        self.peak_bytes = dict.fromkeys(Tier, 0)  # of weights, cells, slots and dense copies
 
     def _sample(self) -> None:
         """Notes what the stores, the slots and the dense copies hold now."""
-        held = dict.fromkeys(Tier, 0)
-        for stores in (self._cells.cache, self._cells.hidden):
-            for tier, store in stores.items():
-                held[tier] += store.nbytes
+        shared = any(stage.device.platform == "cpu" for stage in self._stages.values())
+        held = fullest([self._held(*item) for item in self._stages.items()], shared=shared)
         held[Tier.HOST] += self._cells.buffered_nbytes
-        held[Tier.DEVICE] += sum(ring.nbytes for ring in self._rings)
-        held[Tier.DEVICE] += self._dense.nbytes + self._weights.dense_nbytes
         for tier, nbytes in held.items():
             self.peak_bytes[tier] = max(self.peak_bytes[tier], nbytes)
+
+    def _held(self, number: int, stage: Stage) -> dict[Tier, int]:
+        held = {tier: stage.weights.placement.nbytes(tier) for tier in Tier}
+        for stores in (self._cells.cache[number], self._cells.hidden[number]):
+            for tier, store in stores.items():
+                held[tier] += store.nbytes
+        held[Tier.DEVICE] += 0 if stage.rings is None else stage.rings.nbytes
+        held[Tier.DEVICE] += self._dense[number].nbytes + stage.weights.dense_nbytes
+        return held
 
     def _cell(self, op: LoadCache | StoreCache | LoadHidden | StoreHidden) -> _Cell | None:
         """None for what has no cell: the tokens that a step begins and ends with, and a cache
@@ -172,13 +181,20 @@ class BlockEffects:
         if isinstance(op, (LoadCache, StoreCache)):
             return self._cache.get((op.layer, op.batch))
         ends = 0 if isinstance(op, LoadHidden) else self._head
-        return None if op.layer == ends else self._hidden[op.batch]
+        return None if op.layer == ends else self._hidden[self._stage_of[op.layer], op.batch]
 
     def effortless(self, op: Op) -> bool:
-        """What lies where it is needed does not move."""
+        """What lies where it is needed does not move; nor is there work of stages elsewhere."""
+        if isinstance(op, Barrier):
+            return op.stage is not None and op.stage not in self._stages
+        if isinstance(op, StoreHidden) and self._hands_over[op.layer]:
+            return not self._link.involves(op.layer)
+        stage = self._stages.get(self._stage_of[op.layer])
+        if stage is None:
+            return True
         if isinstance(op, (LoadWeights, FreeWeights)):
-            return self._weights.resident(op.layer) is not None
-        if isinstance(op, (Compute, Barrier)):
+            return stage.weights.resident(op.layer) is not None
+        if isinstance(op, Compute):
             return False
         cell = self._cell(op)
         if cell is None:
@@ -191,7 +207,10 @@ class BlockEffects:
             return True
         if isinstance(op, LoadWeights):
             return not self._finished
-        return not self._states[op.batch].left
+        state = self._states[op.batch]
+        if isinstance(op, (LoadCache, StoreCache)) and op.step >= state.batch.num_steps:
+            return False  # its cell is gone, even before the batch leaves
+        return not state.left
 
     def finished(self) -> bool:
         return self._finished
@@ -200,8 +219,9 @@ class BlockEffects:
         match issue.op:
             case LoadWeights():
                 assert issue.slot is not None
-                slot = self._rings.weights[issue.slot]
-                slot.begin(self._weights.slot_nbytes(issue.op.layer))
+                stage = self._stages[issue.stage]
+                slot = _rings(stage).weights[issue.slot]
+                slot.begin(stage.weights.slot_nbytes(issue.op.layer))
             case LoadCache() | LoadHidden():
                 cell = self._cell(issue.op)
                 assert cell is not None
@@ -213,32 +233,35 @@ class BlockEffects:
 
     def _slot(self, issue: Issue) -> Slot:
         assert issue.slot is not None
-        return (self._rings.cache if isinstance(issue.op, LoadCache) else self._rings.hidden)[
-            issue.slot
-        ]
+        rings = _rings(self._stages[issue.stage])
+        return (rings.cache if isinstance(issue.op, LoadCache) else rings.hidden)[issue.slot]
 
     def perform(self, issue: Issue) -> Any:
         op = issue.op
         match op:
             case LoadWeights():
                 assert issue.slot is not None
-                slot = self._rings.weights[issue.slot]
-                self._loaded[op.layer] = self._weights.load(op.layer, slot)
-                self._readers[op.layer] = []
+                stage = self._stages[issue.stage]
+                slot = _rings(stage).weights[issue.slot]
+                self._loaded[op.layer].append(stage.weights.load(op.layer, slot))
             case FreeWeights():
                 assert issue.slot is not None
                 readers = self._readers.pop(op.layer, [])
-                if self._loaded.pop(op.layer, None) is not None:
-                    self._rings.weights[issue.slot].release(readers)
+                if self._loaded[op.layer]:
+                    self._loaded[op.layer].popleft()
+                    _rings(self._stages[issue.stage]).weights[issue.slot].release(readers)
             case LoadCache() | LoadHidden():
                 self._load(issue, op)
+            case StoreHidden() if self._hands_over[op.layer]:
+                self._hand_over(op, self._leaving.pop(_key(op), ()))
             case StoreCache() | StoreHidden():
                 self._store(op, self._leaving.pop(_key(op), None))
             case Compute():
                 return self._compute(op)
             case Barrier():
                 # Dispatched is not computed: a barrier means computed.
-                jax.block_until_ready(self._last_marker)
+                markers = self._last_marker
+                jax.block_until_ready(markers if op.stage is None else markers.get(op.stage))
         return None
 
     def _load(self, issue: Issue, op: LoadCache | LoadHidden) -> None:
@@ -270,6 +293,24 @@ class BlockEffects:
             if self.wanted(op):
                 raise
 
+    def _hand_over(self, op: StoreHidden, arrays: tuple[jax.Array, ...]) -> None:
+        """To the next stage; from the last one it is tokens, which end the step for all stages.
+
+        Args:
+            arrays: What is handed over; empty: another process has it.
+        """
+        state = self._states[op.batch]
+        if op.layer == self._head:
+            self._link.tokens(op, state)
+            self._border(op.batch, state)
+            return
+        arrived = self._link.hidden(op, arrays, state)
+        cell = self._hidden.get((self._stage_of[op.layer] + 1, op.batch))
+        if cell is not None:
+            cell.store.put(cell.name, arrived, arrived[0].shape[-2])
+            if cell.store.free_store:  # dispatched is not done
+                jax.block_until_ready(cell.store.load(cell.name, _NO_SLOT))
+
     def _input(self, op: LoadCache | LoadHidden) -> tuple[jax.Array, ...]:
         """What was loaded, or what need not be."""
         cell = self._cell(op)
@@ -280,6 +321,9 @@ class BlockEffects:
 
     def _output(self, op: StoreCache | StoreHidden, arrays: tuple[jax.Array, ...]) -> None:
         """Keeps what a computation made: at once where that is no work, else until it is stored."""
+        if isinstance(op, StoreHidden) and self._hands_over[op.layer]:
+            self._leaving[_key(op)] = arrays
+            return
         cell = self._cell(op)
         if cell is not None and cell.store.free_store:
             self._store(op, arrays)
@@ -290,13 +334,15 @@ class BlockEffects:
         state = self._states[op.batch]
         if op.layer == 0 and op.step > 0 and self._border(op.batch, state):
             return None
-        weights = self._weights.resident(op.layer) or self._loaded[op.layer]
-        marker = self._run_layer(op, state, self._weights.dense(weights))
-        if op.layer in self._readers:
+        number = self._stage_of[op.layer]
+        stage = self._stages[number]
+        weights = stage.weights.resident(op.layer) or self._loaded[op.layer][0]
+        marker = self._run_layer(op, state, stage, stage.weights.dense(weights))
+        if self._loaded[op.layer]:
             self._readers[op.layer].append(marker)
         for slot in self._slots.pop((op.layer, op.batch), ()):
             slot.release([marker])
-        self._last_marker = marker
+        self._last_marker[number] = marker
         return marker
 
     def _border(self, batch: int, state: BatchState) -> bool:
@@ -312,8 +358,7 @@ class BlockEffects:
     def _leave(self, batch: int, state: BatchState) -> None:
         """The batch's cells make room at once."""
         state.left = True
-        self._hidden[batch].store.discard(self._hidden[batch].name)
-        for (_, number), cell in self._cache.items():
+        for (_, number), cell in (*self._hidden.items(), *self._cache.items()):
             if number == batch:
                 self._discard(cell)
         for key in [k for k in list(self._leaving) if k[2] == batch]:
@@ -330,15 +375,17 @@ class BlockEffects:
         if count and self._on_tokens is not None:
             self._on_tokens(count)
 
-    def _run_layer(self, op: Compute, state: BatchState, weights: LayerWeights) -> jax.Array:
+    def _run_layer(
+        self, op: Compute, state: BatchState, stage: Stage, weights: LayerWeights
+    ) -> jax.Array:
         batch, config = state.batch, self._config
         step, layer, number = op.step, op.layer, op.batch
         position = np.int32(batch.prompt_len + step - 1)
         if layer == 0:
-            rows = self._weights.token_rows(state.tokens)
+            rows = stage.weights.token_rows(state.tokens)
             first = position if step else np.int32(0)
             hidden, marker = kernels.embed(
-                weights.params, rows, first, state.padding, config=config
+                weights.params, rows, first, state.padding_on(stage.device), config=config
             )
             self._output(StoreHidden(step, layer, number), (hidden,))
             return marker
@@ -362,53 +409,52 @@ class BlockEffects:
                 state.history(),
                 features=state.features,
             )
+            if self._hands_over[layer]:
+                self._output(StoreHidden(step, layer, number), tuple(state.sampled))
             return state.sampled.token
+        padding = state.padding_on(stage.device)
         if step == 0:
             hidden, new, marker = kernels.prefill_layer(
-                weights.params, hidden, state.padding, config=config, form=self._form
+                weights.params, hidden, padding, config=config, form=self._form
             )
         else:
             cell = self._cache[layer, number]
             arrays = self._input(LoadCache(step, layer, number))
-            cached = self._dense.of(self._form.unflatten(arrays, config.head_dim))
-            whole = not cell.hosted and cell.values is None
-            layer_of = self._layer if whole else partial(self._layer_in_parts, cell)
-            hidden, new, marker = layer_of(weights, hidden, cached, position, state)
+            dense = self._dense[self._stage_of[layer]]
+            cached = dense.of(self._form.unflatten(arrays, config.head_dim))
+            if cell.hosted or cell.values is not None:
+                hidden, new, marker = self._layer_in_parts(
+                    cell, stage.device, weights, hidden, cached, position, state
+                )
+            else:
+                hidden, new, marker = kernels.decode_layer(
+                    weights.params,
+                    hidden,
+                    LayerCache(*cached),
+                    position,
+                    padding,
+                    config=config,
+                    form=self._form,
+                )
         if step + 1 == batch.num_steps and step:
             self._discard(self._cache[layer, number])  # nobody reads it any more
         if step + 1 < batch.num_steps:
             if step == 0 and self._sparsity < 1:
-                self._sum_values(self._cache[layer, number], new, state)
+                self._sum_values(self._cache[layer, number], new, padding)
             self._output(StoreCache(step, layer, number), tuple(jax.tree.leaves(new)))
         self._output(StoreHidden(step, layer, number), (hidden,))
         return marker
 
-    def _sum_values(self, cell: _Cell, new: KeptCache, state: BatchState) -> None:
-        value_sum = kernels.sum_values(new.value, state.padding)
-        home = self._host if cell.hosted else self._device
-        self._value_sums[cell.name] = jax.device_put(value_sum, home)
-
-    def _layer(
-        self,
-        weights: LayerWeights,
-        hidden: jax.Array,
-        cached: tuple[jax.Array, ...],
-        position: np.int32,
-        state: BatchState,
-    ) -> tuple[jax.Array, KeptCache, jax.Array]:
-        return kernels.decode_layer(
-            weights.params,
-            hidden,
-            LayerCache(*cached),
-            position,
-            state.padding,
-            config=self._config,
-            form=self._form,
-        )
+    def _sum_values(self, cell: _Cell, new: KeptCache, padding: jax.Array) -> None:
+        value_sum = kernels.sum_values(new.value, padding)
+        if cell.hosted:
+            value_sum = jax.device_put(value_sum, self._host)
+        self._value_sums[cell.name] = value_sum
 
     def _layer_in_parts(
         self,
         cell: _Cell,
+        device: Any,
         weights: LayerWeights,
         hidden: jax.Array,
         cached: tuple[jax.Array, ...],
@@ -424,10 +470,9 @@ class BlockEffects:
         query, new, kept = kernels.decode_qkv(
             weights.params, hidden, config=config, form=self._form
         )
-        padding = state.padding
+        padding = state.padding_on(self._host if cell.hosted else device)
         if cell.hosted:
             query, new, kept = jax.device_put((query, new, kept), self._host)
-            padding = jax.device_put(state.batch.padding(), self._host)
         if cell.values is None:
             cache = LayerCache(*cached)
             attended = kernels.attend_cached(query, cache, new, position, padding)
@@ -441,7 +486,7 @@ class BlockEffects:
             attended, self._value_sums[cell.name] = kernels.attend_selected(
                 chosen, value, new, kept, self._value_sums[cell.name]
             )
-        attended = jax.device_put(attended, self._device)
+        attended = jax.device_put(attended, device)
         hidden, marker = kernels.decode_rest(weights.params, hidden, attended, config=config)
         return hidden, kept, marker
 
@@ -488,10 +533,11 @@ class BlockEffects:
         self.peak_bytes = {tier: peak_bytes[tier.value] for tier in Tier}
         for state, values in zip(self._states, batches, strict=True):
             state.restore(values)
-        of_name = {cell.name: (number, cell) for (_, number), cell in self._cache.items()}
+        of_name = {cell.name: (*place, cell) for place, cell in self._cache.items()}
         for name, found in cells:
-            number, cell = of_name[name]
-            home = self._host if cell.hosted else self._device
+            layer, number, cell = of_name[name]
+            device = self._stages[self._stage_of[layer]].device
+            home = self._host if cell.hosted else device
             if "value_sum" in found:
                 self._value_sums[name] = jnp.array(found.pop("value_sum"), device=home)
             arrays = tuple(jnp.array(found[f"{i}"], device=home) for i in range(len(found)))
@@ -508,6 +554,11 @@ class BlockEffects:
         """Gives back the room of all cells."""
         for number, state in enumerate(self._states):
             self._leave(number, state)
+
+
+def _rings(stage: Stage) -> Rings:
+    assert stage.rings is not None
+    return stage.rings
 
 
 def _parts(cell: _Cell, arrays: tuple[jax.Array, ...]) -> list[tuple[str, tuple[jax.Array, ...]]]:

@@ -16,7 +16,8 @@ from flexgen_jax.block_run import Counts, run_block
 from flexgen_jax.blocks import Block, Request, make_blocks
 from flexgen_jax.cells import Cells, WrapStore, place_cache, place_hidden
 from flexgen_jax.checkpoint import cache_directory, open_store, resolve
-from flexgen_jax.generation import BlockEffects, OnLogits, Rings
+from flexgen_jax.generation import BlockEffects, OnLogits
+from flexgen_jax.links import Link as StageLink
 from flexgen_jax.logs import LOGGER, event
 from flexgen_jax.machine import this_machine
 from flexgen_jax.memory import parse_bytes
@@ -26,9 +27,10 @@ from flexgen_jax.report import Report, Sum
 from flexgen_jax.sampling_params import SamplingParams
 from flexgen_jax.scoring import Score, score
 from flexgen_jax.snapshots import Snapshot
+from flexgen_jax.stages import Rings, Stage, layers_of, place_stages, stage_devices, together
 from flexgen_jax.streaming import generate_iter
 from flexgen_jax.tokenization import load_tokenizer
-from flexgen_jax.weights import Weights, place_weights
+from flexgen_jax.weights import Weights
 from scheduling.calibrate import Observation, observations
 from scheduling.cost_model import CostModel, bound
 from scheduling.hardware import Hardware
@@ -48,6 +50,8 @@ Schedule = Callable[[Workload], Iterable[Op]]
 OnBlock = Callable[[list[RequestOutput]], None]
 
 
+# Fields of the policy that placing the weights fixes.
+_IN_PLACE = ("weights", "weight_bits", "num_stages")
 # What a report keeps of a long job's timeline: about 20 MB, and simulated in seconds.
 MAX_SPANS = 100_000
 
@@ -119,7 +123,7 @@ class LLM:
                     "device_memory and host_memory are for policy 'auto', which fills memory by "
                     "them; a Policy says itself where everything lies"
                 )
-        _refuse_unbuilt(policy)
+        self._devices = stage_devices(policy.num_stages)
         if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
             raise ValueError(f"seed must be an integer of at least 0, got {seed!r}")
         if disk is not None and not isinstance(disk, DiskContext):
@@ -136,7 +140,7 @@ class LLM:
         self._disk, self._wrap_store = disk, wrap_store
         self.hardware = hardware or this_machine(dtype)
         self._scratch = cache_directory() if offload_dir is None else Path(offload_dir)
-        self._rings: Rings | None = None
+        self._stages: dict[int, Stage] = {}
         self._valid: set[Workload] = set()
         self._closed = False
         self._policy: Policy | None = None
@@ -160,11 +164,19 @@ class LLM:
     def _place(self, policy: Policy) -> None:
         """Puts the weights where ``policy`` wants them."""
         self._policy = dataclasses.replace(policy, weight_bits=self._model.format.bits)
-        sizes = {name: file.nbytes for name, file in self._model.arrays.items()}
-        self._placement = place_weights(sizes, policy.weights)
-        self._weights = Weights(
-            self._model, self._placement, context=self._disk, wrap=self._wrap_store
-        )
+        placements = place_stages(self.config, self._model.format, self._policy)
+        self._placement = together(placements)
+        layers = layers_of(self.config, policy.num_stages)
+        for number, device in enumerate(self._devices):
+            weights = Weights(
+                self._model,
+                placements[number],
+                layers[number],
+                device,
+                context=self._disk,
+                wrap=self._wrap_store,
+            )
+            self._stages[number] = Stage(device, weights)
         event("model opened", store=str(self.store), policy=self._policy.to_json())
 
     def choose_policy(self, job: Job) -> Policy:
@@ -227,8 +239,8 @@ class LLM:
     def policy(self) -> Policy:
         """What is in force; setting it ends ``"auto"``.
 
-        ``weights`` and ``weight_bits``, which are in place, are fixed. Where ``"auto"`` has seen no
-        requests yet, it chooses for prompts of 512 tokens and 32 new ones.
+        ``weights``, ``weight_bits`` and ``num_stages``, which are in place, are fixed. Where
+        ``"auto"`` has seen no requests yet, it chooses for prompts of 512 tokens and 32 new ones.
         """
         self._ready()
         assert self._policy is not None
@@ -236,9 +248,8 @@ class LLM:
 
     @policy.setter
     def policy(self, policy: Policy) -> None:
-        _refuse_unbuilt(policy)
         now = self.policy
-        if (policy.weights, policy.weight_bits) != (now.weights, now.weight_bits):
+        if any(getattr(policy, name) != getattr(now, name) for name in _IN_PLACE):
             raise ValueError("the weights are in place already; make another LLM to move them")
         self._policy, self._auto = policy, None
 
@@ -474,7 +485,8 @@ class LLM:
                 event("block begun", block=number, of=len(blocks), requests=len(block.requests))
                 counts = Counts(
                     lambda: (
-                        self._weights.disk_bytes + cells.disk_bytes_read,
+                        sum(stage.weights.disk_bytes for stage in self._stages.values())
+                        + cells.disk_bytes_read,
                         cells.disk_bytes_written,
                     )
                 )
@@ -502,7 +514,7 @@ class LLM:
                     prompt_tokens=sum(len(r.token_ids) for r in block.requests),
                     padded_tokens=sum(b.rows * b.prompt_len for b in block.batches),
                     generated_tokens=made,
-                    peak_bytes={t: held[t] + self.placement.nbytes(t) for t in Tier},
+                    peak_bytes=held,
                     moved=self.traffic([block]),
                     timeline=timeline,
                     hardware=self.hardware.name,
@@ -534,7 +546,7 @@ class LLM:
 
     def plan(self, blocks: Sequence[Block]) -> dict[str, Placement]:
         """Where weights, cache and hidden states lie: of the block with the largest cache."""
-        config, dtype = self.config, self._weights.dtype
+        config, dtype = self.config, self._model.dtype
         cache = [place_cache(b, config, dtype, self.policy) for b in blocks]
         hidden = [place_hidden(b, config, dtype, self.policy.hidden) for b in blocks]
         largest = max(range(len(blocks)), key=lambda i: cache[i].nbytes(), default=None)
@@ -574,8 +586,9 @@ class LLM:
         return Cells(
             blocks,
             self.config,
-            self._weights.dtype,
+            self._model.dtype,
             self.policy,
+            {number: stage.device for number, stage in self._stages.items()},
             scratch=self._scratch,
             context=self._disk,
             wrap=self._wrap_store,
@@ -595,22 +608,30 @@ class LLM:
         on_logits: OnLogits | None,
     ) -> tuple[list[Generated], Timeline, Mapping[Tier, int]]:
         workload = self._workload(block)
-        # The same slots for all blocks: making one costs as much as reading a layer.
-        rings = self._rings or Rings.of(workload)
-        self._rings = None  # after a failure something may still be reading them
+        # The same slots for all blocks: making one costs as much as reading a layer. But after a
+        # failure something may still be reading them.
+        stages = {
+            number: dataclasses.replace(stage, rings=stage.rings or Rings(workload))
+            for number, stage in self._stages.items()
+        }
+        for stage in self._stages.values():
+            stage.rings = None
         effects = BlockEffects(
             block,
             number,
-            self._weights,
+            workload,
+            stages,
             cells,
-            rings,
+            link=StageLink(),
+            config=self.config,
+            dtype=self._model.dtype,
             seed=self.seed,
             decode=None if self.tokenizer is None else self.tokenizer.decode,
             on_tokens=progress,
             on_logits=on_logits,
         )
         timeline = run_block(self._order(), workload, effects, counts, snapshot)
-        self._rings = rings
+        self._stages = stages
         results = list(effects.results())
         effects.close()
         return results, timeline, effects.peak_bytes
@@ -660,10 +681,8 @@ class LLM:
         self._closed = True
         if self._policy is None:
             return
-        if self._rings is not None:
-            self._rings.close()
-            self._rings = None
-        self._weights.close()
+        for stage in self._stages.values():
+            stage.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -697,12 +716,6 @@ def _schedule(schedule: str | Schedule) -> tuple[str, Schedule]:
     if schedule not in SCHEDULES:
         raise ValueError(f"no schedule {schedule!r}; known: {', '.join(sorted(SCHEDULES))}")
     return schedule, SCHEDULES[schedule]
-
-
-def _refuse_unbuilt(policy: Policy) -> None:
-    """A policy is never silently a no-op: what is not built yet is refused by name."""
-    if policy.num_stages != 1:
-        raise ValueError("not supported yet: num_stages above 1; leave it at 1")
 
 
 def _weight_format(policy: Policy) -> dict[str, Any]:

@@ -8,6 +8,7 @@ a flat name ``unit.module.leaf`` (``layer_3.fc1.kernel``); nested, ``params["lay
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, TypeVar
 
 from flexgen_jax.config import OPTConfig
@@ -74,6 +75,21 @@ def unit_names(config: OPTConfig, unit: str) -> tuple[str, ...]:
     """Flat names of what ``unit`` needs to compute; a tied head needs ``embed.tokens`` as well."""
     own = tuple(unit_shapes(config, unit))
     return (*own, "embed.tokens") if unit == "head" and config.tie_word_embeddings else own
+
+
+@functools.lru_cache(maxsize=16)
+def matmul_flops(config: OPTConfig) -> tuple[float, ...]:
+    """Per unit, of one position: two for each element of a matrix that it is multiplied with."""
+    shapes = param_shapes(config)
+    return tuple(
+        2.0
+        * sum(
+            math.prod(shapes[name])
+            for name in unit_names(config, unit)
+            if name.endswith(".kernel") or (unit == "head" and name.endswith(".tokens"))
+        )
+        for unit in config.units
+    )
 
 
 def nest(flat: dict[str, T]) -> dict[str, Any]:

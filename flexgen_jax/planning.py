@@ -13,7 +13,7 @@ from flexgen_jax.auto import Auto, Model, Schedule, Uniform
 from flexgen_jax.blocks import make_blocks
 from flexgen_jax.cells import place_cache, place_hidden
 from flexgen_jax.config import OPTConfig
-from flexgen_jax.weights import place_weights
+from flexgen_jax.stages import place_stages, together
 from scheduling.advice import advice
 from scheduling.cost_model import CostModel, bound
 from scheduling.estimate import estimate
@@ -172,8 +172,6 @@ def plan(
         auto = Auto(dict(fixed or {}), tuple(allow))
         found = auto.choose(known, job, hardware, limits, schedule=order)
         policy, why = found.best.policy, found.why()
-    if policy.num_stages != 1:
-        raise ValueError("not supported yet: num_stages above 1; leave it at 1")
     (block,) = make_blocks(
         job.requests(policy.block_size),
         device_batch_size=policy.device_batch_size,
@@ -182,7 +180,6 @@ def plan(
     workload = known.workload(block, policy)
     assert workload.sizes is not None
     ordered = order if policy.overlap else serialized(order)
-    entries = known.form(policy).entries(config)
     helps = {}
     if help_wanted:
         helps = advice(known.blocks_of(job), hardware, limits, policy, schedule=order)
@@ -193,7 +190,7 @@ def plan(
         schedule=name,
         workload=workload,
         placement={
-            "weights": place_weights({n: e.nbytes for n, e in entries.items()}, policy.weights),
+            "weights": together(place_stages(config, known.form(policy), policy)),
             "cache": place_cache(block, config, dtype, policy),
             "hidden": place_hidden(block, config, dtype, policy.hidden),
         },

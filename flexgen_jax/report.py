@@ -164,6 +164,7 @@ class Report:
             "tokens_per_second": self.tokens_per_second,
             "padding": self.padding,
             "streams": self.timeline.summary(),
+            "stages": self.timeline.stage_table(),
             "predicted": compare(self.predicted, self.timeline),
             "lower_bound_seconds": self.lower_bound_seconds,
             "achieved_over_bound": self.timeline.seconds / self.lower_bound_seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,8 +13,8 @@ from flexgen_jax.config import OPTConfig
 from flexgen_jax.params import nest, param_shapes, unit_names
 from flexgen_jax.quantization import Quantized, dequantize
 from flexgen_jax.unpacking import Dense
-from scheduling.placement import Placement, place
-from scheduling.policy import Split, Tier
+from scheduling.placement import Placement
+from scheduling.policy import Tier
 from storage.device import DeviceStore
 from storage.disk import DiskContext, DiskStore
 from storage.host import HostStore
@@ -35,12 +36,6 @@ class LayerWeights(NamedTuple):
     token_table: jax.Array | Quantized | None
 
 
-def place_weights(sizes: dict[str, int], split: Split) -> Placement:
-    """Deals whole tensors to tiers (DESIGN §4), in layer order. ``sizes``: name -> bytes."""
-    tiers = place(list(sizes.values()), split)
-    return Placement.of(zip(sizes, sizes.values(), tiers, strict=True))
-
-
 @partial(jax.jit, static_argnums=1)
 def _dequantize(rows: Quantized, dtype: str) -> jax.Array:
     return dequantize(rows, dtype)
@@ -50,6 +45,8 @@ class Weights:
     """Loads layers from where ``placement`` put their tensors. A context manager.
 
     Args:
+        layers: Those that are loaded here; of no other is anything opened.
+        device: Where they are computed.
         wrap: Applied to each tier's store (tier, store) -> store: throttles, faults and logs for
             research and tests come in here.
     """
@@ -58,6 +55,8 @@ class Weights:
         self,
         model: StoredModel,
         placement: Placement,
+        layers: Iterable[int],
+        device: Any,
         *,
         context: DiskContext | None = None,
         wrap: Any = None,
@@ -69,30 +68,31 @@ class Weights:
         self.placement = placement
         tier_of = {cell.name: cell.tier for cell in placement.cells}
         disk = DiskStore(
-            {n: f for n, f in model.arrays.items() if tier_of[n] is Tier.DISK}, context
+            {n: f for n, f in model.arrays.items() if tier_of.get(n) is Tier.DISK}, context, device
         )
-        device, host = DeviceStore(), HostStore()
-        self._fill(model, tier_of, device, host)
-        stores: dict[Tier, Store] = {Tier.DEVICE: device, Tier.HOST: host, Tier.DISK: disk}
+        here, host = DeviceStore(device), HostStore(device)
+        self._fill(model, tier_of, here, host)
+        stores: dict[Tier, Store] = {Tier.DEVICE: here, Tier.HOST: host, Tier.DISK: disk}
         if wrap is not None:
             stores = {tier: wrap(tier, store) for tier, store in stores.items()}
         self._stores = stores
         self._disk = disk
         # Per layer and tier, which tensors: fixed for the whole run.
-        self._plan: list[list[tuple[Store, tuple[str, ...]]]] = []
-        for unit in self.config.units:
+        self._plan: dict[int, list[tuple[Store, tuple[str, ...]]]] = {}
+        for layer in layers:
+            unit = self.config.units[layer]
             # Of the token table an embedding needs a few rows only: see token_rows.
             names = [n for n in unit_names(self.config, unit) if (unit, n) != _EMBEDDING]
             names = list(self.format.order(names))
             by_tier = {t: tuple(n for n in names if tier_of[n] is t) for t in Tier}
-            self._plan.append([(stores[t], group) for t, group in by_tier.items() if group])
+            self._plan[layer] = [(stores[t], group) for t, group in by_tier.items() if group]
         no_slot = Slot(0)  # what is resident takes no transient room
         self._resident = {
-            i: self._assemble(i, device.load(layer[0][1], no_slot))
-            for i, layer in enumerate(self._plan)
-            if [store for store, _ in layer] == [stores[Tier.DEVICE]]
+            layer: self._assemble(layer, here.load(parts[0][1], no_slot))
+            for layer, parts in self._plan.items()
+            if [store for store, _ in parts] == [stores[Tier.DEVICE]]
         }
-        table = self.format.stored_names(_EMBEDDING[1])
+        table = self.format.stored_names(_EMBEDDING[1]) if 0 in self._plan else ()
         self._table = [(stores[tier_of[name]], name) for name in table]
         self._dense = Dense(self.dtype)
 
@@ -100,7 +100,7 @@ class Weights:
     def _fill(
         model: StoredModel, tier_of: dict[str, Tier], device: DeviceStore, host: HostStore
     ) -> None:
-        files = {n: f for n, f in model.arrays.items() if tier_of[n] is not Tier.DISK}
+        files = {n: f for n, f in model.arrays.items() if tier_of.get(n, Tier.DISK) != Tier.DISK}
         source = DiskStore(files)
         try:
             for name, file in files.items():
@@ -109,10 +109,6 @@ class Weights:
                 (device if tier_of[name] is Tier.DEVICE else host).put(name, array)
         finally:
             source.close()
-
-    @property
-    def num_layers(self) -> int:
-        return len(self._plan)
 
     @property
     def dense_nbytes(self) -> int:

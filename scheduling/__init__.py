@@ -33,7 +33,7 @@ from scheduling.ops import (
 from scheduling.peak import peak_nbytes
 from scheduling.placement import Cell, Placement, place
 from scheduling.policy import Policy, Split, Tier
-from scheduling.schedules import SCHEDULES, diagonal, lock_step, row_by_row, zigzag
+from scheduling.schedules import SCHEDULES, diagonal, lock_step, passes, row_by_row, zigzag
 from scheduling.simulate import simulate
 from scheduling.sizes import Link, Sizes
 from scheduling.timeline import Span, Timeline, compare, to_perfetto, write_trace
@@ -80,6 +80,7 @@ __all__ = [
     "needs",
     "parse_op",
     "parse_schedule",
+    "passes",
     "peak_nbytes",
     "place",
     "remaining",

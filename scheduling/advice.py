@@ -70,7 +70,8 @@ def advice(
 
     Estimates: compared with the best near ``policy``'s shape as things are.
     """
-    kept = {name: getattr(policy, name) for name in (*CHOICES, "overlap", "group_size")}
+    names = (*CHOICES, "overlap", "group_size", "num_stages")
+    kept = {name: getattr(policy, name) for name in names}
 
     def seconds(change: Change) -> float | None:
         return best_near(

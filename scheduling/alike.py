@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from scheduling.sizes import Sizes
+from scheduling.workload import Workload
 
 
-def alike(sizes: Sizes) -> dict[tuple[int, int | None], int]:
-    """(layer, batch) -> how many cost the same; (layer, None): how many layers' weights do."""
+def alike(workload: Workload) -> dict[tuple[int, int | None], int]:
+    """(layer, batch) -> how many cost the same; (layer, None): how many layers' weights do.
+
+    Those are of one stage.
+
+    Raises:
+        ValueError: the workload has no sizes.
+    """
+    sizes = workload.sizes
+    if sizes is None:
+        raise ValueError("the workload has no sizes: make it with LLM.workload or plan")
     last = len(sizes.weights) - 1
     firsts: dict[object, int] = {}
     batch_kinds = [firsts.setdefault(batch, number) for number, batch in enumerate(sizes.batches)]
@@ -16,7 +25,9 @@ def alike(sizes: Sizes) -> dict[tuple[int, int | None], int]:
     layers: dict[object, int] = {}
     places: dict[object, tuple[int, int | None]] = {}
     for layer, by_tier in enumerate(sizes.weights):
-        kind = sizes.matmul_flops[layer], sizes.dense[layer], layer if layer in (0, last) else -1
+        stage = workload.stage_of(layer)
+        edge = layer if layer in (0, last) or layer in sizes.borders else -1
+        kind = sizes.matmul_flops[layer], sizes.dense[layer], edge, stage
         reads = sizes.reads[layer] if sizes.reads else 0
         weights = *by_tier.items(), kind, reads
         counts[layers.setdefault(weights, layer), None] += 1

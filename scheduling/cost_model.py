@@ -1,20 +1,30 @@
 """What each op costs on a machine, and what no schedule can undercut.
 
 An op's work is a sequence of pieces, each on one resource: a link between tiers, or the device's
-or the host's arithmetic. Ops on different streams that use one resource at the same time share it;
-that is the simulator's business. Nothing here knows an order of ops (paper, section 4.3 and
-appendix A.3, taken apart into single ops).
+or the host's arithmetic. A pipeline stage has its own device and its own link to the host's memory;
+a host's disk and arithmetic are shared by the stages on it. Ops on different streams that use one
+resource at the same time share it; that is the simulator's business. Nothing here knows an order of
+ops (paper, section 4.3 and appendix A.3, taken apart into single ops).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from scheduling.alike import alike
 from scheduling.hardware import Hardware
-from scheduling.ops import Compute, LoadCache, LoadWeights, Op, StoreCache
+from scheduling.ops import (
+    Barrier,
+    Compute,
+    FreeWeights,
+    LoadCache,
+    LoadWeights,
+    Op,
+    StoreCache,
+)
 from scheduling.policy import Tier
 from scheduling.sizes import Link, Sizes
 from scheduling.workload import Workload
@@ -65,10 +75,30 @@ class CostModel:
         Args:
             unpack: ``op`` is the first Compute since its layer was loaded, which dequantises it.
         """
+        if isinstance(op, (FreeWeights, Barrier)):
+            return ()
         found: dict[str, float] = {}
+        names = self._names[self.workload.stage_of(op.layer)] if self._names else None
         for _, resource, seconds in self.terms(op, unpack=unpack):
-            found[resource] = found.get(resource, 0.0) + seconds
+            name = resource if names is None else names[resource]
+            found[name] = found.get(name, 0.0) + seconds
         return tuple(found.items())
+
+    @functools.cached_property
+    def _names(self) -> list[dict[str, str]]:
+        """By stage: what its resources are called; empty: by their plain names."""
+        w = self.workload
+        if w.num_stages == 1:
+            return []
+        shared = {HOST, Link.DISK_TO_HOST.value, Link.HOST_TO_DISK.value}
+        every = [DEVICE, HOST, *(link.value for link in Link)]
+
+        def name(resource: str, stage: int) -> str:
+            if resource not in shared:
+                return f"{resource} of stage {stage}"
+            return f"{resource} of host {w.host_of(stage)}" if w.several_hosts else resource
+
+        return [{r: name(r, stage) for r in every} for stage in range(w.num_stages)]
 
     def terms(self, op: Op, *, unpack: bool = False) -> list[Term]:
         """The same by what of the hardware each part is priced by."""
@@ -82,6 +112,8 @@ class CostModel:
         for link, nbytes in self.sizes.moved(op).items():
             name = self._constant(link, kind, op)
             rate = getattr(self.hardware, name)
+            if rate is None and link is Link.STAGE_TO_STAGE:
+                name, rate = "host_to_device", self.hardware.host_to_device
             if rate is not None:
                 found.append(Term(name, link.value, nbytes / rate))
                 found.append(Term("overhead", link.value, self.hardware.overhead))
@@ -133,8 +165,8 @@ class CostModel:
     def lower_bound(self) -> dict[str, float]:
         """Seconds that any schedule of the workload needs of each resource; the largest bounds it.
 
-        A pass over the layers finds at most ``weight_slots`` of them loaded. The cache and the
-        hidden states move as every schedule moves them; each cell is computed once.
+        A pass over the layers finds at most ``weight_slots`` of a stage's loaded. The cache and
+        the hidden states move as every schedule moves them; each cell is computed once.
         """
         w, sizes = self.workload, self.sizes
         total: dict[str, float] = {}
@@ -143,16 +175,16 @@ class CostModel:
             for resource, seconds in pieces:
                 total[resource] = total.get(resource, 0.0) + times * seconds
 
-        loads = [self.pieces(LoadWeights(0, layer)) for layer in range(w.num_layers)]
-        kept: dict[str, list[float]] = {}
-        for load in loads:
+        kept: dict[tuple[int, str], list[float]] = {}
+        for layer in range(w.num_layers):
+            load = self.pieces(LoadWeights(0, layer))
             add(load, w.num_steps)
             for resource, seconds in load:
-                kept.setdefault(resource, []).append(seconds)
-        for resource, each in kept.items():
+                kept.setdefault((w.stage_of(layer), resource), []).append(seconds)
+        for (_, resource), each in kept.items():
             spared = sum(sorted(each, reverse=True)[: w.weight_slots])
             total[resource] -= (w.num_steps - 1) * spared
-        for (layer, of), count in alike(sizes).items():
+        for (layer, of), count in alike(w).items():
             if of is None:
                 continue
             for step in range(sizes.batches[of].num_steps):
@@ -174,6 +206,7 @@ _CONSTANTS = {
     (Link.DEVICE_TO_HOST, "hidden"): "device_to_host_hidden",
     (Link.HOST_TO_DISK, "cache"): "host_to_disk_cache",
     (Link.HOST_TO_DISK, "hidden"): "host_to_disk_hidden",
+    (Link.STAGE_TO_STAGE, "hidden"): "stage_to_stage",
 }
 
 

@@ -4,6 +4,11 @@
 needs all have smaller numbers and streams run in order, so no schedule that ``bind`` accepts can
 deadlock: of the issues that are not done, the one with the smallest number can always run.
 
+Every stage of a pipeline has streams and slots of its own. What a stage's last layer computes is
+handed over: its StoreHidden is on a stream of its own, which puts it where the next stage loads it.
+Between hosts that takes both sides, which must agree on the order: there all hand-overs are on one
+stream, in the order of the schedule; so each can happen once those before it have.
+
 A batch goes through step and layer in one order only, since each layer needs the hidden states of
 the one before. So one number per batch tells how far it is, and tells late ops from early ones.
 """
@@ -40,6 +45,7 @@ class Stream(enum.Enum):
     STORE_CACHE = "store cache"
     LOAD_HIDDEN = "load hidden"
     STORE_HIDDEN = "store hidden"
+    HAND_OVER = "hand over"
     COMPUTE = "compute"
 
 
@@ -55,25 +61,26 @@ _STREAMS: dict[type, Stream] = {
 }
 
 
-def stream_of(op: Op) -> Stream:
-    """The stream that ``op`` runs on."""
+def stream_of(op: Op, workload: Workload | None = None) -> Stream:
+    """The stream that ``op`` runs on; without a workload, where there is one stage."""
+    if workload is not None and isinstance(op, StoreHidden) and workload.hands_over(op.layer):
+        return Stream.HAND_OVER
     return _STREAMS[type(op)]
 
 
-def stream_of_kind(kind: type) -> Stream:
-    """Likewise, of all ops of a kind."""
-    return _STREAMS[kind]
+def wait_reason(op: type, needed: type, *, crosses: bool = False) -> str:
+    """Why an op of one kind waits for one of another; as ``Span.wait`` has it.
 
-
-def wait_reason(op: type, needed: type) -> str:
-    """Why an op of one kind waits for one of another; as ``Span.wait`` has it."""
+    Args:
+        crosses: Of what is needed, as ``Issue.crosses``.
+    """
     if Barrier in (op, needed):
         return "barrier"
     if needed in (FreeWeights, Compute):
         return "compute" if op in (StoreCache, StoreHidden) else "slot"
     if op is Compute and needed in (StoreCache, StoreHidden):
         return "stores"
-    return _WHAT[needed]
+    return "bubble" if crosses else _WHAT[needed]
 
 
 _WHAT: dict[type, str] = {
@@ -146,7 +153,10 @@ class Issue:
         index: Position in the schedule, from 0.
         needs: Indices of earlier issues that must be done before this one starts; of several on
             one stream, only the last.
-        slot: The slot that a load fills or a FreeWeights gives back: 0, 1, ... of its kind.
+        slot: The slot that a load fills or a FreeWeights gives back: 0, 1, ... of its kind and
+            stage.
+        stage: Whose ``stream`` it is on.
+        crosses: It hands over to another stage, or loads what was handed over.
     """
 
     index: int
@@ -154,6 +164,16 @@ class Issue:
     stream: Stream
     needs: tuple[int, ...]
     slot: int | None = None
+    stage: int = 0
+    crosses: bool = False
+
+    @property
+    def lane(self) -> Lane:
+        """What runs in order: a stream of a stage."""
+        return self.stage, self.stream
+
+
+Lane = tuple[int, Stream]
 
 
 class ScheduleError(ValueError):
@@ -192,11 +212,11 @@ def _context(op: Op, index: int, before: list[Op], after: list[Op]) -> str:
 def bind(ops: Iterable[Op], workload: Workload) -> Iterator[Issue]:
     """Numbers ``ops``, finds what each waits for, and deals out slots; lazily.
 
-    The slots of each kind are a first-in first-out list: a load takes the one that was given back
-    longest ago, and waits for the op that gave it: FreeWeights of a layer's, the Compute that it
-    was for of a cell's cache and hidden states. A Compute waits until fewer than ``store_slots``
-    stores of each kind are under way. An op issued again binds what comes later to its latest
-    issue. What is remembered grows with layers and batches, not with steps or ops.
+    The slots of each kind and stage are a first-in first-out list: a load takes the one that was
+    given back longest ago, and waits for the op that gave it: FreeWeights of a layer's, the Compute
+    that it was for of a cell's cache and hidden states. A Compute waits until fewer than
+    ``store_slots`` stores of each kind are under way. An op issued again binds what comes later to
+    its latest issue. What is remembered grows with layers and batches, not with steps or ops.
 
     Raises:
         ScheduleError: at the first op that breaks a rule.
@@ -227,11 +247,21 @@ class _Binder:
         self.latest: dict[_Key, int] = {}
         self.slots: dict[int, int] = {}  # of the layers that are held
         self.reader: dict[int, int] = {}  # the last Compute that uses the layer
-        self.free = {kind: _free_slots(n) for kind, n in _slot_counts(workload).items()}
+        self.stage_of = [workload.stage_of(layer) for layer in range(workload.num_layers)]
+        self.hands_over = [workload.hands_over(layer) for layer in range(workload.num_layers)]
+        self.begins = set(workload.stages) if workload.num_stages > 1 else set()
+        stages = range(workload.num_stages)
+        self.free = {
+            (kind, stage): _free_slots(n)
+            for kind, n in _slot_counts(workload).items()
+            for stage in stages
+        }
         # Slots of the cells that are loaded and not yet computed: (kind, step, layer, batch).
         self.held: dict[_Key, list[int]] = {}
-        self.stores: dict[type, deque[int]] = {
-            kind: deque(maxlen=workload.store_slots) for kind in (StoreCache, StoreHidden)
+        self.stores: dict[Lane, deque[int]] = {
+            (stage, stream): deque(maxlen=workload.store_slots)
+            for stage in stages
+            for stream in (Stream.STORE_CACHE, Stream.STORE_HIDDEN, Stream.HAND_OVER)
         }
         # step * num_layers + layer last computed
         self.reached = [
@@ -242,8 +272,11 @@ class _Binder:
 
     def run(self) -> Iterator[Issue]:
         workload, latest, recent = self.workload, self.latest, self.recent
-        barrier: int | None = None
-        since_barrier: dict[str, int] = {}
+        stage_of, together = self.stage_of, workload.several_hosts
+        # By stage: the latest barrier, and the last issue of each stream since.
+        barrier: dict[int, int] = {}
+        since: list[dict[Lane, int]] = [{} for _ in range(workload.num_stages)]
+        op: Any
         for index, op in enumerate(self.ops):
             self.index = index
             kind = type(op)
@@ -251,36 +284,45 @@ class _Binder:
             if stream is None:
                 raise self._error(op, "is no op; see scheduling.ops for those there are")
             self._check(op)
+            stage = (op.stage or 0) if kind is Barrier else stage_of[op.layer]
             found = []
             for key in _keys(op, workload):
                 need = latest.get(key)
                 if need is None:
                     raise self._unmet(op, key)
                 found.append(need)
-            slot = None
+            slot, crosses = None, False
             if kind is LoadWeights:
                 slot = self._load(op, found)
             elif kind is FreeWeights:
                 slot = self._free(op, found)
             elif kind is Barrier:
                 # Streams are in order, so the last of each stands for all of it.
-                found.extend(since_barrier.values())
+                for number in range(len(since)) if op.stage is None else (stage,):
+                    found.extend(since[number].values())
+                    if number in barrier and number != stage:
+                        found.append(barrier[number])
             else:
                 if kind is Compute:
                     self._compute(op, found)
-                elif kind in self.stores:
-                    self.stores[kind].append(index)
+                elif kind is StoreCache or kind is StoreHidden:
+                    if kind is StoreHidden and self.hands_over[op.layer]:
+                        stream, crosses = Stream.HAND_OVER, True
+                    self.stores[stage, stream].append(index)
                 else:
                     slot = self._load_cell(op, found)
+                    crosses = kind is LoadHidden and op.layer in self.begins
                 self._remember(op)
-            if barrier is not None:
-                found.append(barrier)
-            yield Issue(index, op, stream, tuple(found), slot)
+            if stage in barrier:
+                found.append(barrier[stage])
+            place = 0 if together and stream is Stream.HAND_OVER else stage
+            yield Issue(index, op, stream, tuple(found), slot, place, crosses)
             if kind is Barrier:
-                barrier = index
-                since_barrier.clear()
+                for number in range(len(since)) if op.stage is None else (stage,):
+                    barrier[number] = index
+                    since[number].clear()
             else:
-                since_barrier[stream.value] = index
+                since[stage][place, stream] = index
             recent.append(op)
 
     def _load(self, op: Any, found: list[int]) -> int:
@@ -292,9 +334,11 @@ class _Binder:
                 "the second load out",
                 missing,
             )
-        if not self.free[LoadWeights]:
-            held = ", ".join(map(str, self.slots))
-            missing = FreeWeights(next(iter(self.slots)))
+        stage = self.stage_of[op.layer]
+        if not self.free[LoadWeights, stage]:
+            layers = [layer for layer in self.slots if self.stage_of[layer] == stage]
+            held = ", ".join(map(str, layers))
+            missing = FreeWeights(layers[0])
             raise self._error(
                 op,
                 f"all {self.workload.weight_slots} weight slots are held (layers {held}); "
@@ -302,13 +346,13 @@ class _Binder:
                 missing,
             )
         self.latest[Weights, 0, op.layer, 0] = self.index
-        self.slots[op.layer] = slot = self._take(LoadWeights, found)
+        self.slots[op.layer] = slot = self._take((LoadWeights, stage), found)
         return slot
 
     def _free(self, op: Any, found: list[int]) -> int:
         slot = self.slots.pop(op.layer)
         del self.latest[Weights, 0, op.layer, 0]
-        self.free[LoadWeights].append((slot, self.index))
+        self.free[LoadWeights, self.stage_of[op.layer]].append((slot, self.index))
         reader = self.reader.pop(op.layer, None)
         if reader is not None:
             found.append(reader)  # computing is one stream: the last reader is enough
@@ -316,8 +360,11 @@ class _Binder:
 
     def _load_cell(self, op: Any, found: list[int]) -> int:
         kind = type(op)
-        if not self.free[kind]:
-            first = next(key for key in self.held if key[0] is kind)
+        stage = self.stage_of[op.layer]
+        if not self.free[kind, stage]:
+            first = next(
+                key for key in self.held if key[0] is kind and self.stage_of[key[2]] == stage
+            )
             missing = Compute(*first[1:])
             name = _SLOT_FIELDS[kind]
             raise self._error(
@@ -326,7 +373,7 @@ class _Binder:
                 f"has to come before it, or the workload needs more {name}",
                 missing,
             )
-        slot = self._take(kind, found)
+        slot = self._take((kind, stage), found)
         self.held.setdefault((kind, op.step, op.layer, op.batch), []).append(slot)
         return slot
 
@@ -334,12 +381,13 @@ class _Binder:
         """Gives back what was loaded for it; waits for stores that are far behind."""
         for kind in (LoadCache, LoadHidden):
             for slot in self.held.pop((kind, op.step, op.layer, op.batch), ()):
-                self.free[kind].append((slot, self.index))
-        for stores in self.stores.values():
+                self.free[kind, self.stage_of[op.layer]].append((slot, self.index))
+        for stream in (Stream.STORE_CACHE, Stream.STORE_HIDDEN, Stream.HAND_OVER):
+            stores = self.stores[self.stage_of[op.layer], stream]
             if len(stores) == stores.maxlen:
                 found.append(stores[0])
 
-    def _take(self, kind: type, found: list[int]) -> int:
+    def _take(self, kind: tuple[type, int], found: list[int]) -> int:
         slot, freed_by = self.free[kind].popleft()
         if freed_by is not None:
             found.append(freed_by)
@@ -349,6 +397,8 @@ class _Binder:
         """What can be said of an op by itself and by how far its batch is."""
         w, kind = self.workload, type(op)
         if kind is Barrier:
+            if op.stage is not None and not 0 <= op.stage < w.num_stages:
+                raise self._outside(op, "stage", w.num_stages)
             return
         layer = op.layer
         if not 0 <= layer < w.num_layers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from scheduling.alike import alike
 from scheduling.cost_model import CostModel
@@ -85,7 +86,7 @@ def lanes(workload: Workload, hardware: Hardware) -> dict[str, tuple[Seconds, Se
     """Kind of work -> seconds that each stream and each resource is busy in prefill and in decode.
 
     If nothing waits for anything, a phase takes as long as its busiest lane (paper, section 4.3).
-    Each layer is loaded once a step, as in a zig-zag.
+    Each layer is loaded once a step and group, as in a zig-zag.
     """
     sizes = workload.sizes
     if sizes is None:
@@ -108,24 +109,31 @@ def lanes(workload: Workload, hardware: Hardware) -> dict[str, tuple[Seconds, Se
         kind: (defaultdict(float), defaultdict(float)) for kind in KINDS
     }
 
-    def add(kind: str, op: Op, times: int, *, unpack: bool = False) -> None:
-        phase = found[kind][1 if getattr(op, "step", 0) else 0]
-        stream = stream_of(op).value
+    def lane(layer: int, stream: str) -> str:
+        stage = workload.stage_of(layer)
+        return stream if workload.num_stages == 1 else f"stage {stage}{_OF}{stream}"
+
+    def add(kind: str, op: Any, times: int, *, unpack: bool = False) -> None:
+        phase = found[kind][1 if op.step else 0]
+        stream = lane(op.layer, stream_of(op, workload).value)
         for resource, seconds in costs.pieces(op, unpack=unpack):
             phase[resource] += times * seconds
             phase[stream] += times * seconds
 
     steps = workload.num_steps - 1
-    for (layer, number), count in alike(sizes).items():
+    groups = len(workload.groups())
+    for (layer, number), count in alike(model).items():
         for step in (0, 1) if steps else (0,):
             if number is None:
-                add("weights", LoadWeights(step, layer), count * (steps if step else 1))
+                loads = count * groups * (steps if step else 1)
+                add("weights", LoadWeights(step, layer), loads)
                 # Unpacked once a load, with the first batch.
                 whole = dict(costs.pieces(Compute(step, layer, 0), unpack=True))
+                stream = stream_of(Compute(step, layer, 0)).value
                 for resource, seconds in costs.pieces(Compute(step, layer, 0)):
-                    more = (whole[resource] - seconds) * count * (steps if step else 1)
+                    more = (whole[resource] - seconds) * loads
                     found["compute"][step][resource] += more
-                    found["compute"][step][stream_of(Compute(step, layer, 0)).value] += more
+                    found["compute"][step][lane(layer, stream)] += more
                 continue
             own_steps = sizes.batches[number].num_steps - 1
             if step and not own_steps:
@@ -138,30 +146,47 @@ def lanes(workload: Workload, hardware: Hardware) -> dict[str, tuple[Seconds, Se
                 if step:
                     add("cache", LoadCache(step, layer, number), times)
                 add("cache", StoreCache(step, layer, number), times)
+    # A pipeline fills once, in prefill; and with fewer groups than stages some of them are idle.
+    slack = (groups + workload.num_stages - 1) / groups, max(1.0, workload.num_stages / groups)
+    for phases in found.values():
+        for phase, times_as_long in zip(phases, slack, strict=True):
+            for name in phase:
+                phase[name] *= times_as_long
     return found
 
 
 def one_after_the_other(
     phases: Mapping[str, tuple[Seconds, Seconds]],
 ) -> dict[str, tuple[Seconds, Seconds]]:
-    """Without overlap: one lane, in which the streams' times add up."""
-    streams = {stream.value for stream in Stream}
+    """Without overlap: one lane for each stage, in which its streams' times add up."""
 
     def together(phase: Seconds) -> Seconds:
-        return {"all": sum(seconds for lane, seconds in phase.items() if lane in streams)}
+        found: Seconds = defaultdict(float)
+        for lane, seconds in phase.items():
+            if (stream := _stream(lane)) is not None:
+                found[f"all{lane.removesuffix(stream.value)}"] += seconds
+        return found
 
     return {kind: (together(first), together(then)) for kind, (first, then) in phases.items()}
 
 
+_OF = ": "
+_STREAMS = {stream.value: stream for stream in Stream}
+
+
+def _stream(lane: str) -> Stream | None:
+    """The stream that a lane is; None: a resource."""
+    return _STREAMS.get(lane.rpartition(_OF)[2])
+
+
 def moving(phases: Mapping[str, tuple[Seconds, Seconds]]) -> float:
-    """Seconds that all streams but the computing one are busy, one after another."""
-    streams = {stream.value for stream in Stream} - {Stream.COMPUTE.value}
+    """Seconds that all streams but those that compute are busy, one after another."""
     return sum(
         seconds
         for kind in phases.values()
         for phase in kind
         for lane, seconds in phase.items()
-        if lane in streams
+        if _stream(lane) not in (None, Stream.COMPUTE)
     )
 
 

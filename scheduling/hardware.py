@@ -42,6 +42,8 @@ class Hardware:
         disk_to_host_cache: Bandwidth of reading the KV cache, which is brought into another layout
             on the way; None: that of ``disk_to_host``.
         disk_read_latency, disk_write_latency: Seconds that each access takes beside its bytes.
+        stage_to_stage: Bandwidth from one pipeline stage's device to the next's; None: that of
+            ``host_to_device``, and nothing where there is none.
 
     Raises:
         ValueError: a value that is not positive, or points out of order.
@@ -67,6 +69,7 @@ class Hardware:
     disk_to_host_cache: float | None = None
     disk_read_latency: float = 0.0
     disk_write_latency: float = 0.0
+    stage_to_stage: float | None = None
 
     def __post_init__(self) -> None:
         optional = (
@@ -75,6 +78,7 @@ class Hardware:
             "device_to_host_hidden",
             "host_to_device_cache",
             "disk_to_host_cache",
+            "stage_to_stage",
         )
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -194,6 +198,7 @@ RATES = (
     "device_to_host_hidden",
     "host_to_disk_cache",
     "host_to_disk_hidden",
+    "stage_to_stage",
     "attention",
     "cached_attention",
     "host_attention",

@@ -51,6 +51,8 @@ class Program:
         fixed: Mapping[str, Any],
     ) -> None:
         self.limits, self.fixed = limits, fixed
+        if policy.num_groups is None:  # the same in all tiers, since time is to be linear in them
+            policy = dataclasses.replace(policy, num_groups=policy.num_stages)
         pure = {}
         for tier in TIERS:
             everything = Split(**{t.value: 100 if t is tier else 0 for t in TIERS})
@@ -58,14 +60,13 @@ class Program:
             pure[tier] = blocks(whole)[0][0]
         self.pure = pure
         self.nbytes = {
-            "weights": sum(_sizes(pure[Tier.DEVICE]).resident.values()),
+            "weights": sum(sum(stage.values()) for stage in _sizes(pure[Tier.DEVICE]).resident),
             "cache": sum(
                 cell.position_nbytes * _sizes(pure[Tier.DEVICE]).batches[number].capacity
                 for (_, number), cell in _sizes(pure[Tier.DEVICE]).cache.items()
             ),
-            "hidden": sum(
-                b.hidden_nbytes * b.prompt_len for b in _sizes(pure[Tier.DEVICE]).batches
-            ),
+            "hidden": pure[Tier.DEVICE].num_stages
+            * sum(b.hidden_nbytes * b.prompt_len for b in _sizes(pure[Tier.DEVICE]).batches),
         }
         found = {tier: lanes(workload, hardware) for tier, workload in pure.items()}
         if not policy.overlap:
@@ -100,26 +101,40 @@ class Program:
         self.cost[9:] = 1
 
     def _memory(self, less: Mapping[Tier, float]) -> tuple[list[np.ndarray], list[float]]:
-        """What lies in each tier, and the slots and buffers that moving it takes."""
+        """What lies in each tier, and the slots and buffers that moving it takes.
+
+        Of several stages together: that no one of them has more than its own is seen when the
+        shares are dealt out.
+        """
         limits, pure = self.limits, self.pure
+        stages = range(pure[Tier.DEVICE].num_stages)
         device, host, disk = np.zeros(11), np.zeros(11), np.zeros(11)
         sizes = _sizes(pure[Tier.DEVICE])
         for i, kind in enumerate(SPLITS):
             for j, row in enumerate((device, host, disk)):
                 row[3 * i + j] = self.nbytes[kind]
-        idle = transient_nbytes(pure[Tier.DEVICE], shared=limits.shared)
+        idle = sum(
+            transient_nbytes(pure[Tier.DEVICE], stage, shared=limits.shared) for stage in stages
+        )
         # A slot is as large as the largest that moves; of weights, the share of it that does.
         for j, tier in enumerate(TIERS[1:], 1):
             s = _sizes(pure[tier])
             if not (limits.shared and tier is Tier.HOST):
-                largest = max(by.get(tier, 0) for by in s.weights)
-                device[j] += pure[tier].weight_slots * largest
+                for stage in stages:
+                    layers = pure[tier].layers_of(stage)
+                    largest = max(s.weights[layer].get(tier, 0) for layer in layers)
+                    device[j] += pure[tier].weight_slots * largest
         host[5] = sum(
             cell.position_nbytes * sizes.chunk_positions
             for cell in _sizes(pure[Tier.DISK]).cache.values()
         )
         workspace = max(b.workspace for b in sizes.batches)
-        room = [limits.device - idle - workspace, limits.host, limits.disk]
+        devices = 1 if limits.shared else len(stages)
+        room = [
+            devices * limits.device - idle - len(stages) * workspace,
+            limits.host,
+            limits.disk,
+        ]
         rows = [device, host, disk]
         if limits.shared:
             # Buffers beyond the host's own room come out of the one memory.

@@ -29,7 +29,9 @@ class FreeWeights:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Cell:
+class Cell:
+    """What an op of one step, layer and batch has."""
+
     step: int
     layer: int
     batch: int
@@ -38,31 +40,31 @@ class _Cell:
         return f"{type(self).__name__}(step={self.step}, layer={self.layer}, batch={self.batch})"
 
 
-class LoadCache(_Cell):
+class LoadCache(Cell):
     """``device_cache = cache[layer][batch]``, as ``step`` - 1 left it."""
 
     __slots__ = ()
 
 
-class StoreCache(_Cell):
+class StoreCache(Cell):
     """``cache[layer][batch] = device_cache``, with the keys and values of ``step``."""
 
     __slots__ = ()
 
 
-class LoadHidden(_Cell):
+class LoadHidden(Cell):
     """``device_hidden = hidden[batch]``, the input of ``layer`` (tokens, for the first)."""
 
     __slots__ = ()
 
 
-class StoreHidden(_Cell):
+class StoreHidden(Cell):
     """``hidden[batch] = device_hidden``, the output of ``layer`` (tokens, of the last)."""
 
     __slots__ = ()
 
 
-class Compute(_Cell):
+class Compute(Cell):
     """``device_hidden, device_cache = layer(weights, device_hidden, device_cache)``"""
 
     __slots__ = ()
@@ -70,10 +72,12 @@ class Compute(_Cell):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Barrier:
-    """wait until everything above is done"""
+    """wait until everything above is done, or everything of one stage"""
+
+    stage: int | None = None
 
     def __str__(self) -> str:
-        return "Barrier()"
+        return "Barrier()" if self.stage is None else f"Barrier(stage={self.stage})"
 
 
 Op = (
@@ -97,7 +101,7 @@ _KINDS = {
         (LoadHidden, ("step", "layer", "batch")),
         (StoreHidden, ("step", "layer", "batch")),
         (Compute, ("step", "layer", "batch")),
-        (Barrier, ()),
+        (Barrier, ("stage",)),
     )
 }
 _CALL = re.compile(r"(\w+)\s*\((.*)\)")
@@ -117,9 +121,11 @@ def parse_op(text: str) -> Op:
     parts = call[2].split(",") if call[2].strip() else []
     found = [_FIELD.fullmatch(part.strip()) for part in parts]
     values = {field[1]: int(field[2]) for field in found if field is not None}
-    if len(found) != len(fields) or tuple(values) != fields:
-        wanted = ", ".join(f"{name}=<number>" for name in fields)
-        raise ValueError(f"expected {call[1]}({wanted}), got {text!r}")
+    optional = kind is Barrier and not parts
+    if len(values) != len(parts) or (tuple(values) != fields and not optional):
+        wanted = f"{call[1]}({', '.join(f'{name}=<number>' for name in fields)})"
+        either = "Barrier() or " if kind is Barrier else ""
+        raise ValueError(f"expected {either}{wanted}, got {text!r}")
     return kind(**values)
 
 

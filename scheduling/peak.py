@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 from scheduling.ops import Compute, Op
 from scheduling.policy import Tier
+from scheduling.sizes import Sizes
 from scheduling.workload import Workload
 
 PHASES = ("prefill", "decode")
@@ -22,6 +24,8 @@ def peak_nbytes(
     is read from disk, and what comes from the host if that has to move; of the dense copies there
     is one for the layers and one for the head, and one of a cell of the cache.
 
+    Of several stages or hosts, each tier's is that of the fullest device or host.
+
     Args:
         workload: With sizes.
         shared: Host and device are one memory, so nothing moves between them.
@@ -31,41 +35,64 @@ def peak_nbytes(
     Raises:
         ValueError: the workload has no sizes.
     """
-    sizes = workload.sizes
-    if sizes is None:
-        raise ValueError("the workload has no sizes: make it with LLM.workload or plan")
-    held = {tier: sizes.resident.get(tier, 0) for tier in Tier}
-    held[Tier.DEVICE] += transient_nbytes(workload, shared=shared)
+    w, sizes = workload, sizes_of(workload)
+    held: dict[_Place, int] = defaultdict(int)
+    for stage in range(w.num_stages):
+        for tier in Tier:
+            held[_place(w, stage, tier, shared)] += sizes.resident[stage].get(tier, 0)
+        held[_place(w, stage, Tier.DEVICE, shared)] += transient_nbytes(w, stage, shared=shared)
     peak = {phase: dict(held) for phase in PHASES}
-    waiting = [0] * workload.num_batches  # bytes of hidden states
+    waiting: list[tuple[_Place, int] | None] = [None] * w.num_batches  # hidden states
     for op in ops:
         if not isinstance(op, Compute) or op.step >= sizes.batches[op.batch].num_steps:
             continue
-        number, batch = op.batch, sizes.batches[op.batch]
+        number, batch, stage = op.batch, sizes.batches[op.batch], w.stage_of(op.layer)
         highest = peak[PHASES[op.step > 0]]
         last = op.step == batch.num_steps - 1
-        if op.layer == 0:
+        before_it = waiting[number]
+        if op.layer in w.stages:
+            if before_it is not None:
+                held[before_it[0]] -= before_it[1]
             hidden = batch.hidden_nbytes * batch.positions(op.step)
-            held[batch.hidden_tier] += hidden - waiting[number]
-            waiting[number] = hidden
+            where = _place(w, stage, batch.hidden_tier, shared)
+            held[where] += hidden
+            waiting[number] = where, hidden
         cell = sizes.cache.get((op.layer, number))
+        host = _place(w, stage, Tier.HOST, shared)
         freed = 0
         if cell is not None:
             before, after = batch.cached(op.step), batch.cached(op.step) + batch.positions(op.step)
             if not filled:
                 before, after = (batch.capacity if op.step else 0), batch.capacity
-            held[cell.tier] += cell.position_nbytes * (after - before)
-            held[Tier.HOST] += sizes.buffered(cell) if op.step == 0 else 0
+            where = _place(w, stage, cell.tier, shared)
+            held[where] += cell.position_nbytes * (after - before)
+            held[host] += sizes.buffered(cell) if op.step == 0 else 0
             freed = cell.position_nbytes * after if last else 0
-        for tier in Tier:
-            highest[tier] = max(highest[tier], held[tier])
+        for place, nbytes in held.items():
+            if nbytes > highest.get(place, 0):
+                highest[place] = nbytes
         if cell is not None and last:
-            held[cell.tier] -= freed
-            held[Tier.HOST] -= sizes.buffered(cell)
-        if last and op.layer == workload.num_layers - 1:
-            held[batch.hidden_tier] -= waiting[number]
-            waiting[number] = 0
-    return peak
+            held[_place(w, stage, cell.tier, shared)] -= freed
+            held[host] -= sizes.buffered(cell)
+        if last and op.layer == w.num_layers - 1:
+            gone = waiting[number]
+            assert gone is not None
+            held[gone[0]] -= gone[1]
+            waiting[number] = None
+    return {phase: _fullest(places) for phase, places in peak.items()}
+
+
+# A device or a host, by its tier and number.
+_Place = tuple[Tier, int]
+
+
+def _place(workload: Workload, stage: int, tier: Tier, shared: bool) -> _Place:
+    """Whose memory ``tier`` of ``stage`` is: the devices of one host may be its memory."""
+    return tier, stage if tier is Tier.DEVICE and not shared else workload.host_of(stage)
+
+
+def _fullest(places: Mapping[_Place, int]) -> dict[Tier, int]:
+    return {tier: max(n for place, n in places.items() if place[0] is tier) for tier in Tier}
 
 
 def highest(peak: Mapping[str, Mapping[Tier, int]]) -> dict[Tier, int]:
@@ -79,27 +106,34 @@ def room_nbytes(workload: Workload, *, shared: bool) -> dict[Tier, int]:
     Args:
         shared: Host and device are one memory.
     """
-    sizes = workload.sizes
-    if sizes is None:
-        raise ValueError("the workload has no sizes: make it with LLM.workload or plan")
-    room = {tier: sizes.resident.get(tier, 0) for tier in Tier}
-    for (_, number), cell in sizes.cache.items():
-        room[cell.tier] += cell.position_nbytes * sizes.batches[number].capacity
-        room[Tier.HOST] += sizes.buffered(cell)
-    for batch in sizes.batches:
-        room[batch.hidden_tier] += batch.hidden_nbytes * batch.prompt_len
-    room[Tier.DEVICE] += transient_nbytes(workload, shared=shared)
-    room[Tier.DEVICE] += max(batch.workspace for batch in sizes.batches)
-    return room
+    w, sizes = workload, sizes_of(workload)
+    room: dict[_Place, int] = defaultdict(int)
+    for stage in range(w.num_stages):
+        device = _place(w, stage, Tier.DEVICE, shared)
+        for tier in Tier:
+            room[_place(w, stage, tier, shared)] += sizes.resident[stage].get(tier, 0)
+        room[device] += transient_nbytes(w, stage, shared=shared)
+        room[device] += max(batch.workspace for batch in sizes.batches)
+        # Any batch may be at any stage.
+        for batch in sizes.batches:
+            hidden = batch.hidden_nbytes * batch.prompt_len
+            room[_place(w, stage, batch.hidden_tier, shared)] += hidden
+    for (layer, number), cell in sizes.cache.items():
+        stage = w.stage_of(layer)
+        nbytes = cell.position_nbytes * sizes.batches[number].capacity
+        room[_place(w, stage, cell.tier, shared)] += nbytes
+        room[_place(w, stage, Tier.HOST, shared)] += sizes.buffered(cell)
+    return _fullest(room)
 
 
-def transient_nbytes(workload: Workload, *, shared: bool) -> int:
-    """Bytes of slots and dense copies."""
-    w, sizes = workload, workload.sizes
-    assert sizes is not None
+def transient_nbytes(workload: Workload, stage: int, *, shared: bool) -> int:
+    """Bytes of slots and dense copies of a stage."""
+    w, sizes = workload, sizes_of(workload)
+    layers = w.layers_of(stage)
+    own = [(key[1], cell) for key, cell in sizes.cache.items() if key[0] in layers]
     cells = [
         cell.position_nbytes * sizes.batches[number].capacity
-        for (_, number), cell in sizes.cache.items()
+        for number, cell in own
         if cell.tier is Tier.DISK or (cell.tier is Tier.HOST and not shared and cell.sent > 0)
     ]
     hidden = [
@@ -108,17 +142,27 @@ def transient_nbytes(workload: Workload, *, shared: bool) -> int:
         if batch.hidden_tier is Tier.DISK or (batch.hidden_tier is Tier.HOST and not shared)
     ]
     weights = max(
-        by.get(Tier.DISK, 0) + (0 if shared else by.get(Tier.HOST, 0)) for by in sizes.weights
+        by.get(Tier.DISK, 0) + (0 if shared else by.get(Tier.HOST, 0))
+        for by in (sizes.weights[layer] for layer in layers)
     )
-    unpacked = [
-        cell.dense_nbytes * sizes.batches[number].capacity
-        for (_, number), cell in sizes.cache.items()
-    ]
+    unpacked = [cell.dense_nbytes * sizes.batches[number].capacity for number, cell in own]
+    head = w.num_layers - 1
     return (
         w.weight_slots * weights
         + w.hidden_slots * max(hidden, default=0)
         + w.cache_slots * max(cells, default=0)
-        + max(sizes.dense[:-1], default=0)
-        + sizes.dense[-1]
+        + max((sizes.dense[layer] for layer in layers if layer != head), default=0)
+        + (sizes.dense[head] if head in layers else 0)
         + max(unpacked, default=0)
     )
+
+
+def sizes_of(workload: Workload) -> Sizes:
+    """Of a workload.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if workload.sizes is None:
+        raise ValueError("the workload has no sizes: make it with LLM.workload or plan")
+    return workload.sizes

@@ -69,6 +69,9 @@ class Policy:
         group_size: The most elements that share a scale, where anything is quantised.
         attention_sparsity: Share of the cached positions attended, in (0, 1].
         num_stages: Devices that the layers are pipelined over.
+        num_groups: Of the batches of a block, which go through the stages one group behind
+            another, each a pass over the weights; None: as many as there are stages, or, where all
+            weights lie on the devices, batches.
 
     Raises:
         ValueError: a value out of range.
@@ -86,10 +89,13 @@ class Policy:
     group_size: int = 64
     attention_sparsity: float = 1.0
     num_stages: int = 1
+    num_groups: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("device_batch_size", "num_device_batches", "num_stages"):
+        for name in ("device_batch_size", "num_device_batches", "num_stages", "num_groups"):
             value = getattr(self, name)
+            if name == "num_groups" and value is None:
+                continue
             if not _is_int(value) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         for name in ("weights", "cache", "hidden"):
@@ -116,6 +122,15 @@ class Policy:
     def block_size(self) -> int:
         """Requests of a block."""
         return self.device_batch_size * self.num_device_batches
+
+    @property
+    def groups(self) -> int:
+        """``num_groups``, chosen where it is None."""
+        if self.num_groups is not None:
+            return self.num_groups
+        if self.num_stages > 1 and self.weights.device == 100:
+            return max(self.num_stages, self.num_device_batches)
+        return self.num_stages
 
     @classmethod
     def from_percent(

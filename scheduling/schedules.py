@@ -20,20 +20,44 @@ from scheduling.ops import (
 from scheduling.workload import Workload
 
 
+def passes(w: Workload, rounds: int) -> Iterator[tuple[int, int, range]]:
+    """Every round and layer with the batches that pass it together, in a pipeline's order.
+
+    With one stage and one group that is layer after layer, all batches at each. In general it is
+    by a clock: while a stage works on one group, the stage before works on the group behind it,
+    layer by layer in turns, and a group begins its next round when it is through the last stage.
+    """
+    groups, stages = w.groups(), range(w.num_stages)
+    period = max(len(groups), w.num_stages)
+    deepest = max(len(w.layers_of(stage)) for stage in stages)
+    for clock in range((rounds - 1) * period + len(groups) + w.num_stages - 1):
+        for place in range(deepest):
+            for stage in stages:
+                layers = w.layers_of(stage)
+                turn, group = divmod(clock - stage, period)
+                if 0 <= turn < rounds and group < len(groups) and place < len(layers):
+                    yield turn, layers[place], groups[group]
+
+
 def zigzag(w: Workload) -> Iterator[Op]:
-    """FlexGen's block schedule (paper, algorithm 1): one weight load serves all batches."""
-    for step in range(w.num_steps):
-        for layer in range(w.num_layers):
-            yield LoadWeights(step, layer)
-            for batch in range(w.num_batches):
-                yield from _load(w, step, layer, batch)
-                yield Compute(step, layer, batch)
-                yield from _store(w, step, layer, batch)
-            yield FreeWeights(layer)
+    """FlexGen's block schedule (paper, algorithm 1): one weight load serves all batches.
+
+    Over several stages, all of a group's.
+    """
+    for step, layer, batches in passes(w, w.num_steps):
+        yield LoadWeights(step, layer)
+        for batch in batches:
+            yield from _load(w, step, layer, batch)
+            yield Compute(step, layer, batch)
+            yield from _store(w, step, layer, batch)
+        yield FreeWeights(layer)
 
 
 def row_by_row(w: Workload) -> Iterator[Op]:
-    """Each batch goes through the whole model by itself, as in Accelerate and DeepSpeed."""
+    """Each batch goes through the whole model by itself, as in Accelerate and DeepSpeed.
+
+    Over several stages, few of them work at a time: the next batch begins when one is through.
+    """
     for batch in range(w.num_batches):
         for step in range(w.num_steps):
             for layer in range(w.num_layers):
@@ -49,8 +73,8 @@ def lock_step(w: Workload) -> Iterator[Op]:
 
     While a batch is computed, the next layer's weights are loaded, and so are the cache and the
     hidden states of the next batch, while those of the batch before are stored; then comes a
-    device-wide barrier. With one batch, the next hidden states are what is just being computed:
-    then only the cache is a layer ahead.
+    device-wide barrier, over several stages of all of them. With one batch, the next hidden states
+    are what is just being computed: then only the cache is a layer ahead.
     """
     if w.weight_slots < 2:
         raise ScheduleError(
@@ -105,11 +129,10 @@ def diagonal(w: Workload) -> Iterator[Op]:
     more batches follow one another than are held at once.
     """
     gap = max(1, w.num_steps // w.num_batches)
-    for turn in range((w.num_batches - 1) * gap + w.num_steps):
-        joined = min(w.num_batches, turn // gap + 1)
+    for turn, layer, batches in passes(w, (w.num_batches - 1) * gap + w.num_steps):
         # Old batches first: what they leave makes room.
-        active = [b for b in range(joined) if turn - b * gap < w.num_steps]
-        for layer in range(w.num_layers):
+        active = [b for b in batches if 0 <= turn - b * gap < w.num_steps]
+        if active:
             yield LoadWeights(turn - active[0] * gap, layer)
             for batch in active:
                 step = turn - batch * gap

@@ -146,6 +146,10 @@ class _Search:
                 f"nothing to allow by {', '.join(unknown)}; known: {', '.join(CHOICES)}"
             )
         self.allow = [name for name in CHOICES if name in set(allow) and name not in fixed]
+        stages = self.base.num_stages
+        # Fewer batches than stages leave stages idle.
+        self.counts = _BATCHES if stages == 1 else (stages, 2 * stages, 4 * stages)
+        self.most_batches = max(_MOST_BATCHES, self.counts[-1])
         self.solved: dict[Policy, Candidate | None] = {}
         self.least: tuple[float, str] | None = None  # the smallest excess, for the message
 
@@ -173,7 +177,8 @@ class _Search:
         if not self._with(choices):
             given = self.fixed
             sizes = (given["device_batch_size"],) if "device_batch_size" in given else _SIZES
-            batches = (given["num_device_batches"],) if "num_device_batches" in given else _BATCHES
+            fixed = "num_device_batches" in given
+            batches = (given["num_device_batches"],) if fixed else self.counts
             for size, count in itertools.product(sizes, batches):
                 self.attempt(size, count, choices)
         climbed: set[Policy] = set()
@@ -194,7 +199,7 @@ class _Search:
                     yield other, batches
         if "num_device_batches" not in self.fixed:
             for other in sorted({batches // 2, batches * 3 // 4, batches * 3 // 2, batches * 2}):
-                if 1 <= other <= _MOST_BATCHES:
+                if 1 <= other <= self.most_batches:
                     yield size, other
 
     def _with(self, choices: Mapping[str, Any]) -> list[Candidate]:
@@ -275,7 +280,9 @@ class _Search:
             words = ", ".join(f"{t.value} {_size(n)}" for t, n in over.items())
             self.least = excess, f"nearest, {size_of(policy)}: too much by {words}"
         for tier, nbytes in over.items():
-            less[tier] = less.get(tier, 0.0) + 1.05 * nbytes
+            # What one device has too much, all of them are to have less.
+            devices = 1 if self.limits.shared or tier is not Tier.DEVICE else policy.num_stages
+            less[tier] = less.get(tier, 0.0) + 1.05 * nbytes * devices
         return None
 
     def _seconds(self, workload: Workload) -> float:

@@ -1,8 +1,8 @@
 """Ops and their costs in, a predicted timeline out.
 
-Streams, needs and slots are the executor's (``scheduling.dependencies``). Each stream works on one
-issue at a time; issues of different streams that need one resource at the same moment share it
-evenly.
+Streams, needs and slots are the executor's (``scheduling.dependencies``). Each stream of a stage
+works on one issue at a time; issues of different streams that need one resource at the same moment
+share it evenly.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from scheduling.ops import Compute, FreeWeights, LoadWeights, Op
 from scheduling.timeline import Span, Timeline
 from scheduling.workload import Workload
 
-_STREAMS = tuple(Stream)
-_NUMBER = {stream: number for number, stream in enumerate(_STREAMS)}
+_NUMBER = {stream: number for number, stream in enumerate(Stream)}
 
 
 @dataclasses.dataclass
@@ -48,10 +47,18 @@ def simulate(
         ScheduleError: the order is not valid.
         ValueError: the workload has no sizes.
     """
-    limit = look_ahead or max(64, 4 * (5 * workload.num_batches + 2))
+    limit = look_ahead or look_ahead_of(workload)
     return Timeline(
         spans=tuple(_Simulation(ops, workload, hardware, limit).run()), label="predicted"
     )
+
+
+def look_ahead_of(workload: Workload) -> int:
+    """Issues that may be waiting or running: about four layers' worth of every stage.
+
+    So a load two layers ahead is never held up by the batches in between.
+    """
+    return max(64, 4 * (5 * workload.num_batches + 2)) * workload.num_stages
 
 
 class _Simulation:
@@ -61,14 +68,18 @@ class _Simulation:
         self._costs = CostModel(workload, hardware)
         self._issues = bind(ops, workload)
         self._limit = limit
-        # By stream; indices, since hashing an enum's members a million times takes seconds.
-        self._waiting: list[deque[Issue]] = [deque() for _ in _STREAMS]
-        self._active: list[_Active | None] = [None] * len(_STREAMS)
-        # By index: what kind of op it is, when it was done, and whether.
+        # By stage and stream, as an index: hashing an enum's members a million times is slow.
+        lanes = workload.num_stages * len(Stream)
+        self._waiting: list[deque[Issue]] = [deque() for _ in range(lanes)]
+        self._active: dict[int, _Active] = {}
+        self._look: list[int] = []  # lanes whose next issue may have become ready
+        self._blocked: dict[int, list[int]] = {}  # index -> the lanes that wait for it
+        # By index: what kind of op it is, whether it crosses stages, when it was done, and whether.
         self._kinds: list[type] = []
+        self._crosses = bytearray()
         self._ends = array("d")
         self._done = bytearray()
-        self._free_since = [0.0] * len(_STREAMS)  # when each stream came to its next issue
+        self._free_since = [0.0] * lanes  # when each stream came to its next issue
         self._pending = 0
         self._exhausted = False
         self._fresh: set[int] = set()  # layers loaded and not computed with yet
@@ -77,8 +88,8 @@ class _Simulation:
     def run(self) -> Iterator[Span]:
         spans: list[Span] = []
         while True:
-            self._begin(spans)
-            if not any(self._active):
+            self._begin()
+            if not self._active:
                 if self._exhausted and not self._pending:
                     break
                 raise AssertionError("a bound schedule cannot deadlock")
@@ -86,9 +97,8 @@ class _Simulation:
         spans.sort(key=lambda span: span.start)
         return iter(spans)
 
-    def _fetch(self) -> bool:
-        """More issues into the streams' queues, while there is room; whether any came."""
-        came = False
+    def _fetch(self) -> None:
+        """More issues into the streams' queues, while there is room."""
         while not self._exhausted and self._pending < self._limit:
             issue = next(self._issues, None)
             if issue is None:
@@ -97,35 +107,39 @@ class _Simulation:
             self._done.append(0)
             self._ends.append(0.0)
             self._kinds.append(type(issue.op))
-            self._waiting[_NUMBER[issue.stream]].append(issue)
+            self._crosses.append(issue.crosses)
+            lane = _lane(issue)
+            self._waiting[lane].append(issue)
+            self._look.append(lane)
             self._pending += 1
-            came = True
-        return came
 
-    def _begin(self, spans: list[Span]) -> None:
+    def _begin(self) -> None:
         """Starts everything that can start now; what is no work is done at once."""
-        done = self._done
-        again = True
-        while again:
-            again = self._fetch()
-            for number, queue in enumerate(self._waiting):
-                while queue and self._active[number] is None:
-                    issue = queue[0]
-                    if not all(map(done.__getitem__, issue.needs)):
-                        break
-                    queue.popleft()
-                    pieces = self._pieces(issue.op)
-                    if pieces:
-                        self._active[number] = _Active(
-                            issue,
-                            self._now,
-                            deque(pieces),
-                            pieces[0][1],
-                            *self._waited(issue, self._free_since[number]),
-                        )
-                    else:
-                        self._finish(issue)
-                    again = True
+        done, active, look = self._done, self._active, self._look
+        self._fetch()
+        while look:
+            lane = look.pop()
+            queue = self._waiting[lane]
+            while queue and lane not in active:
+                issue = queue[0]
+                if not all(map(done.__getitem__, issue.needs)):
+                    missing = next(n for n in issue.needs if not done[n])
+                    self._blocked.setdefault(missing, []).append(lane)
+                    break
+                queue.popleft()
+                pieces = self._pieces(issue.op)
+                if pieces:
+                    active[lane] = _Active(
+                        issue,
+                        self._now,
+                        deque(pieces),
+                        pieces[0][1],
+                        *self._waited(issue, self._free_since[lane]),
+                    )
+                else:
+                    self._finish(issue)
+            if not look:
+                self._fetch()
 
     def _pieces(self, op: Op) -> tuple[Piece, ...]:
         if isinstance(op, FreeWeights):
@@ -143,23 +157,26 @@ class _Simulation:
         if waited <= 1e-9 * self._now or not issue.needs:
             return None, 0.0
         last = max(issue.needs, key=self._ends.__getitem__)
-        return wait_reason(type(issue.op), self._kinds[last]), waited
+        crosses = bool(self._crosses[last])
+        return wait_reason(type(issue.op), self._kinds[last], crosses=crosses), waited
 
     def _finish(self, issue: Issue) -> None:
         self._done[issue.index] = 1
         self._ends[issue.index] = self._now
         self._pending -= 1
+        self._look.append(_lane(issue))
+        self._look.extend(self._blocked.pop(issue.index, ()))
 
     def _advance(self, spans: list[Span]) -> None:
         """To the moment at which the next piece is through."""
-        active = [a for a in self._active if a is not None]
+        active = list(self._active.items())
         users: dict[str, int] = {}
-        for one in active:
+        for _, one in active:
             resource = one.pieces[0][0]
             users[resource] = users.get(resource, 0) + 1
-        step = min([one.left * users[one.pieces[0][0]] for one in active])
+        step = min([one.left * users[one.pieces[0][0]] for _, one in active])
         self._now += step
-        for one in active:
+        for lane, one in active:
             one.left -= step / users[one.pieces[0][0]]
             if one.left > 1e-12 * self._now:
                 continue
@@ -167,8 +184,11 @@ class _Simulation:
             if one.pieces:
                 one.left = one.pieces[0][1]
                 continue
-            stream = one.issue.stream
-            self._active[_NUMBER[stream]] = None
-            self._free_since[_NUMBER[stream]] = self._now
-            spans.append(Span.of(one.issue.op, stream, one.start, self._now, one.wait, one.waited))
+            del self._active[lane]
+            self._free_since[lane] = self._now
+            spans.append(Span.of(one.issue, one.start, self._now, one.wait, one.waited))
             self._finish(one.issue)
+
+
+def _lane(issue: Issue) -> int:
+    return issue.stage * len(_NUMBER) + _NUMBER[issue.stream]

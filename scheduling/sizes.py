@@ -23,12 +23,13 @@ from scheduling.policy import Tier
 
 
 class Link(enum.Enum):
-    """A way between two tiers. What goes from disk to device takes two of them."""
+    """A way between two tiers, or two devices. What goes from disk to device takes two of them."""
 
     DISK_TO_HOST = "disk to host"
     HOST_TO_DEVICE = "host to device"
     DEVICE_TO_HOST = "device to host"
     HOST_TO_DISK = "host to disk"
+    STAGE_TO_STAGE = "stage to stage"
 
 
 Moved = dict[Link, int]
@@ -97,24 +98,26 @@ class Sizes:
         dense: Per layer, bytes of the arrays that are made of stored codes, once per load.
         batches: The batches of the block.
         cache: (layer, batch) -> its cell.
-        resident: Bytes of weights per tier.
+        resident: Bytes of weights per tier, of each stage.
         matmul_flops: Per layer, FLOP of its matrix products per position.
         hidden_size: Width of a query or a key, over all heads: attention's FLOP are four times it
             per pair of positions.
         chunk_positions: What the cache on disk is written and read by; newer positions wait in
             host memory.
         reads: Per layer, how many accesses of the disk a load is; empty: none.
+        borders: Layers whose hidden states the next stage takes: whether on another host.
     """
 
     weights: tuple[Mapping[Tier, int], ...]
     dense: tuple[int, ...]
     batches: tuple[BatchSizes, ...]
     cache: Mapping[tuple[int, int], CacheCell]
-    resident: Mapping[Tier, int]
+    resident: tuple[Mapping[Tier, int], ...]
     matmul_flops: tuple[float, ...]
     hidden_size: int
     chunk_positions: int = 1
     reads: tuple[int, ...] = ()
+    borders: Mapping[int, bool] = dataclasses.field(default_factory=dict)
 
     def accesses(self, op: Op) -> int:
         """How often ``op`` accesses the disk: a cell is one file."""
@@ -174,7 +177,14 @@ class Sizes:
             return {}
         nbytes = batch.positions(op.step) * batch.hidden_nbytes
         where = {batch.hidden_tier: nbytes}
-        return _inward(where) if isinstance(op, LoadHidden) else _outward(where)
+        if isinstance(op, LoadHidden):
+            return _inward(where)
+        far = self.borders.get(op.layer)
+        if far is None:
+            return _outward(where)
+        # Memory that both stages reach needs no other way.
+        near = batch.hidden_tier is not Tier.DEVICE and not far
+        return _outward(where) | ({} if near else {Link.STAGE_TO_STAGE: nbytes})
 
     def unpacked(self, op: Op) -> int:
         """Bytes of cache that computing ``op`` unpacks; its weights come on top, once per load."""

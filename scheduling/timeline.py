@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from scheduling.dependencies import Stream
-from scheduling.ops import Op
+from scheduling.dependencies import Issue, Stream
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -19,9 +19,10 @@ class Span:
     Attributes:
         op: The name of its kind, such as ``Compute``.
         wait: What it started late for: ``weights``, ``cache``, ``hidden``, ``compute``, ``slot``
-            (nothing was free to load into), ``stores`` (too many results wait), ``barrier``; None:
-            it started as soon as its stream came to it.
+            (nothing was free to load into), ``stores`` (too many results wait), ``barrier``,
+            ``bubble`` (another pipeline stage); None: it started as soon as its stream came to it.
         waited: Seconds that its stream stood still for that.
+        stage: Whose stream it is.
     """
 
     op: str
@@ -33,21 +34,17 @@ class Span:
     batch: int | None = None
     wait: str | None = None
     waited: float = 0.0
+    stage: int = 0
 
     @classmethod
     def of(
-        cls,
-        op: Op,
-        stream: Stream,
-        start: float,
-        end: float,
-        wait: str | None = None,
-        waited: float = 0.0,
+        cls, issue: Issue, start: float, end: float, wait: str | None = None, waited: float = 0.0
     ) -> Span:
-        """The span of ``op``."""
+        """The span of ``issue``."""
+        op = issue.op
         return cls(
             type(op).__name__,
-            stream.value,
+            issue.stream.value,
             start,
             end,
             getattr(op, "step", None),
@@ -55,6 +52,7 @@ class Span:
             getattr(op, "batch", None),
             wait,
             waited,
+            issue.stage,
         )
 
     @property
@@ -79,28 +77,59 @@ class Timeline:
         """From the run's start to the last end."""
         return max((s.end for s in self.spans), default=0.0)
 
+    @functools.cached_property
+    def num_stages(self) -> int:
+        """Pipeline stages with spans; at least 1."""
+        return 1 + max((s.stage for s in self.spans), default=0)
+
+    def lane(self, span: Span) -> str:
+        """The name of the stream of ``span``, with its stage where there are several."""
+        return f"stage {span.stage}: {span.stream}" if self.num_stages > 1 else span.stream
+
     @property
     def streams(self) -> tuple[str, ...]:
-        """Streams with spans, in the order of ``Stream``."""
-        present = {s.stream for s in self.spans}
-        known = [s.value for s in Stream if s.value in present]
-        return (*known, *sorted(present - set(known)))
+        """Streams with spans, by stage and then in the order of ``Stream``."""
+        known = {stream.value: place for place, stream in enumerate(Stream)}
+        present = {(s.stage, known.get(s.stream, len(known)), self.lane(s)) for s in self.spans}
+        return tuple(name for _, _, name in sorted(present))
 
     def by_stream(self) -> dict[str, tuple[Span, ...]]:
         """The spans of each stream, in order."""
-        return {name: tuple(s for s in self.spans if s.stream == name) for name in self.streams}
+        found: dict[str, list[Span]] = {name: [] for name in self.streams}
+        for span in self.spans:
+            found[self.lane(span)].append(span)
+        return {name: tuple(spans) for name, spans in found.items()}
 
-    def busy(self, stream: str) -> float:
-        """Seconds that ``stream`` worked. A Barrier waits for others, which is no work."""
-        return sum(s.seconds for s in self.spans if s.stream == stream and s.op != "Barrier")
+    def busy(self, stream: str, stage: int | None = None) -> float:
+        """Seconds that ``stream`` worked. A Barrier waits for others, which is no work.
 
-    def waits(self, stream: str) -> dict[str, float]:
+        Args:
+            stream: As in :attr:`streams`; or a stream's plain name, with its ``stage``.
+        """
+        return sum(s.seconds for s in self._of(stream, stage) if s.op != "Barrier")
+
+    def waits(self, stream: str, stage: int | None = None) -> dict[str, float]:
         """Seconds that ``stream`` stood still, by what for; the longest first."""
         found: dict[str, float] = {}
-        for s in self.spans:
-            if s.stream == stream and s.wait is not None:
+        for s in self._of(stream, stage):
+            if s.wait is not None:
                 found[s.wait] = found.get(s.wait, 0.0) + s.waited
         return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    def _of(self, stream: str, stage: int | None) -> Iterator[Span]:
+        for s in self.spans:
+            if (s.stream, s.stage) == (stream, stage) or (stage is None and self.lane(s) == stream):
+                yield s
+
+    def stage_table(self) -> list[dict[str, float]]:
+        """Per pipeline stage, the shares of the whole in which it computes (``busy``) and in which
+        it waits for other stages (``bubble``), after its last computation included."""
+        total, name, rows = self.seconds, Stream.COMPUTE.value, []
+        for stage in range(self.num_stages) if total else ():
+            last = max((s.end for s in self._of(name, stage)), default=0.0)
+            idle = self.waits(name, stage).get("bubble", 0.0) + total - last
+            rows.append({"busy": self.busy(name, stage) / total, "bubble": idle / total})
+        return rows
 
     def summary(self) -> dict[str, dict[str, Any]]:
         """Per stream: busy seconds, their share of the whole, and what it waited for."""

@@ -8,6 +8,7 @@ from itertools import islice
 
 from scheduling.ops import (
     Barrier,
+    Cell,
     Compute,
     FreeWeights,
     LoadWeights,
@@ -18,11 +19,19 @@ from scheduling.ops import (
 from scheduling.workload import Workload
 
 
-def serialize(ops: Iterable[Op]) -> Iterator[Op]:
-    """No overlap: everything waits for the op before it (FlexGen's ``--overlap False``)."""
+def serialize(ops: Iterable[Op], workload: Workload | None = None) -> Iterator[Op]:
+    """No overlap: everything waits for the op before it (FlexGen's ``--overlap False``).
+
+    Args:
+        workload: Of several stages: everything waits for the op of its stage before it.
+    """
+    staged = workload is not None and workload.num_stages > 1
     for op in ops:
         yield op
-        yield Barrier()
+        if workload is not None and staged and not isinstance(op, Barrier):
+            yield Barrier(workload.stage_of(op.layer))
+        else:
+            yield Barrier()
 
 
 def serialized(schedule: Callable[[Workload], Iterable[Op]]) -> Callable[[Workload], Iterator[Op]]:
@@ -30,7 +39,7 @@ def serialized(schedule: Callable[[Workload], Iterable[Op]]) -> Callable[[Worklo
 
     @functools.wraps(schedule)
     def without_overlap(workload: Workload) -> Iterator[Op]:
-        return serialize(schedule(workload))
+        return serialize(schedule(workload), workload)
 
     return without_overlap
 
@@ -46,8 +55,12 @@ def remaining(ops: Iterable[Op], workload: Workload) -> Iterator[Op]:
     Without the ops of those steps, and without the weights that would be loaded for nothing else.
     """
     if not workload.done:
-        yield from ops
-        return
+        return iter(ops)
+    return _only(ops, lambda step, batch: step >= workload.first_step(batch))
+
+
+def _only(ops: Iterable[Op], kept: Callable[[int, int], bool]) -> Iterator[Op]:
+    """Without the ops whose step and batch are not ``kept``, and the weights loaded for them."""
     held: list[Op | None] = []  # from the first load on of which it is not known yet
     undecided: dict[int, int] = {}  # its layer -> its place among them
     for op in ops:
@@ -59,7 +72,7 @@ def remaining(ops: Iterable[Op], workload: Workload) -> Iterator[Op]:
                 held[place] = None
                 continue
         elif not isinstance(op, Barrier):
-            if op.step < workload.first_step(op.batch):
+            if not kept(op.step, op.batch):
                 continue
             if isinstance(op, Compute):
                 undecided.pop(op.layer, None)
@@ -75,7 +88,8 @@ class Cut:
 
     Args:
         ops: Of ``workload``, from its beginning.
-        due: Asked at each border whether to end there.
+        due: Asked, where steps begin, whether to end: then none begins any more, and those that
+            have begun, as in the other stages of a pipeline, are finished.
 
     Attributes:
         done: When all was consumed: the steps of each batch that are done, as ``Workload.done``.
@@ -85,6 +99,9 @@ class Cut:
     def __init__(self, ops: Iterable[Op], workload: Workload, due: Callable[[], bool]) -> None:
         self._ops, self._workload, self._due = ops, workload, due
         self._done = [workload.first_step(b) for b in range(workload.num_batches)]
+        self._begun = [done - 1 for done in self._done]  # the step that each batch is at
+        self._inside: set[int] = set()  # the batches that are within a step
+        self._unstored: set[Op] = set()
         self.ended = False
 
     @property
@@ -92,24 +109,41 @@ class Cut:
         return tuple(self._done)
 
     def __iter__(self) -> Iterator[Op]:
-        w, last = self._workload, self._workload.num_layers - 1
-        begun = False
-        inside: set[int] = set()  # the batches that are within a step
-        unstored: set[Op] = set()
-        for op in self._ops:
-            if isinstance(op, Compute):
-                if not inside and not unstored and begun and self._due():
+        ops = iter(self._ops)
+        any_begun = False
+        for op in ops:
+            if not isinstance(op, (LoadWeights, FreeWeights, Barrier)) and self._begins(op):
+                between = not self._inside and not self._unstored
+                if any_begun and (between or op.step > max(self._begun)) and self._due():
+                    yield from self._rest(ops)
                     return
-                begun = True
-                if w.has_cache(op.layer) and op.step + 1 < w.num_steps:
-                    unstored.add(StoreCache(op.step, op.layer, op.batch))
-                if op.layer < last:
-                    inside.add(op.batch)
-                else:
-                    unstored.add(StoreHidden(op.step, op.layer, op.batch))
-                    inside.discard(op.batch)
-                    self._done[op.batch] = op.step + 1
-            elif isinstance(op, (StoreCache, StoreHidden)):
-                unstored.discard(op)
+                any_begun = True
+                self._begun[op.batch] = op.step
+                self._inside.add(op.batch)
+            self._note(op)
             yield op
         self.ended = True
+
+    def _begins(self, op: Cell) -> bool:
+        """Whether it is the first of its batch's step."""
+        return op.step > self._begun[op.batch]
+
+    def _note(self, op: Op) -> None:
+        w = self._workload
+        if isinstance(op, (StoreCache, StoreHidden)):
+            self._unstored.discard(op)
+        elif isinstance(op, Compute):
+            if w.has_cache(op.layer) and op.step + 1 < w.num_steps:
+                self._unstored.add(StoreCache(op.step, op.layer, op.batch))
+            if op.layer == w.num_layers - 1:
+                self._unstored.add(StoreHidden(op.step, op.layer, op.batch))
+                self._inside.discard(op.batch)
+                self._done[op.batch] = op.step + 1
+
+    def _rest(self, ops: Iterator[Op]) -> Iterator[Op]:
+        """What finishes the steps that have begun."""
+        kept = _only(ops, lambda step, batch: step <= self._begun[batch])
+        while self._inside or self._unstored:
+            op = next(kept)
+            self._note(op)
+            yield op

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+from itertools import pairwise
 
 from scheduling.sizes import Sizes
+
+_NOT_NUMBERS = ("cached_layers", "done", "stages", "hosts", "sizes")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,6 +27,11 @@ class Workload:
             until there are fewer.
         device_batch_size: Requests of a batch. Descriptive, as ``prompt_len`` (tokens) is.
         done: The steps of each batch that were done before, and are left out; empty: none.
+        stages: The first layer of each pipeline stage: a device with slots and streams of its own
+            computes the layers from there to the next.
+        num_groups: Groups of batches that go through the stages one behind another, each a pass
+            over the weights; as many as there are batches, at most.
+        hosts: Of each stage, the number of the machine that it is on; empty: all on one.
         sizes: What its ops move, for cost models; two workloads are equal without them.
     """
 
@@ -37,12 +46,15 @@ class Workload:
     device_batch_size: int = 1
     prompt_len: int = 1
     done: tuple[int, ...] = ()
+    stages: tuple[int, ...] = (0,)
+    num_groups: int = 1
+    hosts: tuple[int, ...] = ()
     sizes: Sizes | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name not in ("cached_layers", "done", "sizes") and (
+            if field.name not in _NOT_NUMBERS and (
                 not isinstance(value, int) or isinstance(value, bool) or value < 1
             ):
                 raise ValueError(f"{field.name} must be an integer of at least 1, got {value!r}")
@@ -53,6 +65,7 @@ class Workload:
             raise ValueError(
                 f"done must have {self.num_batches} numbers in 0..{self.num_steps}, got {self.done}"
             )
+        self._check_stages()
         if self.cached_layers is None:
             return
         try:
@@ -67,6 +80,54 @@ class Workload:
         if outside:
             raise ValueError(f"cached_layers must lie in 0..{self.num_layers - 1}, got {outside}")
         object.__setattr__(self, "cached_layers", cached)
+
+    def _check_stages(self) -> None:
+        starts = self.stages
+        if not (
+            starts
+            and starts[0] == 0
+            and all(type(n) is int and n < self.num_layers for n in starts)
+            and all(a < b for a, b in pairwise(starts))
+        ):
+            raise ValueError(
+                f"stages must be ascending layers from 0 to {self.num_layers - 1}, got {starts}"
+            )
+        if self.hosts and not (
+            len(self.hosts) == len(starts) and all(type(n) is int and n >= 0 for n in self.hosts)
+        ):
+            raise ValueError(f"hosts must be {len(starts)} numbers from 0 on, got {self.hosts}")
+
+    @property
+    def num_stages(self) -> int:
+        """Devices that compute."""
+        return len(self.stages)
+
+    def stage_of(self, layer: int) -> int:
+        """The stage that computes ``layer``."""
+        return bisect.bisect_right(self.stages, layer) - 1
+
+    def layers_of(self, stage: int) -> range:
+        """The layers of ``stage``."""
+        ends = *self.stages[1:], self.num_layers
+        return range(self.stages[stage], ends[stage])
+
+    def host_of(self, stage: int) -> int:
+        """The machine that ``stage`` is on."""
+        return self.hosts[stage] if self.hosts else 0
+
+    @property
+    def several_hosts(self) -> bool:
+        """Whether not all stages are on one machine."""
+        return len(set(self.hosts)) > 1
+
+    def hands_over(self, layer: int) -> bool:
+        """Whether what ``layer`` computes is for another stage: the last layer's tokens are."""
+        return self.num_stages > 1 and (layer + 1 in self.stages or layer == self.num_layers - 1)
+
+    def groups(self) -> list[range]:
+        """The batches of each group; neighbours, which are alike, are in different ones."""
+        count = min(self.num_groups, self.num_batches)
+        return [range(first, self.num_batches, count) for first in range(count)]
 
     @property
     def gen_len(self) -> int:

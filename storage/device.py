@@ -56,11 +56,15 @@ class _Group:
 
 
 class DeviceSequences:
-    """Sequences resident where they are computed. Storing is dispatch only: it never waits."""
+    """Sequences resident on ``device``. Storing is dispatch only: it never waits.
+
+    What comes from another device is brought here.
+    """
 
     free_load = free_store = True
 
-    def __init__(self) -> None:
+    def __init__(self, device: Any = None) -> None:
+        self._device = device or jax.local_devices()[0]
         self._groups: dict[str, _Group] = {}
 
     @property
@@ -73,6 +77,8 @@ class DeviceSequences:
     def put(self, name: str, arrays: Sequence[jax.Array], capacity: int) -> None:
         length = arrays[0].shape[-2]
         check_capacity(name, 0, length, capacity)
+        if self._device not in arrays[0].devices():
+            arrays = jax.device_put(tuple(arrays), self._device)
         whole = tuple(arrays) if length == capacity else grow(tuple(arrays), capacity)
         self._groups[name] = _Group(whole, length, capacity)
 

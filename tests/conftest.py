@@ -19,6 +19,7 @@ import pytest
 from hypothesis import settings
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_num_cpu_devices", 4)  # for pipeline stages
 
 # Machines are shared and noisy: what matters is that the property holds, not how fast it is shown.
 settings.register_profile("default", deadline=None, max_examples=50)

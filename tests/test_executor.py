@@ -1,5 +1,6 @@
 """The executor, with effects that only record: order, overlap, errors, stopping."""
 
+import dataclasses
 import threading
 
 import pytest
@@ -64,11 +65,21 @@ workloads = st.builds(
     num_layers=st.integers(1, 5),
     num_batches=st.integers(1, 4),
     weight_slots=st.integers(2, 3),
+    num_groups=st.integers(1, 3),
 )
 
 
+@st.composite
+def staged(draw):
+    """Of one stage or several."""
+    workload = draw(workloads)
+    layers = range(1, workload.num_layers)
+    borders = draw(st.frozensets(st.sampled_from(layers), max_size=3)) if layers else ()
+    return dataclasses.replace(workload, stages=(0, *sorted(borders)))
+
+
 @given(
-    workloads,
+    staged(),
     st.sampled_from(sorted(SCHEDULES)),
     st.booleans(),
     st.sets(st.sampled_from([LoadWeights, FreeWeights, LoadHidden, StoreHidden])),
@@ -98,10 +109,10 @@ def test_every_issue_runs_once_after_what_it_needs(workload, name, serial, effor
     for issue in performed:
         for need in performed_needs(issue.index):
             assert position["end", need] < position["begin", issue.index]
-        before = last.get(issue.stream)
+        before = last.get(issue.lane)
         if before is not None:
             assert position["end", before] < position["begin", issue.index]
-        last[issue.stream] = issue.index
+        last[issue.lane] = issue.index
 
 
 def test_streams_overlap():

@@ -24,14 +24,19 @@ ops = st.one_of(
         st.builds(kind, numbers, numbers, numbers)
         for kind in (LoadCache, StoreCache, LoadHidden, StoreHidden, Compute)
     ),
-    st.just(Barrier()),
+    st.builds(Barrier, st.none() | numbers),
 )
 
 
 @st.composite
 def workloads(draw):
-    """Small ones, with any set of layers cached, and slots enough for every schedule."""
+    """Small ones, of one stage or several, with any set of layers cached.
+
+    There are slots enough for every schedule.
+    """
     layers = draw(st.integers(1, 5))
+    borders = draw(st.frozensets(st.integers(1, layers - 1), max_size=3)) if layers > 1 else ()
+    stages = 0, *sorted(borders)
     return Workload(
         num_steps=draw(st.integers(1, 4)),
         num_layers=layers,
@@ -41,9 +46,23 @@ def workloads(draw):
         cache_slots=draw(st.integers(2, 4)),
         hidden_slots=draw(st.integers(2, 4)),
         store_slots=draw(st.integers(1, 4)),
+        stages=stages,
+        num_groups=draw(st.integers(1, 5)),
+        hosts=draw(st.just(()) | st.just(tuple(range(len(stages))))),
     )
 
 
 schedules = st.sampled_from(
     [*SCHEDULES.values(), *(serialized(schedule) for schedule in SCHEDULES.values())]
 )
+
+
+def reached_from(issues, index):
+    """All that must be done before ``index``, in as many hops as it takes."""
+    reached, waiting = set(), list(issues[index].needs)
+    while waiting:
+        need = waiting.pop()
+        if need not in reached:
+            reached.add(need)
+            waiting.extend(issues[need].needs)
+    return reached

@@ -1,5 +1,6 @@
 """What waits for what, and that nothing waits for ever."""
 
+import dataclasses
 import random
 from collections import defaultdict, deque
 from itertools import count, islice
@@ -15,6 +16,7 @@ from scheduling import (
     LoadCache,
     LoadHidden,
     LoadWeights,
+    ScheduleError,
     StoreCache,
     StoreHidden,
     Stream,
@@ -27,7 +29,7 @@ from scheduling import (
     zigzag,
 )
 
-from .strategies import schedules, workloads
+from .strategies import reached_from, schedules, workloads
 
 W = Workload(num_steps=3, num_layers=4, num_batches=2)
 
@@ -70,7 +72,7 @@ def test_issues_follow_the_schedule_and_need_only_what_came_before(workload, sch
     assert [issue.op for issue in issues] == list(schedule(workload))
     assert [issue.index for issue in issues] == list(range(len(issues)))
     for issue in issues:
-        assert issue.stream is stream_of(issue.op)
+        assert issue.stream is stream_of(issue.op, workload)
         assert all(0 <= need < issue.index for need in issue.needs)
         slotted = (LoadWeights, FreeWeights, LoadCache, LoadHidden)
         assert (issue.slot is not None) == isinstance(issue.op, slotted)
@@ -91,51 +93,54 @@ def test_issues_are_bound_to_what_needs_says(workload, schedule):
 @given(workloads(), schedules)
 def test_slots_are_held_by_one_layer_at_a_time(workload, schedule):
     issues = list(bind(schedule(workload), workload))
-    held, given_back = {}, deque()
-    for issue in issues:
-        if isinstance(issue.op, LoadWeights):
-            assert 0 <= issue.slot < workload.weight_slots
-            assert issue.slot not in held.values()
-            held[issue.op.layer] = issue.slot
-            if given_back and len(given_back) + len(held) - 1 == workload.weight_slots:
-                freed = given_back.popleft()  # first in, first out
-                assert freed.slot == issue.slot
-                assert freed.index in issue.needs
-        elif isinstance(issue.op, FreeWeights):
-            assert held.pop(issue.op.layer) == issue.slot
-            given_back.append(issue)
+    for stage in range(workload.num_stages):
+        held, given_back = {}, deque()
+        for issue in issues:
+            if issue.stage != stage:
+                continue
+            if isinstance(issue.op, LoadWeights):
+                assert 0 <= issue.slot < workload.weight_slots
+                assert issue.slot not in held.values()
+                held[issue.op.layer] = issue.slot
+                if given_back and len(given_back) + len(held) - 1 == workload.weight_slots:
+                    freed = given_back.popleft()  # first in, first out
+                    assert freed.slot == issue.slot
+                    assert freed.index in issue.needs
+            elif isinstance(issue.op, FreeWeights):
+                assert held.pop(issue.op.layer) == issue.slot
+                given_back.append(issue)
 
 
 @given(workloads(), schedules)
 def test_cell_slots_are_held_from_the_load_to_the_computation(workload, schedule):
     limits = {LoadCache: workload.cache_slots, LoadHidden: workload.hidden_slots}
-    held = {kind: {} for kind in limits}
-    given_back = {kind: {} for kind in limits}  # slot -> the Compute that was its last reader
+    held = defaultdict(dict)
+    given_back = defaultdict(dict)  # slot -> the Compute that was its last reader
     for issue in bind(schedule(workload), workload):
-        op = issue.op
+        op, stage = issue.op, issue.stage
         if type(op) in limits:
             kind, cell = type(op), (op.step, op.layer, op.batch)
             assert 0 <= issue.slot < limits[kind]
-            assert issue.slot not in held[kind].values()
-            held[kind][cell] = issue.slot
-            if issue.slot in given_back[kind]:
-                assert given_back[kind][issue.slot] in issue.needs
+            assert issue.slot not in held[stage, kind].values()
+            held[stage, kind][cell] = issue.slot
+            if issue.slot in given_back[stage, kind]:
+                assert given_back[stage, kind][issue.slot] in issue.needs
         elif isinstance(op, Compute):
             for kind in limits:
-                slot = held[kind].pop((op.step, op.layer, op.batch), None)
+                slot = held[stage, kind].pop((op.step, op.layer, op.batch), None)
                 if slot is not None:
-                    given_back[kind][slot] = issue.index
+                    given_back[stage, kind][slot] = issue.index
 
 
 @given(workloads(), schedules)
 def test_computations_do_not_run_ahead_of_the_stores(workload, schedule):
-    stores = {StoreCache: [], StoreHidden: []}
+    stores = defaultdict(list)  # by stage and stream
     for issue in bind(schedule(workload), workload):
-        if type(issue.op) in stores:
-            stores[type(issue.op)].append(issue.index)
+        if isinstance(issue.op, (StoreCache, StoreHidden)):
+            stores[workload.stage_of(issue.op.layer), issue.stream].append(issue.index)
         elif isinstance(issue.op, Compute):
-            for issued in stores.values():
-                if len(issued) >= workload.store_slots:
+            for (stage, _), issued in stores.items():
+                if stage == issue.stage and len(issued) >= workload.store_slots:
                     assert issued[-workload.store_slots] in issue.needs
 
 
@@ -204,24 +209,13 @@ def test_everything_before_a_barrier_comes_before_everything_after_it(workload, 
     place = data.draw(st.integers(0, len(ops)))
     ops.insert(place, Barrier())
     issues = list(bind(ops, workload))
-    last = {issue.stream: issue.index for issue in issues[:place]}
-    reached = _reached_from(issues, place)
+    last = {issue.lane: issue.index for issue in issues[:place]}
+    reached = reached_from(issues, place)
     assert set(last.values()) <= reached
     assert all(
-        place in issue.needs or _reached_from(issues, issue.index) >= {place}
+        place in issue.needs or reached_from(issues, issue.index) >= {place}
         for issue in issues[place + 1 :]
     )
-
-
-def _reached_from(issues, index):
-    """All that must be done before ``index``, in as many hops as it takes."""
-    reached, waiting = set(), list(issues[index].needs)
-    while waiting:
-        need = waiting.pop()
-        if need not in reached:
-            reached.add(need)
-            waiting.extend(issues[need].needs)
-    return reached
 
 
 def test_bind_takes_only_what_is_asked_of_it():
@@ -257,22 +251,78 @@ def test_no_valid_schedule_deadlocks(workload, schedule, chance: random.Random):
     queues = defaultdict(deque)
     issues = list(bind(schedule(workload), workload))
     for issue in issues:
-        queues[issue.stream].append(issue)
+        queues[issue.lane].append(issue)
     done, filled = set(), {}
     while queues:
-        ready = [stream for stream, queue in queues.items() if done.issuperset(queue[0].needs)]
+        ready = [lane for lane, queue in queues.items() if done.issuperset(queue[0].needs)]
         assert ready, f"stuck at {[str(queue[0].op) for queue in queues.values()]}"
-        stream = chance.choice(ready)
-        issue = queues[stream].popleft()
+        lane = chance.choice(ready)
+        issue = queues[lane].popleft()
         if isinstance(issue.op, LoadWeights):
-            assert issue.slot not in filled
-            filled[issue.slot] = issue.op.layer
+            assert (issue.stage, issue.slot) not in filled
+            filled[issue.stage, issue.slot] = issue.op.layer
         elif isinstance(issue.op, FreeWeights):
-            assert filled.pop(issue.slot) == issue.op.layer
+            assert filled.pop((issue.stage, issue.slot)) == issue.op.layer
         elif isinstance(issue.op, Compute):
             assert issue.op.layer in filled.values()
         done.add(issue.index)
-        if not queues[stream]:
-            del queues[stream]
+        if not queues[lane]:
+            del queues[lane]
     assert len(done) == len(issues)
     assert not filled
+
+
+STAGED = Workload(num_steps=3, num_layers=6, num_batches=4, stages=(0, 2, 4), num_groups=4)
+
+
+@given(workloads(), schedules)
+def test_a_layer_is_computed_by_its_stage_and_what_it_makes_handed_over(workload, schedule):
+    for issue in bind(schedule(workload), workload):
+        if isinstance(issue.op, Barrier):
+            continue
+        stage = workload.stage_of(issue.op.layer)
+        assert issue.op.layer in workload.layers_of(stage)
+        if isinstance(issue.op, StoreHidden) and workload.hands_over(issue.op.layer):
+            assert issue.lane == (0 if workload.several_hosts else stage, Stream.HAND_OVER)
+        else:
+            assert issue.stage == stage
+            assert issue.stream is stream_of(issue.op)
+
+
+def test_stages_have_slots_of_their_own():
+    issues = list(bind(zigzag(STAGED), STAGED))
+    loads = [i for i in issues if isinstance(i.op, LoadWeights)]
+    for stage in range(3):
+        own = [i.slot for i in loads if i.stage == stage]
+        assert own == [0, 1] * (len(own) // 2)
+    # While the last stage is at its first group, the others hold layers as well.
+    held = set()
+    most = 0
+    for issue in issues:
+        if isinstance(issue.op, LoadWeights):
+            held.add(issue.stage)
+        elif isinstance(issue.op, FreeWeights):
+            held.discard(issue.stage)
+        most = max(most, len(held))
+    assert most == 1  # in the order; beside each other in time: see test_simulate.py
+
+
+def test_a_barrier_of_a_stage_holds_up_that_stage_alone():
+    ops = list(zigzag(STAGED))
+    place = 1 + next(
+        i for i, op in enumerate(ops) if isinstance(op, Compute) and STAGED.stage_of(op.layer) == 2
+    )
+    ops.insert(place, Barrier(stage=1))
+    issues = list(bind(ops, STAGED))
+    assert {issues[n].stage for n in issues[place].needs} == {1}
+    for issue in issues[place + 1 :]:
+        assert (place in issue.needs) == (issue.stage == 1)
+    with pytest.raises(ScheduleError, match=r"Barrier\(stage=3\): stage must lie in 0\.\.2"):
+        list(bind([Barrier(stage=3)], STAGED))
+
+
+def test_between_hosts_all_hand_overs_are_in_one_order():
+    far = dataclasses.replace(STAGED, hosts=(0, 1, 2))
+    lanes = {i.lane for i in bind(zigzag(far), far) if i.stream is Stream.HAND_OVER}
+    assert lanes == {(0, Stream.HAND_OVER)}
+    assert len({i.lane for i in bind(zigzag(STAGED), STAGED) if i.stream is Stream.HAND_OVER}) == 3

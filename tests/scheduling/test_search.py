@@ -60,7 +60,7 @@ def workload(policy, steps=STEPS):
             )
             for cell, tier in zip(cells, tiers, strict=True)
         },
-        resident={t: sum(w[t] for w in weights) for t in Tier},
+        resident=({t: sum(w[t] for w in weights) for t in Tier},),
         matmul_flops=(0.0, *[500.0] * (LAYERS - 1)),
         hidden_size=16,
         chunk_positions=4,
@@ -268,7 +268,7 @@ def test_the_diagonal_order_needs_less_room(prompt, steps):
             )
             for b in base.sizes.batches
         ),
-        resident=dict.fromkeys(Tier, 0),
+        resident=(dict.fromkeys(Tier, 0),),
     )
     w = dataclasses.replace(base, num_steps=steps, sizes=sizes)
 

@@ -6,6 +6,7 @@ import pytest
 
 from scheduling import (
     Compute,
+    Issue,
     LoadWeights,
     Span,
     Stream,
@@ -23,8 +24,8 @@ from .timelines import timed
 W = Workload(num_steps=2, num_layers=3, num_batches=2)
 HAND = Timeline(
     (
-        Span.of(LoadWeights(0, 1), Stream.LOAD_WEIGHTS, 0.0, 2.0),
-        Span.of(Compute(0, 1, 0), Stream.COMPUTE, 2.0, 3.0, "weights", 2.0),
+        Span.of(Issue(0, LoadWeights(0, 1), Stream.LOAD_WEIGHTS, ()), 0.0, 2.0),
+        Span.of(Issue(1, Compute(0, 1, 0), Stream.COMPUTE, ()), 2.0, 3.0, "weights", 2.0),
         Span("Barrier", "compute", 3.0, 4.0),
     ),
     "by hand",

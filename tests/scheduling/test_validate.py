@@ -38,7 +38,8 @@ def refused(ops, workload=W):
 @given(workloads(), schedules, st.data())
 def test_an_op_that_is_left_out_is_missed_by_name(workload, schedule, data):
     ops = list(schedule(workload))
-    place = data.draw(st.sampled_from([i for i, op in enumerate(ops) if op != Barrier()]))
+    places = [i for i, op in enumerate(ops) if not isinstance(op, Barrier)]
+    place = data.draw(st.sampled_from(places))
     gone = ops.pop(place)
     error = refused(ops, workload)
     assert error.missing == gone
@@ -59,7 +60,8 @@ def test_an_op_put_before_what_it_needs_is_refused(workload, schedule, data):
         (issues[need].index, issue.index)
         for issue in issues
         for need in issue.needs
-        if Barrier() not in (issue.op, issues[need].op)
+        if not isinstance(issue.op, Barrier)
+        and not isinstance(issues[need].op, Barrier)
         # Only what the rules ask: which slot is free is decided by the order itself.
         and not isinstance(issue.op, (LoadWeights, FreeWeights))
         and (
