@@ -32,6 +32,14 @@ _BEFORE = [
         metavar="NAME|FILE",
         help="A preset (t4, laptop, h200), or a JSON file.",
     ),
+    click.option(
+        "--hosts",
+        "num_hosts",
+        type=int,
+        default=1,
+        show_default=True,
+        help="Such machines that the stages are spread over.",
+    ),
 ]
 _AFTER = [
     click.option("--schedule", default="zigzag", show_default=True),
@@ -245,7 +253,21 @@ def _plan(
         fixed=changes,
         allow=allow,
         help_wanted=help_wanted,
+        num_hosts=options["num_hosts"],
     )
+
+
+def _stages(found: Plan) -> str:
+    parts = []
+    for number, stage in enumerate(found.stages):
+        shares = ""
+        if "busy" in stage:
+            shares = f", computing {stage['busy']:.0%}, bubbles {stage['bubble']:.0%}"
+        first, count = stage["first_layer"], stage["num_layers"]
+        parts.append(f"  stage {number}: layers {first} to {first + count - 1}{shares}")
+    groups = len(found.workload.groups())
+    head = f"{found.workload.num_stages} stages, the batches in {groups} groups:"
+    return "\n".join([head, *parts])
 
 
 def _described(found: Plan) -> str:
@@ -270,6 +292,8 @@ def _described(found: Plan) -> str:
         f"{floor}: {least / seconds:.0%} of the prediction",
         f"peak: {peak}",
     ]
+    if policy.num_stages > 1:
+        lines.insert(2, _stages(found))
     if found.why:
         lines.insert(2, f"chosen: {found.why}")
     helps = [f"{name} ({gain:.2f} x)" for name, gain in found.would_help.items()]

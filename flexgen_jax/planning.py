@@ -70,6 +70,23 @@ class Plan:
         """Predicted, op by op; takes some seconds for a model of hundreds of gigabytes."""
         return simulate(self.order(self.workload), self.workload, self.hardware)
 
+    @functools.cached_property
+    def stages(self) -> list[dict[str, Any]]:
+        """Of each pipeline stage its layers, and in a block not too large to simulate the shares of
+        time in which it computes (``busy``) and waits for other stages (``bubble``)."""
+        w = self.workload
+        small = w.num_steps * w.num_layers * w.num_batches <= _SIMULATED
+        shares = self.timeline.stage_table() if small else []
+        return [
+            {
+                "host": w.host_of(stage),
+                "first_layer": w.layers_of(stage).start,
+                "num_layers": len(w.layers_of(stage)),
+                **(shares[stage] if shares else {}),
+            }
+            for stage in range(w.num_stages)
+        ]
+
     @property
     def tokens_per_second(self) -> float:
         """Generated tokens over the block's time: FlexGen's throughput."""
@@ -115,6 +132,7 @@ class Plan:
             },
             "workspace_bytes": self.workspace_bytes,
             "fits": not self.misfits,
+            "stages": self.stages,
             "why": self.why,
             "would_help": self.would_help,
             "bound": name,
@@ -135,6 +153,7 @@ def plan(
     fixed: Mapping[str, Any] | None = None,
     allow: Iterable[str] = (),
     help_wanted: bool = False,
+    num_hosts: int = 1,
 ) -> Plan:
     """Predicts one full block.
 
@@ -149,6 +168,7 @@ def plan(
         allow: Methods that ``"auto"`` may use: ``host_attention``, ``weight_bits``,
             ``cache_bits``, ``attention_sparsity``.
         help_wanted: Find out what would help, which takes about as long again.
+        num_hosts: Machines like ``hardware`` that the stages are spread over, as evenly as can be.
 
     Raises:
         NothingFitsError: no policy fits the hardware.
@@ -163,7 +183,13 @@ def plan(
             f"prompt_len {prompt_len} and gen_len {gen_len} must be at least 1, and together at "
             f"most the model's {room} positions"
         )
-    known = Model(config, dtype, slots=slots or {})
+    stages = (fixed or {}).get("num_stages", 1) if policy == "auto" else policy.num_stages
+    if not 1 <= num_hosts <= stages:
+        raise ValueError(
+            f"num_hosts must lie in 1..{stages}, the number of stages; got {num_hosts}"
+        )
+    hosts = tuple(stage * num_hosts // stages for stage in range(stages)) if num_hosts > 1 else ()
+    known = Model(config, dtype, slots=slots or {}, hosts=hosts)
     job = Uniform(prompt_len, gen_len)
     name, order = schedule
     limits = Limits.of(hardware)

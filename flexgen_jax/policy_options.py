@@ -84,6 +84,18 @@ _OPTIONS = [
         help="Attend to this share of the positions, those with the largest weights.",
     ),
     click.option(
+        "--stages",
+        "--num-stages",
+        "num_stages",
+        type=int,
+        help="Devices that the layers are pipelined over. [default: 1]",
+    ),
+    click.option(
+        "--num-groups",
+        type=int,
+        help="Groups of batches that follow one another through the stages.",
+    ),
+    click.option(
         "--sep-layer",
         type=bool,
         metavar="BOOL",
@@ -111,6 +123,8 @@ NAMES = (
     "compress_cache",
     "group_size",
     "attention_sparsity",
+    "num_stages",
+    "num_groups",
     "sep_layer",
     "pin_weight",
 )
@@ -148,6 +162,8 @@ def read_policy(values: Mapping[str, Any]) -> tuple[Policy | Literal["auto"], di
         "cache_bits": _bits(values, "cache_bits", "compress_cache"),
         "group_size": values["group_size"],
         "attention_sparsity": values["attention_sparsity"],
+        "num_stages": values["num_stages"],
+        "num_groups": values["num_groups"],
     }
     changes = {name: value for name, value in given.items() if value is not None}
     policy, percent = values["policy"], values["percent"]

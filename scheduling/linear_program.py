@@ -129,11 +129,12 @@ class Program:
             for cell in _sizes(pure[Tier.DISK]).cache.values()
         )
         workspace = max(b.workspace for b in sizes.batches)
-        devices = 1 if limits.shared else len(stages)
+        hosts = max(1, len(set(pure[Tier.DEVICE].hosts)))
+        devices = hosts if limits.shared else len(stages)
         room = [
             devices * limits.device - idle - len(stages) * workspace,
-            limits.host,
-            limits.disk,
+            hosts * limits.host,
+            hosts * limits.disk,
         ]
         rows = [device, host, disk]
         if limits.shared:

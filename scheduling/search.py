@@ -280,9 +280,11 @@ class _Search:
             words = ", ".join(f"{t.value} {_size(n)}" for t, n in over.items())
             self.least = excess, f"nearest, {size_of(policy)}: too much by {words}"
         for tier, nbytes in over.items():
-            # What one device has too much, all of them are to have less.
-            devices = 1 if self.limits.shared or tier is not Tier.DEVICE else policy.num_stages
-            less[tier] = less.get(tier, 0.0) + 1.05 * nbytes * devices
+            # What the fullest device or host has too much, all of them are to have less.
+            hosts = max(1, len(set(blocks[0][0].hosts)))
+            of_device = tier is Tier.DEVICE and not self.limits.shared
+            several = policy.num_stages if of_device else hosts
+            less[tier] = less.get(tier, 0.0) + 1.05 * nbytes * several
         return None
 
     def _seconds(self, workload: Workload) -> float:

@@ -72,8 +72,8 @@ class _Simulation:
         lanes = workload.num_stages * len(Stream)
         self._waiting: list[deque[Issue]] = [deque() for _ in range(lanes)]
         self._active: dict[int, _Active] = {}
-        self._look: list[int] = []  # lanes whose next issue may have become ready
-        self._blocked: dict[int, list[int]] = {}  # index -> the lanes that wait for it
+        self._look: set[int] = set()  # lanes whose next issue may have become ready
+        self._blocked: dict[int, set[int]] = {}  # index -> the lanes that wait for it
         # By index: what kind of op it is, whether it crosses stages, when it was done, and whether.
         self._kinds: list[type] = []
         self._crosses = bytearray()
@@ -110,7 +110,7 @@ class _Simulation:
             self._crosses.append(issue.crosses)
             lane = _lane(issue)
             self._waiting[lane].append(issue)
-            self._look.append(lane)
+            self._look.add(lane)
             self._pending += 1
 
     def _begin(self) -> None:
@@ -124,7 +124,7 @@ class _Simulation:
                 issue = queue[0]
                 if not all(map(done.__getitem__, issue.needs)):
                     missing = next(n for n in issue.needs if not done[n])
-                    self._blocked.setdefault(missing, []).append(lane)
+                    self._blocked.setdefault(missing, set()).add(lane)
                     break
                 queue.popleft()
                 pieces = self._pieces(issue.op)
@@ -164,8 +164,8 @@ class _Simulation:
         self._done[issue.index] = 1
         self._ends[issue.index] = self._now
         self._pending -= 1
-        self._look.append(_lane(issue))
-        self._look.extend(self._blocked.pop(issue.index, ()))
+        self._look.add(_lane(issue))
+        self._look.update(self._blocked.pop(issue.index, ()))
 
     def _advance(self, spans: list[Span]) -> None:
         """To the moment at which the next piece is through."""

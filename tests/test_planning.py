@@ -200,8 +200,63 @@ def test_mistakes_are_named(arguments, words):
     assert words in done.output
 
 
-def test_stages_are_not_ignored():
-    with pytest.raises(ValueError, match="not supported yet: num_stages"):
+# The paper's four machines with a T4 each, with the policies of FlexGen's repository.
+FOUR = {
+    "facebook/opt-6.7b": ((100, 0, 100, 0, 100, 0), 24, 4, False, 201),
+    "facebook/opt-30b": ((20, 80, 0, 100, 0, 100), 64, 12, True, 23.6),
+    "facebook/opt-175b": ((0, 100, 0, 100, 0, 100), 40, 4, True, 2.33),
+}
+
+
+@pytest.mark.parametrize("model", sorted(FOUR))
+def test_the_papers_four_machines_within_a_factor_of_two(model):
+    percent, batch, batches, hosted, measured = FOUR[model]
+    found = fg.plan(
+        model,
+        fg.Policy.from_percent(
+            *percent,
+            device_batch_size=batch,
+            num_device_batches=batches,
+            host_attention=hosted,
+            num_stages=4,
+            num_groups=4,
+        ),
+        fg.Hardware.preset("t4"),
+        prompt_len=512,
+        gen_len=32,
+        schedule=ZIGZAG,
+        num_hosts=4,
+    )
+    assert 0.5 < found.tokens_per_second / measured < 2
+    assert not found.misfits
+    assert [stage["host"] for stage in found.stages] == [0, 1, 2, 3]
+    for stage in found.stages:
+        assert stage["busy"] + stage["bubble"] <= 1 + 1e-9
+
+
+def test_the_search_plans_for_stages():
+    def found(stages, hosts):
+        return fg.plan(
+            "facebook/opt-30b",
+            "auto",
+            fg.Hardware.preset("t4"),
+            prompt_len=512,
+            gen_len=32,
+            schedule=ZIGZAG,
+            fixed={"num_stages": stages},
+            num_hosts=hosts,
+        )
+
+    one, four = found(1, 1), found(4, 4)
+    assert not four.misfits
+    assert four.policy.num_device_batches >= 4
+    # Four devices hold what one has to fetch.
+    assert four.tokens_per_second > 4 * one.tokens_per_second
+
+
+@pytest.mark.parametrize("hosts", [0, 3])
+def test_there_are_no_more_hosts_than_stages(hosts):
+    with pytest.raises(ValueError, match=rf"num_hosts must lie in 1\.\.2.*got {hosts}"):
         fg.plan(
             "facebook/opt-125m",
             fg.Policy(num_stages=2),
@@ -209,6 +264,7 @@ def test_stages_are_not_ignored():
             prompt_len=16,
             gen_len=2,
             schedule=ZIGZAG,
+            num_hosts=hosts,
         )
 
 
