@@ -278,6 +278,49 @@ def auto(records: list[dict]) -> str:
     return f"{note}\n\n{table((*header, 'auto ÷ best'), rows)}"
 
 
+def stages(records: list[dict]) -> str:
+    on_paper = [
+        (
+            r["model"],
+            f"{r['block'][0]} x {r['block'][1]}",
+            f"{r['tokens_per_second']:.3g}",
+            f"{r['measured']:g}",
+            f"{r['tokens_per_second'] / r['measured']:.2f}",
+            r["bound"],
+        )
+        for r in records
+        if r["kind"] == "paper"
+    ]
+    first = "The paper's four T4s, a machine each: predicted beside the tokens/s that it measured."
+    header = ("model", "block", "predicted", "measured", "ratio", "bound by")
+    parts = [first, table(header, on_paper)]
+    parts.append(
+        "One to 64 such machines, 512 prompt and 32 new tokens; batches of 16, two for each stage, "
+        "the rest as policy auto chooses. Bound: of what is busiest, by how much of the time it "
+        "cannot but be busy."
+    )
+    scaled = [r for r in records if r["kind"] == "scaling"]
+    alone = {r["model"]: r["tokens_per_second"] for r in scaled if r["stages"] == 1}
+    rows = [
+        (
+            r["model"],
+            str(r["stages"]),
+            f"{r['tokens_per_second']:.3g}",
+            f"{r['tokens_per_second'] / alone[r['model']]:.1f}",
+            _thirds(r["weights"]),
+            _thirds(r["cache"]),
+            f"{r['bound']}, {r['bound_over_time']:.0%}",
+        )
+        for r in scaled
+    ]
+    header = ("model", "stages", "tokens/s", "times one", "weights", "cache", "bound by")
+    return "\n\n".join([*parts, table(header, rows)])
+
+
+def _thirds(shares: list[float]) -> str:
+    return " / ".join(f"{share:.0f}" for share in shares)
+
+
 TARGETS: dict[str, dict[str, Callable[[list[dict]], str]]] = {
     "README.md": {
         "offload": offload,
@@ -286,6 +329,7 @@ TARGETS: dict[str, dict[str, Callable[[list[dict]], str]]] = {
         "startup": startup,
     },
     "docs/throughput.md": {"growth": growth},
+    "docs/scaling.md": {"stages": stages},
     "docs/planning.md": {"paper": paper, "predict": predict, "auto": auto},
     "docs/compression.md": {"quality": quality, "compressed": compressed_speed},
 }

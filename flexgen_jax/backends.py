@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any
 
@@ -32,6 +33,18 @@ def local_devices() -> list[Any]:
         raise BackendError(
             f"JAX finds no device{_reason(error)}. Set JAX_PLATFORMS=cpu to run on the CPU"
         ) from error
+
+
+def allow_cpu_devices(count: int) -> None:
+    """Has JAX make so many devices of a CPU, unless the environment says how many.
+
+    Without effect once a backend has started; accelerators are what they are.
+    """
+    import jax
+
+    if "JAX_NUM_CPU_DEVICES" not in os.environ:
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", count)
 
 
 def _asked() -> str | None:

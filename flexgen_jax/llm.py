@@ -27,7 +27,15 @@ from flexgen_jax.report import Report, Sum
 from flexgen_jax.sampling_params import SamplingParams
 from flexgen_jax.scoring import Score, score
 from flexgen_jax.snapshots import Snapshot
-from flexgen_jax.stages import Rings, Stage, layers_of, place_stages, stage_devices, together
+from flexgen_jax.stages import (
+    Rings,
+    Stage,
+    layers_of,
+    place_stages,
+    stage_devices,
+    stage_starts,
+    together,
+)
 from flexgen_jax.streaming import generate_iter
 from flexgen_jax.tokenization import load_tokenizer
 from flexgen_jax.weights import Weights
@@ -133,6 +141,7 @@ class LLM:
         self._dtype = dtype
         self._open(str(model), policy)
         self.config = self._model.config
+        stage_starts(self.config, policy.num_stages)  # more than layers is better said now
         self.tokenizer = load_tokenizer(self._model.path)
         self.seed = seed
         self.report: Report | None = None

@@ -130,6 +130,12 @@ class Chosen:
             return {name: self._changes.get(name) for name in names}
         return {name: getattr(self._policy, name) for name in names}
 
+    @property
+    def num_stages(self) -> int:
+        """As it is asked for."""
+        fixed = self._changes.get("num_stages", 1)
+        return int(fixed if self._policy == "auto" else self._policy.num_stages)
+
     @contextlib.contextmanager
     def llm(
         self,
@@ -147,12 +153,14 @@ class Chosen:
             changes: Of the policy, beyond the options.
         """
         from flexgen_jax import measured, progress
-        from flexgen_jax.backends import local_devices
+        from flexgen_jax.backends import allow_cpu_devices, local_devices
         from flexgen_jax.checkpoint import GROUP_SIZE, stored_dtype
         from flexgen_jax.llm import LLM
         from scheduling.hardware import Hardware
         from storage.disk import DiskContext
 
+        if self.num_stages > 1:
+            allow_cpu_devices(self.num_stages)
         local_devices()  # a backend that cannot start is better known before a conversion
         v = self._values
         dtype = v["dtype"] or stored_dtype(self.model) or "float32"

@@ -33,7 +33,7 @@ _SIZES, _MOST_REQUESTS = (1, 4, 16, 64, 256), 256
 _BATCHES, _MOST_BATCHES = (1, 4, 16), 20
 _SIMULATED = 3
 _LARGE = 1000  # computations of a step
-_TRIES = 6
+_TRIES = 10
 _STEPS = (0, 25, 50, 75, 100)
 
 # The blocks of a policy, and how many there are like each; the one that takes most memory first.
@@ -241,13 +241,17 @@ class _Search:
             if found is not None:
                 return found  # everything on the device
         program = Program(policy, self.blocks, self.hardware, self.limits, self.fixed)
-        for _ in range(_TRIES):
+        for attempt in range(_TRIES):
             splits = program.solve(less)
             if splits is None:
                 break
-            found = self._dealt(policy, splits, less)
+            over: dict[Tier, float] = {}
+            found = self._dealt(policy, splits, over)
             if found is not None:
                 return found
+            for tier, nbytes in over.items():
+                # Ever more: what is too much may be less than what is dealt out at once.
+                less[tier] += nbytes * 2**attempt
         return self._in_steps(policy)
 
     def _in_steps(self, policy: Policy) -> Candidate | None:

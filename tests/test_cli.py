@@ -485,8 +485,8 @@ def test_help(arguments):
     assert "Usage: " in result.output
 
 
-def python(*arguments, **options):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+def python(*arguments, env=os.environ, **options):
+    environment = {**env, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, *arguments],
         capture_output=True,
@@ -500,6 +500,22 @@ def python(*arguments, **options):
 def test_module_and_version():
     result = python("-m", "flexgen_jax", "--version")
     assert result.stdout.strip() == f"flexgen-jax, version {fg.__version__}"
+
+
+def test_stages_make_the_devices_they_need_of_a_cpu(tmp_path, offload):
+    (tmp_path / "in.jsonl").write_text('{"prompt_token_ids": [5, 6]}\n{"prompt_token_ids": [7]}\n')
+    outputs = []
+    environment = {name: v for name, v in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
+    for stages in (1, 2):
+        out = tmp_path / f"{stages}.jsonl"
+        arguments = ["generate", "--model", MODEL, "--offload-dir", offload]
+        arguments += ["-i", tmp_path / "in.jsonl", "-o", out, "--max-tokens", "4"]
+        arguments += ["--percent", "50", "50", "0", "100", "0", "100"]
+        arguments += ["--stages", str(stages)]
+        done = python("-m", "flexgen_jax", *arguments, env=environment)
+        assert done.returncode == 0, done.stderr
+        outputs.append(out.read_text())
+    assert outputs[0] == outputs[1]
 
 
 def test_importing_and_helping_stay_light():

@@ -126,6 +126,13 @@ def test_too_few_devices_is_said_before_anything_is_read(tmp_path):
         fg.LLM(str(tmp_path / "nothing"), policy=policy(5), offload_dir=str(tmp_path))
 
 
+def test_more_stages_than_layers_are_refused_by_number(tmp_path, monkeypatch):
+    monkeypatch.setattr("flexgen_jax.llm.stage_devices", lambda count: [None] * count)
+    for options in ({"policy": policy(99)}, {"fixed": {"num_stages": 99}}):
+        with pytest.raises(ValueError, match=r"num_stages must lie in 1\..*got 99"):
+            fg.LLM(str(DEMO), offload_dir=str(tmp_path), **options)
+
+
 def test_what_is_in_place_stays(offload):
     with fg.LLM(str(DEMO), policy=policy(2), offload_dir=offload) as llm:
         with pytest.raises(ValueError, match="in place already"):
