@@ -142,6 +142,11 @@ class BatchState:
         """The tokens (rows,) that step ``step`` must give, -1: any; None: any, of all."""
         return None if self._forced is None else self._forced[:, step]
 
+    @property
+    def num_score_chunks(self) -> int:
+        """How many :meth:`wanted_scores` gives."""
+        return -(-self._wanted.shape[1] // SCORE_CHUNK)
+
     def wanted_scores(self) -> Iterator[np.ndarray]:
         """Rows, positions and next tokens (3, SCORE_CHUNK) whose log-probability is wanted."""
         for start in range(0, self._wanted.shape[1], SCORE_CHUNK):

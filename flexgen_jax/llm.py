@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from logging import DEBUG
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+
+from flexgen_jax._version import __version__
 from flexgen_jax.auto import Auto, Job, Model, Uniform, kind_of, limits_of_this_machine
 from flexgen_jax.batch_state import Generated
 from flexgen_jax.block_run import Counts, run_block
@@ -22,6 +27,8 @@ from flexgen_jax.logs import LOGGER, event
 from flexgen_jax.machine import this_machine
 from flexgen_jax.memory import parse_bytes
 from flexgen_jax.outputs import CompletionOutput, Gathered, Logprob, RequestOutput
+from flexgen_jax.process_link import ProcessLink
+from flexgen_jax.processes import Processes, process_count
 from flexgen_jax.prompts import Prompt, RequestError, as_list, parse_prompt, shown
 from flexgen_jax.report import Report, Sum
 from flexgen_jax.sampling_params import SamplingParams
@@ -33,7 +40,6 @@ from flexgen_jax.stages import (
     layers_of,
     place_stages,
     stage_devices,
-    stage_starts,
     together,
 )
 from flexgen_jax.streaming import generate_iter
@@ -48,6 +54,7 @@ from scheduling.policy import Policy, Tier
 from scheduling.schedules import SCHEDULES
 from scheduling.simulate import simulate
 from scheduling.sizes import Link
+from scheduling.stages import hosts_of
 from scheduling.timeline import Timeline
 from scheduling.transforms import serialized
 from scheduling.validate import validate
@@ -136,12 +143,13 @@ class LLM:
             raise ValueError(f"seed must be an integer of at least 0, got {seed!r}")
         if disk is not None and not isinstance(disk, DiskContext):
             raise ValueError(f"disk must be a DiskContext, got {disk!r}")
+        self._processes: Processes | None = None
         self._auto = auto
         self._say, self._offload_dir, self._limits = say or _log, offload_dir, limits
         self._dtype = dtype
         self._open(str(model), policy)
         self.config = self._model.config
-        stage_starts(self.config, policy.num_stages)  # more than layers is better said now
+        layers = layers_of(self.config, policy.num_stages)  # more than layers is better said now
         self.tokenizer = load_tokenizer(self._model.path)
         self.seed = seed
         self.report: Report | None = None
@@ -151,12 +159,38 @@ class LLM:
         self._scratch = cache_directory() if offload_dir is None else Path(offload_dir)
         self._stages: dict[int, Stage] = {}
         self._valid: set[Workload] = set()
+        self._digests: dict[Workload, bytes] = {}
         self._closed = False
         self._policy: Policy | None = None
         self._why: str | None = None
         self._chosen_for: object = None
+        self._link = StageLink()
+        self._hosts: tuple[int, ...] = ()
+        if policy.num_stages > 1 and process_count() > 1:
+            self._join(layers)
         if auto is None:
             self._place(policy)
+
+    def _join(self, layers: list[range]) -> None:
+        """Takes its part among the processes that JAX's runtime joins."""
+        self._hosts = hosts_of(len(layers), process_count())
+        held = [
+            [stage for stage, host in enumerate(self._hosts) if host == index]
+            for index in range(process_count())
+        ]
+        names = [
+            f"stage {' and '.join(map(str, stages))}, layers {layers[stages[0]].start} to "
+            f"{layers[stages[-1]].stop - 1}"
+            for stages in held
+        ]
+        self._processes = Processes(names)
+        self._link = ProcessLink(
+            self._processes,
+            self._devices,
+            layers,
+            width=self.config.hidden_size,
+            dtype=self._model.dtype,
+        )
 
     def _open(self, model: str, policy: Policy) -> None:
         """Opens the weight store that ``policy`` wants, made if need be."""
@@ -177,6 +211,8 @@ class LLM:
         self._placement = together(placements)
         layers = layers_of(self.config, policy.num_stages)
         for number, device in enumerate(self._devices):
+            if device.process_index != jax.process_index():
+                continue
             weights = Weights(
                 self._model,
                 placements[number],
@@ -214,16 +250,19 @@ class LLM:
             schedule=self._schedule,
             placed=self._policy,
         )
-        chosen = found.best.policy
         self._why = found.why()
-        event("policy chosen", policy=chosen.to_json(), why=self._why)
+        event("policy chosen", policy=found.best.policy.to_json(), why=self._why)
+        self._take(found.best.policy)
+        return self.policy
+
+    def _take(self, chosen: Policy) -> None:
+        """Works by ``chosen``; the weights, if they are in place, are where it has them."""
         if self._policy is not None:
             self._policy = chosen
-            return chosen
+            return
         if chosen.weight_bits != self._model.format.bits:
             self._open(str(self.store), chosen)
         self._place(chosen)
-        return self.policy
 
     @property
     def why(self) -> str | None:
@@ -232,7 +271,7 @@ class LLM:
 
     def _known(self) -> Model:
         chunk = (self._disk or DiskContext()).chunk_positions
-        return Model(self.config, self._dtype, self._model.format, self._slots, chunk)
+        return Model(self.config, self._dtype, self._model.format, self._slots, chunk, self._hosts)
 
     @property
     def placement(self) -> Placement:
@@ -483,10 +522,97 @@ class LLM:
         """
         if self._closed:
             raise ValueError("this LLM is closed; make another one")
-        # Refuse a bad schedule before anything runs; most blocks of a job are alike.
+        if self._processes is None:
+            self._validate(blocks)
+            self._run_blocks(blocks, on_block, progress, on_logits, snapshot_of)
+            return
+        if not self.leads:
+            raise ValueError(
+                f"process {self._processes.index} has no requests of its own: process 0 leads; "
+                "call follow()"
+            )
+        if snapshot_of is not None:
+            raise ValueError("the state of a running block cannot be saved over several processes")
+        with self._failing_together():
+            self._validate(blocks)
+            self._processes.send((self._settings(blocks), self.policy, list(blocks)))
+            self._run_blocks(blocks, on_block, progress, on_logits, None)
+
+    @property
+    def leads(self) -> bool:
+        """Whether requests are given to this process; of several, process 0 only."""
+        return self._processes is None or self._processes.leads
+
+    def follow(self) -> None:
+        """Computes its stages of what process 0 runs, until that closes its ``LLM``.
+
+        For processes other than 0, where JAX's runtime joins several. All make their ``LLM`` alike.
+
+        Raises:
+            ProcessError: another process is lost or has failed.
+            ExecutionError: an op failed here; the other processes end, too.
+            ValueError: this process leads; or its model, software or settings are not those of
+                process 0.
+        """
+        if self._processes is None or self.leads:
+            raise ValueError("there is nobody to follow: this is process 0, or the only one")
+        with self._failing_together():
+            while (message := self._processes.receive()) is not None:
+                theirs, policy, blocks = message
+                self._take(policy)
+                mine = self._settings(blocks)
+                for name, value in theirs.items():
+                    if mine[name] != value:
+                        raise ValueError(
+                            f"{name} is {mine[name]} here and {value} in process 0: start all "
+                            "processes with the same model, options and software"
+                        )
+                self._run_blocks(blocks, _ignore, None, None, None)
+
+    @contextlib.contextmanager
+    def _failing_together(self) -> Iterator[None]:
+        """What fails here is known to all processes; what failed elsewhere is what is raised."""
+        assert self._processes is not None
+        try:
+            yield
+        except BaseException as error:
+            self._processes.fail(str(error) or type(error).__name__)
+            raise
+
+    def _settings(self, blocks: Sequence[Block]) -> dict[str, Any]:
+        """What has to be the same in all processes."""
+        orders = hashlib.sha256()
+        for block in blocks:
+            orders.update(self._digest_of_order(self._workload(block)))
+        return {
+            "the software": f"flexgen-jax {__version__}, jax {jax.__version__}",
+            "the model": self.identity(),
+            "the seed": self.seed,
+            "the schedule": f"{self.schedule_name} ({orders.hexdigest()[:8]})",
+        }
+
+    def _digest_of_order(self, workload: Workload) -> bytes:
+        if workload not in self._digests:
+            found = hashlib.sha256()
+            for op in self._order()(workload):
+                found.update(repr(op).encode())
+            self._digests[workload] = found.digest()
+        return self._digests[workload]
+
+    def _validate(self, blocks: Sequence[Block]) -> None:
+        """Refuses a bad schedule before anything runs; most blocks of a job are alike."""
         for workload in {self._workload(block) for block in blocks} - self._valid:
             validate(self._schedule(workload), workload)
             self._valid.add(workload)
+
+    def _run_blocks(
+        self,
+        blocks: Sequence[Block],
+        on_block: Callable[[int, dict[int, RequestOutput], Report], None],
+        progress: Callable[[int], None] | None,
+        on_logits: OnLogits | None,
+        snapshot_of: Callable[[int], Snapshot] | None,
+    ) -> None:
         _log_begun(self.schedule_name, blocks, self.plan(blocks))
         begun, tokens, gathered = time.perf_counter(), 0, Gathered()
         with self._cells(blocks) as cells:
@@ -631,7 +757,7 @@ class LLM:
             workload,
             stages,
             cells,
-            link=StageLink(),
+            link=self._link,
             config=self.config,
             dtype=self._model.dtype,
             seed=self.seed,
@@ -687,9 +813,11 @@ class LLM:
 
     def close(self) -> None:
         """Gives back the weights' memory and file handles."""
+        if not self._closed and self._processes is not None:
+            if self.leads:
+                self._processes.send(None)
+            self._processes.close()
         self._closed = True
-        if self._policy is None:
-            return
         for stage in self._stages.values():
             stage.close()
 
@@ -698,6 +826,10 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _ignore(*_: object) -> None:
+    """Results are process 0's."""
 
 
 def _log(message: str) -> None:

@@ -23,6 +23,7 @@ from scheduling.peak import highest, peak_nbytes
 from scheduling.placement import Placement
 from scheduling.policy import Policy, Tier
 from scheduling.simulate import simulate
+from scheduling.stages import hosts_of
 from scheduling.timeline import Timeline
 from scheduling.transforms import serialized
 from scheduling.workload import Workload
@@ -188,7 +189,7 @@ def plan(
         raise ValueError(
             f"num_hosts must lie in 1..{stages}, the number of stages; got {num_hosts}"
         )
-    hosts = tuple(stage * num_hosts // stages for stage in range(stages)) if num_hosts > 1 else ()
+    hosts = hosts_of(stages, num_hosts) if num_hosts > 1 else ()
     known = Model(config, dtype, slots=slots or {}, hosts=hosts)
     job = Uniform(prompt_len, gen_len)
     name, order = schedule

@@ -7,11 +7,13 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import jax
+
 from flexgen_jax.config import OPTConfig
 from flexgen_jax.params import matmul_flops, unit_names
 from scheduling.placement import Placement, place
 from scheduling.policy import Policy, Tier
-from scheduling.stages import balanced
+from scheduling.stages import balanced, hosts_of
 from storage.slots import Ring
 
 if TYPE_CHECKING:
@@ -130,22 +132,41 @@ def fullest(stages: Sequence[Mapping[Tier, int]], *, shared: bool) -> dict[Tier,
 
 
 def stage_devices(num_stages: int) -> list[Any]:
-    """A device for each stage.
+    """A device for each stage: of all processes, where JAX's runtime joins several.
 
     Raises:
         ValueError: there are too few; the message says how to have more.
     """
     from flexgen_jax.backends import local_devices
+    from flexgen_jax.processes import process_count
 
-    devices = local_devices()
-    if len(devices) < num_stages:
+    local = local_devices()
+    count = process_count() if num_stages > 1 else 1
+    if num_stages < count:
+        raise ValueError(
+            f"num_stages {num_stages} over {count} processes: each of them needs a stage at least"
+        )
+    if count == 1:
+        return _first(local, num_stages)
+    hosts = hosts_of(num_stages, count)
+    return [
+        device
+        for index in range(count)
+        for device in _first(
+            [d for d in jax.devices() if d.process_index == index], hosts.count(index)
+        )
+    ]
+
+
+def _first(devices: list[Any], count: int) -> list[Any]:
+    if len(devices) < count:
         cure = (
-            f"to try stages on a CPU, set JAX_NUM_CPU_DEVICES={num_stages} before JAX starts"
+            f"to try stages on a CPU, set JAX_NUM_CPU_DEVICES={count} before JAX starts"
             if devices[0].platform == "cpu"
             else "use fewer stages, or more machines"
         )
         raise ValueError(
-            f"num_stages {num_stages} needs {num_stages} devices, and JAX finds {len(devices)} "
+            f"num_stages {count} needs {count} devices, and JAX finds {len(devices)} "
             f"({devices[0].device_kind}); {cure}"
         )
-    return devices[:num_stages]
+    return devices[:count]

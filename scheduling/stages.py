@@ -48,3 +48,8 @@ def balanced(costs: Sequence[float], num_stages: int) -> tuple[int, ...]:
         end = row[end][2]
         starts.append(end)
     return tuple(reversed(starts))
+
+
+def hosts_of(num_stages: int, num_hosts: int) -> tuple[int, ...]:
+    """The host of each stage: neighbours together, as many on each as can be."""
+    return tuple(stage * num_hosts // num_stages for stage in range(num_stages))

@@ -1,0 +1,279 @@
+"""Several processes, each with stages of its own, that run one model by JAX's distributed runtime.
+
+Process 0 leads: it has the requests, and tells the others what to run. What is said and whether all
+are alive goes over the runtime's key-value store; arrays go by collectives (``process_link``).
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import logging
+import os
+import pickle
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from flexgen_jax.logs import event
+from flexgen_jax.sentry import Sentry
+
+TIMEOUT = 60.0
+# After a verdict: how long a process may take to end by itself before it is ended.
+_GRACE = 10.0
+_CHUNK = 1 << 20  # of a message: the store's values travel whole
+_SPACE = "flexgen-jax"
+_timeout = TIMEOUT
+
+
+class ProcessError(RuntimeError):
+    """Another process of the pipeline is lost, has failed, or never came."""
+
+
+def initialize(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    timeout: float = TIMEOUT,
+) -> None:
+    """``jax.distributed.initialize``, with a time-out for all that waits for other processes.
+
+    To be called before anything else uses JAX. After it an ``LLM`` with several stages spreads them
+    over the processes. Those who call ``jax.distributed.initialize`` themselves need not call it.
+
+    Args:
+        coordinator_address: ``HOST:PORT`` of process 0. None, like the other two: as the cluster's
+            environment has it (Slurm, Open MPI, Kubernetes, ...).
+        num_processes: How many there are.
+        process_id: Which of them this is, from 0.
+        timeout: Seconds after which a process that does not join, or shows no sign of life, is
+            taken for lost, whereupon the others end.
+
+    Raises:
+        ValueError: the environment does not say what was not given.
+
+    Where not all processes join in time, JAX's runtime aborts those that have; the last line on the
+    standard error says so.
+    """
+    global _timeout
+    import jax
+
+    _timeout = timeout
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # It would keep SIGTERM for itself.
+    jax.config.update("jax_enable_preemption_service", False)
+    # The runtime aborts a process that fails to join: nothing can be caught.
+    _sentry().expect(
+        f"not all of the {num_processes or ''} processes joined"
+        f"{f' at {coordinator_address}' if coordinator_address else ''} within {timeout:g} s: "
+        "start one with each id, all with the same address, which every machine must be able to "
+        "reach"
+    )
+    try:
+        jax.distributed.initialize(
+            coordinator_address,
+            num_processes,
+            process_id,
+            initialization_timeout=max(1, round(timeout)),
+            # The second line of defence: it cannot say which stage was lost.
+            heartbeat_timeout_seconds=round(2 * timeout) + 30,
+        )
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"which processes there are is not known: {error} Give the coordinator's address, the "
+            "number of processes and the id of this one"
+        ) from error
+    finally:
+        _sentry().expect()
+
+
+@functools.cache
+def _sentry() -> Sentry:
+    sentry = Sentry()
+    atexit.register(sentry.close)
+    return sentry
+
+
+def _state() -> Any:
+    """Of JAX's runtime: its key-value store has no public name yet."""
+    from jax._src import distributed
+
+    return distributed.global_state
+
+
+def process_count() -> int:
+    """How many processes JAX's runtime joins; 1 where it was not started. Starts no backend."""
+    state = _state()
+    return int(state.num_processes) if state.client is not None else 1
+
+
+def _end_failed() -> None:
+    """At the exit: without the others JAX's runtime would wait for them, and then abort."""
+    if Processes.broken:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+class Processes:
+    """What an ``LLM`` shares with those of the other processes, from its making to its end.
+
+    Args:
+        names: Of each process, what it has: for messages.
+
+    Attributes:
+        index: Of this process. ``count``: how many there are.
+    """
+
+    broken = False  # of any of this process's
+    _made = 0
+
+    def __init__(self, names: Sequence[str]) -> None:
+        state = _state()
+        self._client = state.client
+        self.index, self.count = int(state.process_id), int(state.num_processes)
+        self._names = [f"process {i} ({name})" for i, name in enumerate(names)]
+        self._timeout = _timeout
+        self._interval = min(1.0, _timeout / 10)
+        # Every process makes its LLMs in the same order.
+        if not Processes._made:
+            atexit.register(_end_failed)
+        Processes._made += 1
+        self._space = f"{_SPACE}/{Processes._made}"
+        self._sent = self._received = 0
+        self._verdict: str | None = None
+        self._known = threading.Event()
+        self._ended = threading.Event()
+        self._suspicious = self._failed = False
+        if not self.leads:
+            _sentry().expect(
+                f"lost {self._names[0]}, which leads: JAX's runtime has ended "
+                f"{self._names[self.index]}",
+                unless=state.coordinator_address,
+            )
+        self._found: dict[str, str] = {}  # by the last look at the store
+        self._said: str | None = None
+        # Two, since whoever asks a coordinator that hangs does not come back.
+        self._threads = [
+            threading.Thread(target=work, name="flexgen-processes", daemon=True)
+            for work in (self._beat, self._watch)
+        ]
+        for thread in self._threads:
+            thread.start()
+        event("joined", process=self.index, of=self.count, has=names[self.index])
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is process 0."""
+        return self.index == 0
+
+    def send(self, message: Any) -> None:
+        """To all others; they get messages in order."""
+        data = pickle.dumps(message)
+        chunks = [data[i : i + _CHUNK] for i in range(0, len(data), _CHUNK)]
+        name = f"{self._space}/message/{self._sent}"
+        for place, chunk in enumerate(chunks):
+            self._client.key_value_set_bytes(f"{name}/{place}", chunk)
+        self._client.key_value_set(name, str(len(chunks)))
+        # The last but one has been read: what the last one tells of takes all processes.
+        if self._sent >= 2:
+            self._client.key_value_delete(f"{self._space}/message/{self._sent - 2}")
+        self._sent += 1
+
+    def receive(self) -> Any:
+        """The next message; waits for it.
+
+        Raises:
+            ProcessError: another process is lost or has failed.
+        """
+        name = f"{self._space}/message/{self._received}"
+        while True:
+            self.check()
+            try:
+                chunks = int(self._client.blocking_key_value_get(name, 1000))
+                break
+            except Exception as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise self.explained(error) from error
+        data = b"".join(
+            self._client.blocking_key_value_get_bytes(f"{name}/{place}", 10_000)
+            for place in range(chunks)
+        )
+        self._received += 1
+        return pickle.loads(data)
+
+    def check(self) -> None:
+        """Raises ``ProcessError`` if another process is lost or has failed."""
+        if self._verdict is not None:
+            raise ProcessError(self._verdict)
+
+    def explained(self, error: BaseException) -> ProcessError:
+        """Why working with the others has failed: waits until it is known, or for the time-out."""
+        self._suspicious = True
+        if self._known.wait(self._timeout):
+            return ProcessError(self._verdict)
+        return ProcessError(f"working with the other processes failed: {error}")
+
+    def fail(self, why: str) -> None:
+        """Tells the others that this one has failed, so that they end too; the first counts."""
+        self._failed = Processes.broken = True
+        if self._verdict is None:
+            self._said = f"{self._names[self.index]} failed: {why}"[:2000]
+
+    def _beat(self) -> None:
+        """Shows a sign of life, and notes those of the others."""
+        beats, health = 0, f"{self._space}/health/"
+        while not self._ended.wait(self._interval):
+            beats += 1
+            # It fails where nobody answers, and then process 0 shows no sign of life either.
+            with contextlib.suppress(Exception):
+                self._client.key_value_set(
+                    f"{health}alive/{self.index}", str(beats), allow_overwrite=True
+                )
+                self._found = dict(self._client.key_value_dir_get(health))
+            if self._said is not None:
+                with contextlib.suppress(Exception):  # another process was first
+                    self._client.key_value_set(f"{health}verdict", self._said)
+
+    def _watch(self) -> None:
+        """Looks for who shows no sign of life, and whether somebody has failed."""
+        health = f"{self._space}/health/"
+        seen = {i: ("", time.monotonic()) for i in range(self.count) if i != self.index}
+        while not self._ended.wait(self._interval / 2):
+            found, now = self._found, time.monotonic()
+            verdict = found.get(f"{health}verdict")
+            patience = 5 * self._interval if self._suspicious else self._timeout
+            for other, (value, since) in seen.items():
+                beat = found.get(f"{health}alive/{other}", value)
+                if beat != value:
+                    seen[other] = beat, now
+                elif now - since > patience and verdict is None:
+                    verdict = f"lost {self._names[other]}: no sign of life for {now - since:.0f} s"
+                    self._said = verdict
+            if verdict is not None:
+                self._end(verdict)
+                return
+
+    def _end(self, verdict: str) -> None:
+        self._verdict = verdict
+        self._known.set()
+        event("processes end", level=logging.ERROR, why=verdict)
+        if not self._ended.wait(_GRACE):
+            # A thread hangs in a collective, which nothing can interrupt.
+            print(f"Error: {verdict}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    def close(self) -> None:
+        """Ends the watch; the other processes are expected to do so, too."""
+        if self._ended.is_set():
+            return
+        if self._failed:
+            time.sleep(3 * self._interval)  # the others are to read why, the store may be here
+        self._ended.set()
+        _sentry().expect()
+        for thread in self._threads:
+            thread.join(timeout=_GRACE)
