@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from flexgen_jax.cli_jobs import (
     job_options,
     print_report,
 )
+from flexgen_jax.cli_processes import joined, process_options
 from flexgen_jax.llm_options import DTYPES, Chosen, llm_options
 from flexgen_jax.pictures import check_pictures, write_pictures
 from flexgen_jax.signals import terminable
@@ -166,6 +168,7 @@ def export(
 @llm_options
 @job_options
 @checkpoint_option
+@process_options
 @click.option(
     "--prompt-len",
     type=click.IntRange(min=1),
@@ -235,15 +238,20 @@ def generate(
     The exit code is 0 if any line succeeded, 1 if none did or the run failed on the way, 2 if the
     job could not start, 130 after Ctrl-C, 143 after SIGTERM.
     """
-    with plain_errors(), terminable():
+    with plain_errors(), terminable(), contextlib.ExitStack() as stack:
         from flexgen_jax import measured
         from flexgen_jax.batch import Completing, check_same, completing_identity, recorded_policy
         from flexgen_jax.sampling_params import SamplingParams
 
         chosen = Chosen(options, seed=seed)
+        leads = stack.enter_context(joined(options, chosen))
         if cut_gen_len is not None:
             options["max_tokens"] = min(options["max_tokens"], cut_gen_len)
         tell = silent if quiet else say
+        if not leads:
+            with chosen.llm(tell, quiet=True) as llm:
+                llm.follow()
+            return
         if prompt_len is not None:
             if options["input_path"] is not None:
                 raise Failure("--prompt-len makes the prompts by itself: leave --input out")

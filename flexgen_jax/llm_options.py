@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +106,7 @@ class Chosen:
     def __init__(self, options: dict[str, Any], *, seed: int = 0) -> None:
         self._values = {name: options.pop(name) for name in NAMES}
         policy, changes = read_policy(self._values)
+        stages_given = "num_stages" in changes
         self._allow = allowed(self._values["allow"])
         if policy != "auto":
             given = [n for n in ("device_memory", "host_memory", "allow") if self._values[n]]
@@ -115,6 +117,10 @@ class Chosen:
                     "FILE say themselves where everything lies. Leave one or the other out"
                 )
             policy, changes = dataclasses.replace(policy, **changes), {}
+        # None: of one process one, of several one for each device that they have.
+        self._num_stages: int | None = changes.get("num_stages")
+        if policy != "auto" and (policy.num_stages > 1 or stages_given):
+            self._num_stages = policy.num_stages
         self._policy, self._changes, self._seed = policy, changes, seed
 
     @property
@@ -130,11 +136,12 @@ class Chosen:
             return {name: self._changes.get(name) for name in names}
         return {name: getattr(self._policy, name) for name in names}
 
-    @property
-    def num_stages(self) -> int:
-        """As it is asked for."""
-        fixed = self._changes.get("num_stages", 1)
-        return int(fixed if self._policy == "auto" else self._policy.num_stages)
+    def allow_cpu_devices(self, num_processes: int) -> None:
+        """Has JAX make as many devices of a CPU as one of the processes needs for its stages."""
+        from flexgen_jax.backends import allow_cpu_devices
+
+        if self._num_stages is not None:
+            allow_cpu_devices(math.ceil(self._num_stages / num_processes))
 
     @contextlib.contextmanager
     def llm(
@@ -152,15 +159,20 @@ class Chosen:
             recorded: What ``auto`` came to when the job was begun: it is not to come to another.
             changes: Of the policy, beyond the options.
         """
+        import jax
+
         from flexgen_jax import measured, progress
-        from flexgen_jax.backends import allow_cpu_devices, local_devices
+        from flexgen_jax.backends import local_devices
         from flexgen_jax.checkpoint import GROUP_SIZE, stored_dtype
         from flexgen_jax.llm import LLM
+        from flexgen_jax.processes import process_count
         from scheduling.hardware import Hardware
         from storage.disk import DiskContext
 
-        if self.num_stages > 1:
-            allow_cpu_devices(self.num_stages)
+        if process_count() > 1:
+            changes = {"num_stages": self._num_stages or jax.device_count(), **changes}
+        else:
+            self.allow_cpu_devices(1)
         local_devices()  # a backend that cannot start is better known before a conversion
         v = self._values
         dtype = v["dtype"] or stored_dtype(self.model) or "float32"

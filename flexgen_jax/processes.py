@@ -83,12 +83,14 @@ def initialize(
             heartbeat_timeout_seconds=round(2 * timeout) + 30,
         )
     except (ValueError, TypeError) as error:
+        _sentry().expect()
         raise ValueError(
             f"which processes there are is not known: {error} Give the coordinator's address, the "
             "number of processes and the id of this one"
         ) from error
-    finally:
-        _sentry().expect()
+    _sentry().expect()
+    if not leads():
+        _sentry().expect("lost process 0, which leads", unless=_state().coordinator_address)
 
 
 @functools.cache
@@ -117,6 +119,11 @@ def _end_failed() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
+
+
+def leads() -> bool:
+    """Whether this is process 0, or the only one. Starts no backend."""
+    return process_count() == 1 or _state().process_id == 0
 
 
 class Processes:
