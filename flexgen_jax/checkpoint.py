@@ -16,7 +16,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from statistics import NormalDist
@@ -196,12 +196,18 @@ def stored_dtype(path: str | Path) -> str | None:
         return None
 
 
-def open_store(path: str | Path, *, dtype: str | None = None) -> StoredModel:
+def open_store(
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    needed: Callable[[OPTConfig, WeightFormat], Collection[str]] | None = None,
+) -> StoredModel:
     """Checks a weight store without reading its weights.
 
     Args:
         path: The directory.
         dtype: What the weights are to be; None takes what is there.
+        needed: Says which arrays are opened, and have to be there; None: all.
 
     Raises:
         StoreError: no store, of another version or dtype, incomplete or damaged.
@@ -218,7 +224,9 @@ def open_store(path: str | Path, *, dtype: str | None = None) -> StoredModel:
     config = OPTConfig.load(path)
     arrays = {}
     form = WeightFormat(manifest.dtype, manifest.weight_bits, manifest.weight_group)
-    for name, expected in form.entries(config).items():
+    entries = form.entries(config)
+    names = entries if needed is None else needed(config, form)
+    for name, expected in entries.items():
         if manifest.tensors.get(name) != expected:
             raise StoreError(
                 f"{path / MANIFEST_NAME}: expected {name} as {expected.dtype} "
@@ -226,6 +234,8 @@ def open_store(path: str | Path, *, dtype: str | None = None) -> StoredModel:
                 f"{_brief(manifest.tensors.get(name))}; the store is damaged, remove it and "
                 "convert the model again"
             )
+        if name not in names:
+            continue
         arrays[name] = describe_array(path / name)
         found = TensorEntry.of(arrays[name].shape, arrays[name].dtype.name)
         if found != expected:

@@ -32,11 +32,12 @@ class Failure(click.ClickException):
 def plain_errors() -> Iterator[None]:
     """Turns expected errors into one line; anything else keeps its traceback."""
     from flexgen_jax.executor import ExecutionError
+    from flexgen_jax.processes import ProcessError
     from storage.store import StorageError
 
     try:
         yield
-    except ExecutionError as error:
+    except (ExecutionError, ProcessError) as error:
         raise Failure(str(error), code=1) from error
     except (ValueError, ImportError, OSError, StorageError) as error:
         raise Failure(str(error)) from error

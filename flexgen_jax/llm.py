@@ -21,6 +21,7 @@ from flexgen_jax.block_run import Counts, run_block
 from flexgen_jax.blocks import Block, Request, make_blocks
 from flexgen_jax.cells import Cells, WrapStore, place_cache, place_hidden
 from flexgen_jax.checkpoint import cache_directory, open_store, resolve
+from flexgen_jax.config import OPTConfig
 from flexgen_jax.generation import BlockEffects, OnLogits
 from flexgen_jax.links import Link as StageLink
 from flexgen_jax.logs import LOGGER, event
@@ -40,10 +41,12 @@ from flexgen_jax.stages import (
     layers_of,
     place_stages,
     stage_devices,
+    stored_names,
     together,
 )
 from flexgen_jax.streaming import generate_iter
 from flexgen_jax.tokenization import load_tokenizer
+from flexgen_jax.weight_format import WeightFormat
 from flexgen_jax.weights import Weights
 from scheduling.calibrate import Observation, observations
 from scheduling.cost_model import CostModel, bound
@@ -201,7 +204,13 @@ class LLM:
             say=self._say,
             **_weight_format(policy),
         )
-        self._model = open_store(store, dtype=self._dtype)
+
+        def needed(config: OPTConfig, form: WeightFormat) -> set[str]:
+            layers = layers_of(config, policy.num_stages)
+            here = (i for i, device in enumerate(self._devices) if _is_here(device))
+            return stored_names(config, form, (layer for i in here for layer in layers[i]))
+
+        self._model = open_store(store, dtype=self._dtype, needed=needed)
         self.store = self._model.path  # where the weights lie, converted if need be
 
     def _place(self, policy: Policy) -> None:
@@ -211,7 +220,7 @@ class LLM:
         self._placement = together(placements)
         layers = layers_of(self.config, policy.num_stages)
         for number, device in enumerate(self._devices):
-            if device.process_index != jax.process_index():
+            if not _is_here(device):
                 continue
             weights = Weights(
                 self._model,
@@ -241,7 +250,7 @@ class LLM:
         if alike == self._chosen_for:
             return self.policy
         self._chosen_for = alike
-        stored = sum(file.nbytes for file in self._model.arrays.values())
+        stored = sum(e.nbytes for e in self._model.format.entries(self.config).values())
         found = self._auto.choose(
             self._known(),
             job,
@@ -572,12 +581,16 @@ class LLM:
     @contextlib.contextmanager
     def _failing_together(self) -> Iterator[None]:
         """What fails here is known to all processes; what failed elsewhere is what is raised."""
-        assert self._processes is not None
         try:
             yield
         except BaseException as error:
-            self._processes.fail(str(error) or type(error).__name__)
+            self._fail(error)
             raise
+
+    def _fail(self, error: BaseException) -> None:
+        if self._processes is not None:
+            stopped = isinstance(error, KeyboardInterrupt)
+            self._processes.fail("interrupted" if stopped else str(error) or type(error).__name__)
 
     def _settings(self, blocks: Sequence[Block]) -> dict[str, Any]:
         """What has to be the same in all processes."""
@@ -814,8 +827,6 @@ class LLM:
     def close(self) -> None:
         """Gives back the weights' memory and file handles."""
         if not self._closed and self._processes is not None:
-            if self.leads:
-                self._processes.send(None)
             self._processes.close()
         self._closed = True
         for stage in self._stages.values():
@@ -824,8 +835,14 @@ class LLM:
     def __enter__(self) -> LLM:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self._fail(error)
         self.close()
+
+
+def _is_here(device: Any) -> bool:
+    return bool(device.process_index == jax.process_index())
 
 
 def _ignore(*_: object) -> None:

@@ -170,7 +170,12 @@ class Chosen:
         from storage.disk import DiskContext
 
         if process_count() > 1:
-            changes = {"num_stages": self._num_stages or jax.device_count(), **changes}
+            stages = self._num_stages or jax.device_count()
+            if stages < process_count():
+                raise ValueError(
+                    f"--stages {stages}: each of the {process_count()} processes needs a stage"
+                )
+            changes = {"num_stages": stages, **changes}
         else:
             self.allow_cpu_devices(1)
         local_devices()  # a backend that cannot start is better known before a conversion

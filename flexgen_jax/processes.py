@@ -23,7 +23,7 @@ from flexgen_jax.sentry import Sentry
 
 TIMEOUT = 60.0
 # After a verdict: how long a process may take to end by itself before it is ended.
-_GRACE = 10.0
+_GRACE = 5.0
 _CHUNK = 1 << 20  # of a message: the store's values travel whole
 _SPACE = "flexgen-jax"
 _timeout = TIMEOUT
@@ -82,6 +82,9 @@ def initialize(
             # The second line of defence: it cannot say which stage was lost.
             heartbeat_timeout_seconds=round(2 * timeout) + 30,
         )
+    except RuntimeError as error:
+        _sentry().expect()
+        raise ValueError(f"cannot join other processes: {error}") from error
     except (ValueError, TypeError) as error:
         _sentry().expect()
         raise ValueError(
@@ -154,7 +157,7 @@ class Processes:
         self._sent = self._received = 0
         self._verdict: str | None = None
         self._known = threading.Event()
-        self._ended = threading.Event()
+        self._closing, self._ended = threading.Event(), threading.Event()
         self._suspicious = self._failed = False
         if not self.leads:
             _sentry().expect(
@@ -192,7 +195,7 @@ class Processes:
         self._sent += 1
 
     def receive(self) -> Any:
-        """The next message; waits for it.
+        """The next message; waits for it. None: there are no more.
 
         Raises:
             ProcessError: another process is lost or has failed.
@@ -269,17 +272,38 @@ class Processes:
         self._verdict = verdict
         self._known.set()
         event("processes end", level=logging.ERROR, why=verdict)
-        if not self._ended.wait(_GRACE):
+        if not self._closing.wait(_GRACE):
             # A thread hangs in a collective, which nothing can interrupt.
             print(f"Error: {verdict}", file=sys.stderr, flush=True)
+            self._leave()
             os._exit(1)
 
+    def _leave(self) -> None:
+        """Says that the others need not wait for this one."""
+        with contextlib.suppress(Exception):
+            self._client.key_value_set(f"{self._space}/health/left/{self.index}", "")
+
+    def _part(self) -> None:
+        """After a failure: sees to it that the others know why. The store is in process 0."""
+        if self._verdict is None:
+            self._known.wait(3 * self._interval)
+        if not self.leads:
+            self._leave()
+            return
+        others = {f"{self._space}/health/left/{i}" for i in range(1, self.count)}
+        deadline = time.monotonic() + _GRACE + 3 * self._interval
+        while time.monotonic() < deadline and not others <= self._found.keys():
+            time.sleep(self._interval / 4)
+
     def close(self) -> None:
-        """Ends the watch; the other processes are expected to do so, too."""
+        """Ends the watch. Of process 0, unless it failed: what it sends is at its end: ``None``."""
         if self._ended.is_set():
             return
+        if self.leads and not self._failed:
+            self.send(None)
+        self._closing.set()
         if self._failed:
-            time.sleep(3 * self._interval)  # the others are to read why, the store may be here
+            self._part()
         self._ended.set()
         _sentry().expect()
         for thread in self._threads:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -100,18 +100,23 @@ def place_stages(config: OPTConfig, form: WeightFormat, policy: Policy) -> list[
     entries = form.entries(config)
     placements = []
     for layers in layers_of(config, policy.num_stages):
-        needed = {
-            stored
-            for layer in layers
-            for name in unit_names(config, config.units[layer])
-            for stored in form.stored_names(name)
-        }
+        needed = stored_names(config, form, layers)
         cells = [(name, entry.nbytes) for name, entry in entries.items() if name in needed]
         tiers = place([nbytes for _, nbytes in cells], policy.weights)
         placements.append(
             Placement.of((*cell, tier) for cell, tier in zip(cells, tiers, strict=True))
         )
     return placements
+
+
+def stored_names(config: OPTConfig, form: WeightFormat, layers: Iterable[int]) -> set[str]:
+    """What of a weight store ``layers`` take."""
+    return {
+        stored
+        for layer in layers
+        for name in unit_names(config, config.units[layer])
+        for stored in form.stored_names(name)
+    }
 
 
 def together(placements: Sequence[Placement]) -> Placement:

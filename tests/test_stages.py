@@ -19,6 +19,13 @@ from storage.wrappers import Logged
 DEMO = Path("flexgen_jax/demo_model")
 MIXED = fg.Split(device=34, host=33, disk=33)
 DISK = fg.Split(device=0, disk=100)
+PARAMS = [
+    fg.SamplingParams(max_tokens=9, temperature=0.0),
+    fg.SamplingParams(max_tokens=3, temperature=1.0, n=2),
+    fg.SamplingParams(max_tokens=12, temperature=0.8, logprobs=2, prompt_logprobs=1),
+    fg.SamplingParams(max_tokens=12, temperature=0.0, stop=["e"]),
+    fg.SamplingParams(max_tokens=9, temperature=0.7, frequency_penalty=1.0),
+]
 PROMPTS = ["Once upon a time", "The", "A little dog ran into the garden and", "Then", "He"]
 
 
@@ -33,13 +40,7 @@ def offload(tmp_path_factory):
 
 
 def generate(offload, chosen, params=None, **options):
-    params = params or [
-        fg.SamplingParams(max_tokens=9, temperature=0.0),
-        fg.SamplingParams(max_tokens=3, temperature=1.0, n=2),
-        fg.SamplingParams(max_tokens=12, temperature=0.8, logprobs=2, prompt_logprobs=1),
-        fg.SamplingParams(max_tokens=12, temperature=0.0, stop=["e"]),
-        fg.SamplingParams(max_tokens=9, temperature=0.7, frequency_penalty=1.0),
-    ]
+    params = params or PARAMS
     with fg.LLM(str(DEMO), policy=chosen, offload_dir=offload, **options) as llm:
         return llm.generate(PROMPTS, params), llm.report
 
