@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from flexgen_jax.llm import LLM
     from flexgen_jax.outputs import CompletionOutput, Logprob, RequestOutput
     from flexgen_jax.planning import Plan, plan
+    from flexgen_jax.processes import ProcessError, initialize
     from flexgen_jax.prompts import RequestError
     from flexgen_jax.report import Report
     from flexgen_jax.sampling_params import SamplingParams
@@ -51,6 +52,8 @@ _HOME = {
     "Hardware": "scheduling.hardware",
     "simulate": "scheduling.simulate",
     "Report": "flexgen_jax.report",
+    "ProcessError": "flexgen_jax.processes",
+    "initialize": "flexgen_jax.processes",
     "SamplingParams": "flexgen_jax.sampling_params",
     "Perplexity": "flexgen_jax.scoring",
     "Score": "flexgen_jax.scoring",

@@ -12,6 +12,7 @@ import functools
 import logging
 import os
 import pickle
+import socket
 import sys
 import threading
 import time
@@ -94,6 +95,14 @@ def initialize(
     _sentry().expect()
     if not leads():
         _sentry().expect("lost process 0, which leads", unless=_state().coordinator_address)
+
+
+def _own_address() -> str:
+    name = socket.gethostname()
+    try:
+        return f"{socket.gethostbyname(name)} ({name})"
+    except OSError:
+        return f"nowhere ({name})"
 
 
 @functools.cache
@@ -226,7 +235,13 @@ class Processes:
         self._suspicious = True
         if self._known.wait(self._timeout):
             return ProcessError(self._verdict)
-        return ProcessError(f"working with the other processes failed: {error}")
+        hint = ""
+        if "Gloo context initialization failed" in str(error):
+            hint = (
+                f". Gloo listens where a machine's own name leads, which is {_own_address()} here: "
+                "on each machine it has to be an address that the others can reach, see /etc/hosts"
+            )
+        return ProcessError(f"working with the other processes failed: {error}{hint}")
 
     def fail(self, why: str) -> None:
         """Tells the others that this one has failed, so that they end too; the first counts."""
