@@ -74,6 +74,8 @@ __all__ = [*sorted(_HOME), "__version__"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "ray":
+        return importlib.import_module("flexgen_jax.ray")
     if name not in _HOME:
         raise AttributeError(f"module 'flexgen_jax' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)

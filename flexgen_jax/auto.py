@@ -182,6 +182,13 @@ def limits_of_this_machine(
     return Limits(device=device, host=host, disk=free + stored_nbytes, shared=shared)
 
 
+def part_of_this_machine(parts: int) -> dict[str, int]:
+    """``device_memory`` or ``host_memory`` of an ``LLM``: that which ``parts`` of them share."""
+    part = int(MEMORY_SHARE * available_memory()) // parts
+    shared = jax.local_devices()[0].platform == "cpu"
+    return {"device_memory" if shared else "host_memory": part}
+
+
 @dataclasses.dataclass(frozen=True)
 class Auto:
     """``policy="auto"``: what it has to keep, and what it may use.

@@ -15,9 +15,6 @@ from collections.abc import Callable, Mapping
 from logging import WARNING
 from typing import TYPE_CHECKING, Any
 
-import jax
-
-from flexgen_jax._version import __version__
 from flexgen_jax.blocks import last_blocks
 from flexgen_jax.dialects import Asked, answer, dump
 from flexgen_jax.job_input import JobError, JobInput
@@ -261,16 +258,11 @@ def _machinery(llm: LLM, limits: Limits) -> dict[str, Any]:
     policy = {name: getattr(llm.policy, name) for name in _POLICY}
     if llm.policy.host_attention:  # then where the cache lies is where it is computed with
         policy["cache"] = dataclasses.asdict(llm.policy.cache)
-    device = jax.local_devices()[0]
     return {
         "weights": llm.identity(),
         "policy": policy,
         "window": {"requests": limits.requests, "bytes": limits.nbytes, "lines": limits.lines},
-        "software": {
-            "flexgen-jax": __version__,
-            "jax": jax.__version__,
-            "device": device.device_kind,
-        },
+        "software": llm.software(),
     }
 
 

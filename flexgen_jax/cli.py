@@ -19,6 +19,7 @@ from flexgen_jax.cli_jobs import (
     print_report,
 )
 from flexgen_jax.cli_processes import joined, process_options
+from flexgen_jax.cli_ray import OverRay, ray_options
 from flexgen_jax.llm_options import DTYPES, Chosen, llm_options
 from flexgen_jax.pictures import check_pictures, write_pictures
 from flexgen_jax.signals import terminable
@@ -169,6 +170,7 @@ def export(
 @job_options
 @checkpoint_option
 @process_options
+@ray_options
 @click.option(
     "--prompt-len",
     type=click.IntRange(min=1),
@@ -244,6 +246,14 @@ def generate(
         from flexgen_jax.sampling_params import SamplingParams
 
         chosen = Chosen(options, seed=seed)
+        excluded = {
+            "--trace or --plot": trace is not None or plot is not None,
+            "--checkpoint-minutes": options["checkpoint_minutes"] is not None,
+            "--coordinator": options["coordinator"] is not None,
+            "--distributed": options["distributed"],
+            "--output -": str(options["output_path"]) == "-",
+        }
+        over_ray = OverRay(options, excluded)
         leads = stack.enter_context(joined(options, chosen))
         if cut_gen_len is not None:
             options["max_tokens"] = min(options["max_tokens"], cut_gen_len)
@@ -276,7 +286,7 @@ def generate(
             with files:
                 check_same(files.results, completing_identity(defaults, seed, chosen.model))
                 recorded = recorded_policy(files.results)
-                with chosen.llm(tell, quiet=quiet, recorded=recorded) as llm:
+                with over_ray.llm(chosen, tell, quiet=quiet, recorded=recorded) as llm:
                     task = Completing(llm, defaults, chosen.model)
                     done = files.run(
                         llm, task, ("generating", "tokens"), lambda *about: _before(llm, *about)

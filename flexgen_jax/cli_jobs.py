@@ -53,7 +53,7 @@ _OPTIONS = [
         type=click.IntRange(min=1),
         metavar="N",
         help="Requests that are read, sorted by length and written out together, rounded up to "
-        "whole blocks. [default: 4096, or 4 blocks]",
+        "whole blocks. [default: 4096, or 4 blocks a worker]",
     ),
 ]
 NAMES = ("input_path", "output_path", "restart", "window")
@@ -163,6 +163,7 @@ class JobFiles:
         from flexgen_jax.batch import Job, JobError
         from flexgen_jax.executor import ExecutionError
         from flexgen_jax.job_input import JobInput
+        from flexgen_jax.processes import ProcessError
         from flexgen_jax.signals import exit_code
         from flexgen_jax.windows import Limits
         from storage.store import StorageError
@@ -173,7 +174,7 @@ class JobFiles:
             source = self._stack.enter_context(JobInput(self._made(llm)))
         if self.results.header is None:
             self._choose_policy(llm, task)
-        limits = Limits.of(llm.policy.block_size, self._window)
+        limits = Limits.of(llm.policy.block_size, self._window, replicas=llm.num_replicas)
         job = Job(
             llm,
             task,
@@ -198,7 +199,7 @@ class JobFiles:
                 return job.run(progress=bar, on_window=on_window)
             except KeyboardInterrupt as error:
                 raise Failure(f"interrupted: {self._kept()}", code=exit_code(error)) from None
-            except (ExecutionError, JobError, StorageError) as error:
+            except (ExecutionError, JobError, ProcessError, StorageError) as error:
                 early = isinstance(error, StorageError) and not self.results.requests_finished
                 raise Failure(f"{error}. {self._kept()}", code=2 if early else 1) from error
 

@@ -60,6 +60,15 @@ def parse_line(raw: bytes, line: int) -> Asked:
         raise LineError("invalid_json", f"not JSON: {error}") from error
     if not isinstance(values, dict):
         raise LineError("invalid_request", f"expected a JSON object, got {type(values).__name__}")
+    return parse_values(values, line)
+
+
+def parse_values(values: dict[str, Any], line: int) -> Asked:
+    """What a line's values ask; takes them apart.
+
+    Raises:
+        LineError: they do not make a request.
+    """
     try:
         json.dumps(values, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
@@ -140,6 +149,11 @@ def answer(asked: Asked, output: RequestOutput, model: str) -> dict[str, Any]:
     """The output record of a finished request."""
     if asked.openai:
         return _openai_answer(asked, output, model)
+    return plain_answer(asked, output)
+
+
+def plain_answer(asked: Asked, output: RequestOutput) -> dict[str, Any]:
+    """Likewise, of a plain line."""
     record: dict[str, Any] = {"id": asked.id}
     if isinstance(asked.prompt.get("prompt"), str):
         record["prompt"] = asked.prompt["prompt"]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from flexgen_jax import compressed
+from flexgen_jax import compressed, parquet
 
 STANDARD = Path("-")  # the standard input, or output
 MAX_LINE = 16 * 2**20  # bytes; a longer one is no request
@@ -32,7 +32,8 @@ class JobInput:
 
     Args:
         path: A file of JSON lines, or (``.txt``) of prompts, a line each; ``.gz`` and ``.zst`` are
-            uncompressed on the way. ``-``: JSON lines from the standard input.
+            uncompressed on the way. ``.parquet``: of rows, each read as the JSON line of what it
+            has. ``-``: JSON lines from the standard input.
 
     Raises:
         JobError: it cannot be opened.
@@ -88,7 +89,10 @@ class JobInput:
         """
         file = sys.stdin.buffer if self._file is None else self._file
         with self._errors():
-            file = compressed.reader(file, self.path)
+            if self.path.suffix == ".parquet":
+                file = parquet.reader(file)
+            else:
+                file = compressed.reader(file, self.path)
         number = 0
         while True:
             with self._errors():
@@ -144,5 +148,6 @@ class _ReadErrors:
             raise JobError(f"cannot read {self._path}: {error}") from error
         if isinstance(error, OSError) and error.strerror:
             raise JobError(f"cannot read {self._path}: {error.strerror}") from error
-        if isinstance(error, (OSError, *compressed.errors(self._path))):
+        damaged = (*compressed.errors(self._path), *parquet.errors(self._path))
+        if isinstance(error, (OSError, *damaged)):
             raise JobError(f"cannot read {self._path}: damaged, {error}") from error

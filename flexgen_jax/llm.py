@@ -141,7 +141,7 @@ class LLM:
                     "device_memory and host_memory are for policy 'auto', which fills memory by "
                     "them; a Policy says itself where everything lies"
                 )
-        self._devices = stage_devices(policy.num_stages)
+        self._devices = self._stage_devices(policy.num_stages)
         if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
             raise ValueError(f"seed must be an integer of at least 0, got {seed!r}")
         if disk is not None and not isinstance(disk, DiskContext):
@@ -195,6 +195,10 @@ class LLM:
             dtype=self._model.dtype,
         )
 
+    @staticmethod
+    def _stage_devices(num_stages: int) -> list[Any]:
+        return stage_devices(num_stages)
+
     def _open(self, model: str, policy: Policy) -> None:
         """Opens the weight store that ``policy`` wants, made if need be."""
         store = resolve(
@@ -218,6 +222,12 @@ class LLM:
         self._policy = dataclasses.replace(policy, weight_bits=self._model.format.bits)
         placements = place_stages(self.config, self._model.format, self._policy)
         self._placement = together(placements)
+        self._load(placements)
+        event("model opened", store=str(self.store), policy=self._policy.to_json())
+
+    def _load(self, placements: Sequence[Placement]) -> None:
+        """Opens the weights of the stages that are here."""
+        policy = self.policy
         layers = layers_of(self.config, policy.num_stages)
         for number, device in enumerate(self._devices):
             if not _is_here(device):
@@ -231,7 +241,6 @@ class LLM:
                 wrap=self._wrap_store,
             )
             self._stages[number] = Stage(device, weights)
-        event("model opened", store=str(self.store), policy=self._policy.to_json())
 
     def choose_policy(self, job: Job) -> Policy:
         """With ``policy="auto"``, chooses the policy for ``job``; else returns what is in force.
@@ -250,6 +259,14 @@ class LLM:
         if alike == self._chosen_for:
             return self.policy
         self._chosen_for = alike
+        policy, self._why = self._searched(job)
+        event("policy chosen", policy=policy.to_json(), why=self._why)
+        self._take(policy)
+        return self.policy
+
+    def _searched(self, job: Job) -> tuple[Policy, str]:
+        """The best policy here, and why."""
+        assert self._auto is not None
         stored = sum(e.nbytes for e in self._model.format.entries(self.config).values())
         found = self._auto.choose(
             self._known(),
@@ -259,10 +276,7 @@ class LLM:
             schedule=self._schedule,
             placed=self._policy,
         )
-        self._why = found.why()
-        event("policy chosen", policy=found.best.policy.to_json(), why=self._why)
-        self._take(found.best.policy)
-        return self.policy
+        return found.best.policy, found.why()
 
     def _take(self, chosen: Policy) -> None:
         """Works by ``chosen``; the weights, if they are in place, are where it has them."""
@@ -319,6 +333,16 @@ class LLM:
             "bits": manifest.weight_bits,
             "group": manifest.weight_group,
         }
+
+    def software(self) -> dict[str, str]:
+        """What results depend on beside model, policy and requests: versions, and the device."""
+        kind = jax.local_devices()[0].device_kind
+        return {"flexgen-jax": __version__, "jax": jax.__version__, "device": kind}
+
+    @property
+    def num_replicas(self) -> int:
+        """How many blocks run at once."""
+        return 1
 
     def generate(
         self,
@@ -529,6 +553,31 @@ class LLM:
             ExecutionError: an op failed.
             StorageError: a snapshot is damaged.
         """
+        gathered = Gathered()
+
+        def gather(number: int, outputs: list[RequestOutput], report: Report) -> None:
+            finished = {}
+            for request, output in zip(blocks[number].requests, outputs, strict=True):
+                whole = gathered.add(output, request.params.n)
+                if whole is not None:
+                    finished[request.index] = whole
+            on_block(number, finished, dataclasses.replace(report, requests=len(finished)))
+
+        self.run_each(
+            blocks, gather, progress=progress, on_logits=on_logits, snapshot_of=snapshot_of
+        )
+
+    def run_each(
+        self,
+        blocks: Sequence[Block],
+        on_block: Callable[[int, list[RequestOutput], Report], None],
+        *,
+        progress: Callable[[int], None] | None = None,
+        on_logits: OnLogits | None = None,
+        snapshot_of: Callable[[int], Snapshot] | None = None,
+    ) -> None:
+        """As :meth:`run_blocks`, but ``on_block`` is given the completions of each block as they
+        are, in the order of its requests: of a prompt's several completions those that it has."""
         if self._closed:
             raise ValueError("this LLM is closed; make another one")
         if self._processes is None:
@@ -621,13 +670,13 @@ class LLM:
     def _run_blocks(
         self,
         blocks: Sequence[Block],
-        on_block: Callable[[int, dict[int, RequestOutput], Report], None],
+        on_block: Callable[[int, list[RequestOutput], Report], None],
         progress: Callable[[int], None] | None,
         on_logits: OnLogits | None,
         snapshot_of: Callable[[int], Snapshot] | None,
     ) -> None:
         _log_begun(self.schedule_name, blocks, self.plan(blocks))
-        begun, tokens, gathered = time.perf_counter(), 0, Gathered()
+        begun, tokens = time.perf_counter(), 0
         with self._cells(blocks) as cells:
             for number, block in enumerate(blocks):
                 event("block begun", block=number, of=len(blocks), requests=len(block.requests))
@@ -642,12 +691,6 @@ class LLM:
                 results, timeline, held = self._run_block(
                     block, number, cells, counts, snapshot, progress, on_logits
                 )
-                finished = {}
-                for result in results:
-                    request = result.request
-                    output = gathered.add(self._output(result), request.params.n)
-                    if output is not None:
-                        finished[request.index] = output
                 made = sum(len(result.token_ids) for result in results)
                 tokens += made
                 _log_tokens("block finished", made, timeline.seconds, block=number)
@@ -656,7 +699,7 @@ class LLM:
                     policy=self.policy,
                     placement=self.plan([block]),
                     schedule=self.schedule_name,
-                    requests=len(finished),
+                    requests=len(block.requests),
                     blocks=1,
                     batches=len(block.batches),
                     prompt_tokens=sum(len(r.token_ids) for r in block.requests),
@@ -672,7 +715,7 @@ class LLM:
                     why=self._why,
                     **counts(),
                 )
-                on_block(number, finished, report)
+                on_block(number, [self._output(result) for result in results], report)
         _log_tokens("run finished", tokens, time.perf_counter() - begun)
 
     def sum_of_reports(self) -> Sum:
@@ -842,7 +885,7 @@ class LLM:
 
 
 def _is_here(device: Any) -> bool:
-    return bool(device.process_index == jax.process_index())
+    return device is not None and bool(device.process_index == jax.process_index())
 
 
 def _ignore(*_: object) -> None:

@@ -159,12 +159,25 @@ class Chosen:
             recorded: What ``auto`` came to when the job was begun: it is not to come to another.
             changes: Of the policy, beyond the options.
         """
+        from flexgen_jax.llm import LLM
+
+        with LLM(**self.arguments(say, quiet=quiet, recorded=recorded, **changes)) as llm:
+            yield llm
+
+    def arguments(
+        self,
+        say: Callable[[str], None],
+        *,
+        quiet: bool,
+        recorded: Policy | None = None,
+        **changes: Any,
+    ) -> dict[str, Any]:
+        """Of the ``LLM``, as :meth:`llm` makes it; the model is converted."""
         import jax
 
         from flexgen_jax import measured, progress
         from flexgen_jax.backends import local_devices
         from flexgen_jax.checkpoint import GROUP_SIZE, stored_dtype
-        from flexgen_jax.llm import LLM
         from flexgen_jax.processes import process_count
         from scheduling.hardware import Hardware
         from storage.disk import DiskContext
@@ -205,17 +218,15 @@ class Chosen:
             # What is given differently now is for the job to notice.
             policy, searching = dataclasses.replace(recorded, **wanted), {}
         slots = {"weight_slots": v["weight_slots"], "cache_slots": v["cache_slots"]}
-        llm = LLM(
-            str(store),
-            policy=policy,
-            schedule=v["schedule"],
-            offload_dir=v["offload_dir"],
-            dtype=dtype,
-            seed=self._seed,
-            hardware=Hardware.load(v["hardware"]) if v["hardware"] else None,
-            disk=DiskContext(mode=v["disk_mode"]),
-            slots={name: count for name, count in slots.items() if count is not None},
+        return {
+            "model": str(store),
+            "policy": policy,
+            "schedule": v["schedule"],
+            "offload_dir": v["offload_dir"],
+            "dtype": dtype,
+            "seed": self._seed,
+            "hardware": Hardware.load(v["hardware"]) if v["hardware"] else None,
+            "disk": DiskContext(mode=v["disk_mode"]),
+            "slots": {name: count for name, count in slots.items() if count is not None},
             **searching,
-        )
-        with llm:
-            yield llm
+        }

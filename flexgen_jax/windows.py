@@ -42,11 +42,15 @@ class Limits:
     block_size: int
 
     @classmethod
-    def of(cls, block_size: int, requests: int | None = None) -> Limits:
-        """For blocks of ``block_size`` requests; at least ``requests``, or as many as is usual."""
-        blocks = -(
-            -(max(_REQUESTS, 4 * block_size) if requests is None else requests) // block_size
-        )
+    def of(cls, block_size: int, requests: int | None = None, *, replicas: int = 1) -> Limits:
+        """For blocks of ``block_size`` requests; at least ``requests``, or as many as is usual.
+
+        Args:
+            replicas: Which run blocks of a window at the same time.
+        """
+        if requests is None:
+            requests = max(_REQUESTS, 4 * block_size * replicas)
+        blocks = -(-requests // block_size)
         size = max(1, blocks) * block_size
         return cls(size, _NBYTES, _LINES * size, block_size)
 
