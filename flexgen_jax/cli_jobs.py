@@ -30,8 +30,8 @@ _OPTIONS = [
         "input_path",
         type=click.Path(path_type=Path),
         metavar="FILE|-",
-        help="JSON lines, or prompts, a line each (.txt); may be compressed (.gz, .zst). -: JSON "
-        "lines from the standard input.",
+        help="JSON lines, or prompts, a line each (.txt); may be compressed (.gz, .zst). Or rows "
+        "(.parquet). -: JSON lines from the standard input.",
     ),
     click.option(
         "-o",

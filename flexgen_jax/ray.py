@@ -49,7 +49,8 @@ def map_batches(
             first use. Every machine of the cluster needs the store at the same path.
         sampling_params: What rows leave out.
         num_workers: None: one per GPU of the cluster, or one per machine.
-        batch_size: Rows that a worker takes together, sorts by length and cuts into blocks.
+        batch_size: Rows that a worker takes together, sorts by length and cuts into blocks: at
+            least as many as a block has.
         keep: Columns that are passed on and are no fields.
         num_cpus: That Ray keeps for a worker; None: an equal share of a machine. ``num_gpus``:
             likewise; None: one, where there are any. ``resources``: likewise, by name.
@@ -58,9 +59,10 @@ def map_batches(
 
     Returns:
         The dataset with the columns ``text``, ``token_ids``, ``finish_reason``, ``stop_reason``,
-        ``cumulative_logprob``, ``logprobs``, ``prompt_logprobs`` (the last two as JSON) and
-        ``error`` (``{"type", "message"}``); null where there is nothing to say. The order of rows
-        is Ray's: give them ids.
+        ``cumulative_logprob``, ``logprobs``, ``prompt_logprobs`` (the last two as JSON),
+        ``outputs`` (as JSON, in place of the others where ``n`` is above 1) and ``error``
+        (``{"type", "message"}``); null where there is nothing to say. The order of rows is Ray's:
+        give them ids.
 
     Raises:
         ImportError: Ray is not installed.
@@ -171,11 +173,12 @@ def _with(table: Any, found: list[dict[str, Any]]) -> Any:
         "cumulative_logprob": pa.float64(),
         "logprobs": pa.large_string(),
         "prompt_logprobs": pa.large_string(),
+        "outputs": pa.large_string(),
         "error": pa.struct([("type", pa.string()), ("message", pa.string())]),
     }
     for name, kind in types.items():
         values = [answer.get(name) for answer in found]
-        if name.endswith("logprobs"):
+        if name == "outputs" or name.endswith("logprobs"):
             values = [None if value is None else json.dumps(value) for value in values]
         elif name == "stop_reason":
             values = [None if value is None else str(value) for value in values]

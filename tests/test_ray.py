@@ -233,8 +233,20 @@ def test_another_input_is_refused(cluster, job, tmp_path, monkeypatch):
 def test_map_batches_makes_what_one_process_makes(cluster, store, tmp_path):
     rows = [{"id": f"r{i}", "prompt": " ".join(WORDS[: 1 + i % 9])} for i in range(24)]
     rows = [{**row, "max_tokens": 3 + i % 2, "note": i} for i, row in enumerate(rows)]
+    rows = [{**row, "n": None, "temperature": None} for row in rows]
     rows[7]["prompt"] = None
+    rows[8] |= {"n": 2, "temperature": 1.0}
     policy = fg.Policy(device_batch_size=4, num_device_batches=2)
+    begun = tmp_path / "begun"
+
+    def zigzag(workload):
+        """Of the third block to begin the worker is killed."""
+        with begun.open("a") as file:
+            file.write(".")
+        if len(begun.read_text()) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return fg.SCHEDULES["zigzag"](workload)
+
     dataset = fg.ray.map_batches(
         ray.data.from_items(rows),
         model=store,
@@ -243,13 +255,16 @@ def test_map_batches_makes_what_one_process_makes(cluster, store, tmp_path):
         batch_size=8,
         keep=["note"],
         policy=policy,
+        schedule=zigzag,
     )
     found = {row["id"]: row for row in dataset.take_all()}
+    assert len(begun.read_text()) > 3
     assert len(found) == len(rows)
+    assert len(json.loads(found.pop("r8")["outputs"])) == 2
     bad = found.pop("r7")
     assert bad["text"] is None
     assert "found neither" in bad["error"]["message"]
-    good = [row for row in rows if row["prompt"] is not None]
+    good = [row for row in rows if row["prompt"] is not None and row["n"] is None]
     with fg.LLM(store, policy=policy) as llm:
         params = [
             fg.SamplingParams(temperature=0.0, logprobs=1, max_tokens=row["max_tokens"])
