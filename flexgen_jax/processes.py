@@ -27,7 +27,7 @@ TIMEOUT = 60.0
 _GRACE = 5.0
 _CHUNK = 1 << 20  # of a message: the store's values travel whole
 _SPACE = "flexgen-jax"
-_timeout = TIMEOUT
+_HEALTH = f"{_SPACE}/health/"
 
 
 class ProcessError(RuntimeError):
@@ -60,10 +60,8 @@ def initialize(
     Where not all processes join in time, JAX's runtime aborts those that have; the last line on the
     standard error says so.
     """
-    global _timeout
     import jax
 
-    _timeout = timeout
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # It would keep SIGTERM for itself.
     jax.config.update("jax_enable_preemption_service", False)
@@ -93,6 +91,7 @@ def initialize(
             "number of processes and the id of this one"
         ) from error
     _sentry().expect()
+    _pulse(timeout)
     if not leads():
         _sentry().expect("lost process 0, which leads", unless=_state().coordinator_address)
 
@@ -110,6 +109,16 @@ def _sentry() -> Sentry:
     sentry = Sentry()
     atexit.register(sentry.close)
     return sentry
+
+
+_pulses: list[_Pulse] = []
+
+
+def _pulse(timeout: float = TIMEOUT) -> _Pulse:
+    """This process's; of the first call's time-out."""
+    if not _pulses:
+        _pulses.append(_Pulse(timeout))
+    return _pulses[0]
 
 
 def _state() -> Any:
@@ -138,6 +147,45 @@ def leads() -> bool:
     return process_count() == 1 or _state().process_id == 0
 
 
+class _Pulse:
+    """Shows signs of life from the joining on, and notes those of the others.
+
+    Attributes:
+        found: All that processes say of themselves, by the last look at the store.
+        interval: Seconds between two signs.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        state = _state()
+        self._client, self._index = state.client, state.process_id
+        self.timeout, self.interval = timeout, min(1.0, timeout / 40)
+        self.found: dict[str, str] = {}
+        self._sayings: dict[str, str] = {}
+        self._ended = threading.Event()
+        thread = threading.Thread(target=self._beat, name="flexgen-pulse", daemon=True)
+        atexit.register(thread.join, _GRACE)
+        atexit.register(self._ended.set)
+        thread.start()
+
+    def say(self, name: str, value: str) -> None:
+        """Lets the others know, with the next sign of life; who says it first is right."""
+        self._sayings.setdefault(name, value)
+
+    def _beat(self) -> None:
+        beats = 0
+        while not self._ended.wait(self.interval):
+            beats += 1
+            # It fails where nobody answers, and then process 0 shows no sign of life either.
+            with contextlib.suppress(Exception):
+                self._client.key_value_set(
+                    f"{_HEALTH}alive/{self._index}", str(beats), allow_overwrite=True
+                )
+                self.found = dict(self._client.key_value_dir_get(_HEALTH))
+            for name, value in list(self._sayings.items()):
+                with contextlib.suppress(Exception):  # another process was first
+                    self._client.key_value_set(f"{_HEALTH}{name}", value)
+
+
 class Processes:
     """What an ``LLM`` shares with those of the other processes, from its making to its end.
 
@@ -156,14 +204,15 @@ class Processes:
         self._client = state.client
         self.index, self.count = int(state.process_id), int(state.num_processes)
         self._names = [f"process {i} ({name})" for i, name in enumerate(names)]
-        self._timeout = _timeout
-        self._interval = min(1.0, _timeout / 10)
+        self._pulse = _pulse()
+        self._interval = self._pulse.interval
         # Every process makes its LLMs in the same order.
         if not Processes._made:
             atexit.register(_end_failed)
         Processes._made += 1
-        self._space = f"{_SPACE}/{Processes._made}"
+        self._space, self._name = f"{_SPACE}/{Processes._made}", f"{Processes._made}"
         self._sent = self._received = 0
+        self._over = False  # nothing more is to be received
         self._verdict: str | None = None
         self._known = threading.Event()
         self._closing, self._ended = threading.Event(), threading.Event()
@@ -174,15 +223,10 @@ class Processes:
                 f"{self._names[self.index]}",
                 unless=state.coordinator_address,
             )
-        self._found: dict[str, str] = {}  # by the last look at the store
-        self._said: str | None = None
-        # Two, since whoever asks a coordinator that hangs does not come back.
-        self._threads = [
-            threading.Thread(target=work, name="flexgen-processes", daemon=True)
-            for work in (self._beat, self._watch)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._lost: set[int] = set()
+        # Beside the pulse, since whoever asks a coordinator that hangs does not come back.
+        self._thread = threading.Thread(target=self._watch, name="flexgen-watch", daemon=True)
+        self._thread.start()
         event("joined", process=self.index, of=self.count, has=names[self.index])
 
     @property
@@ -223,7 +267,9 @@ class Processes:
             for place in range(chunks)
         )
         self._received += 1
-        return pickle.loads(data)
+        message = pickle.loads(data)
+        self._over = message is None
+        return message
 
     def check(self) -> None:
         """Raises ``ProcessError`` if another process is lost or has failed."""
@@ -233,7 +279,7 @@ class Processes:
     def explained(self, error: BaseException) -> ProcessError:
         """Why working with the others has failed: waits until it is known, or for the time-out."""
         self._suspicious = True
-        if self._known.wait(self._timeout):
+        if self._known.wait(self._pulse.timeout):
             return ProcessError(self._verdict)
         hint = ""
         if "Gloo context initialization failed" in str(error):
@@ -247,38 +293,25 @@ class Processes:
         """Tells the others that this one has failed, so that they end too; the first counts."""
         self._failed = Processes.broken = True
         if self._verdict is None:
-            self._said = f"{self._names[self.index]} failed: {why}"[:2000]
-
-    def _beat(self) -> None:
-        """Shows a sign of life, and notes those of the others."""
-        beats, health = 0, f"{self._space}/health/"
-        while not self._ended.wait(self._interval):
-            beats += 1
-            # It fails where nobody answers, and then process 0 shows no sign of life either.
-            with contextlib.suppress(Exception):
-                self._client.key_value_set(
-                    f"{health}alive/{self.index}", str(beats), allow_overwrite=True
-                )
-                self._found = dict(self._client.key_value_dir_get(health))
-            if self._said is not None:
-                with contextlib.suppress(Exception):  # another process was first
-                    self._client.key_value_set(f"{health}verdict", self._said)
+            said = f"{self._names[self.index]} failed: {why}"[:2000]
+            self._pulse.say(f"{self._name}/verdict", said)
 
     def _watch(self) -> None:
         """Looks for who shows no sign of life, and whether somebody has failed."""
-        health = f"{self._space}/health/"
         seen = {i: ("", time.monotonic()) for i in range(self.count) if i != self.index}
         while not self._ended.wait(self._interval / 2):
-            found, now = self._found, time.monotonic()
-            verdict = found.get(f"{health}verdict")
-            patience = 5 * self._interval if self._suspicious else self._timeout
+            found, now = self._pulse.found, time.monotonic()
+            verdict = found.get(f"{_HEALTH}{self._name}/verdict")
+            patience = 5 * self._interval if self._suspicious else self._pulse.timeout
             for other, (value, since) in seen.items():
-                beat = found.get(f"{health}alive/{other}", value)
+                beat = found.get(f"{_HEALTH}alive/{other}", value)
                 if beat != value:
                     seen[other] = beat, now
-                elif now - since > patience and verdict is None:
+                # Who was not heard of yet may still be on its way: JAX's runtime looks after that.
+                elif value and now - since > patience and verdict is None:
+                    self._lost.add(other)
                     verdict = f"lost {self._names[other]}: no sign of life for {now - since:.0f} s"
-                    self._said = verdict
+                    self._pulse.say(f"{self._name}/verdict", verdict)
             if verdict is not None:
                 self._end(verdict)
                 return
@@ -296,7 +329,7 @@ class Processes:
     def _leave(self) -> None:
         """Says that the others need not wait for this one."""
         with contextlib.suppress(Exception):
-            self._client.key_value_set(f"{self._space}/health/left/{self.index}", "")
+            self._client.key_value_set(f"{_HEALTH}{self._name}/left/{self.index}", "")
 
     def _part(self) -> None:
         """After a failure: sees to it that the others know why. The store is in process 0."""
@@ -305,21 +338,24 @@ class Processes:
         if not self.leads:
             self._leave()
             return
-        others = {f"{self._space}/health/left/{i}" for i in range(1, self.count)}
+        others = {
+            f"{_HEALTH}{self._name}/left/{i}" for i in range(1, self.count) if i not in self._lost
+        }
         deadline = time.monotonic() + _GRACE + 3 * self._interval
-        while time.monotonic() < deadline and not others <= self._found.keys():
+        while time.monotonic() < deadline and not others <= self._pulse.found.keys():
             time.sleep(self._interval / 4)
 
     def close(self) -> None:
         """Ends the watch. Of process 0, unless it failed: what it sends is at its end: ``None``."""
         if self._ended.is_set():
             return
-        if self.leads and not self._failed:
+        if not self.leads and not self._over:
+            self.fail("closed its LLM before process 0 did")
+        elif self.leads and not self._failed:
             self.send(None)
         self._closing.set()
         if self._failed:
             self._part()
         self._ended.set()
         _sentry().expect()
-        for thread in self._threads:
-            thread.join(timeout=_GRACE)
+        self._thread.join(timeout=_GRACE)

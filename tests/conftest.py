@@ -1,6 +1,10 @@
 """Every test runs with shapes and dtypes checked, and with JAX's strict dtype promotion."""
 
 import os
+import signal
+
+# A shell that runs the tests in the background has Ctrl-C ignored, and some of them send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -39,17 +39,29 @@ def free_port():
         return listening.getsockname()[1]
 
 
+FIRST_PORT = 65535 - 2**12 + 1  # of Slurm's coordinator in JAX, which adds the job's id
+
+
+def port_is_free(port):
+    with socket.socket() as listening:
+        try:
+            listening.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
 class Pipeline:
     """So many processes, which are the context's: none outlives it."""
 
-    def __init__(self, arguments, count=2, cwd=None):
+    def __init__(self, arguments, count=2, cwd=None, variables=lambda index: {}):
         address = f"127.0.0.1:{free_port()}"
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         environment.pop("JAX_NUM_CPU_DEVICES", None)
         self.processes = [
             subprocess.Popen(
                 [sys.executable, *arguments(index, address)],
-                env=environment,
+                env={**environment, **variables(index)},
                 cwd=cwd,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -152,19 +164,27 @@ def only_of(store, target, layers):
     return target
 
 
-def test_a_job_over_two_processes_each_with_its_layers_only(tmp_path, store, lines, expected):
+def test_a_job_of_slurm_each_process_with_its_layers_only(tmp_path, store, lines, expected):
     stages = layers_of(fg.OPTConfig.load(store / "config.json"), 2)
     parts = [only_of(store, tmp_path / str(i), layers) for i, layers in enumerate(stages)]
+    job_id = next(filter(port_is_free, range(FIRST_PORT, 2**16))) - FIRST_PORT
+
+    def variables(index):
+        """What Slurm tells a task, as far as JAX asks."""
+        return {
+            "SLURM_JOB_ID": str(job_id),
+            "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_NTASKS": "2",
+            "SLURM_PROCID": str(index),
+            "SLURM_LOCALID": str(index),
+            "SLURM_STEP_NUM_NODES": "1",
+        }
 
     def arguments(index, address):
-        options = (*lines, "--json")
-        return [
-            "-m",
-            "flexgen_jax",
-            *job(tmp_path, parts[index], *options, index=index, address=address),
-        ]
+        options = (*lines, "--json", "--distributed", "--process-timeout", TIMEOUT)
+        return ["-m", "flexgen_jax", *job(tmp_path, parts[index], *options)]
 
-    with Pipeline(arguments) as pipeline:
+    with Pipeline(arguments, variables=variables) as pipeline:
         (code, output, errors), (following, said, complaint) = pipeline.ends()
     assert code == 0, errors
     assert (following, said) == (0, ""), complaint
