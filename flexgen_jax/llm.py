@@ -27,10 +27,10 @@ from flexgen_jax.links import Link as StageLink
 from flexgen_jax.logs import LOGGER, event
 from flexgen_jax.machine import this_machine
 from flexgen_jax.memory import parse_bytes
-from flexgen_jax.outputs import CompletionOutput, Gathered, Logprob, RequestOutput
+from flexgen_jax.outputs import Gathered, RequestOutput
 from flexgen_jax.process_link import ProcessLink
 from flexgen_jax.processes import Processes, process_count
-from flexgen_jax.prompts import Prompt, RequestError, as_list, parse_prompt, shown
+from flexgen_jax.prompts import Prompt, RequestError, as_list
 from flexgen_jax.report import Report, Sum
 from flexgen_jax.sampling_params import SamplingParams
 from flexgen_jax.scoring import Score, score
@@ -45,6 +45,7 @@ from flexgen_jax.stages import (
     together,
 )
 from flexgen_jax.streaming import generate_iter
+from flexgen_jax.texts import encode, make_request, output_of
 from flexgen_jax.tokenization import load_tokenizer
 from flexgen_jax.weight_format import WeightFormat
 from flexgen_jax.weights import Weights
@@ -320,7 +321,7 @@ class LLM:
     @policy.setter
     def policy(self, policy: Policy) -> None:
         now = self.policy
-        if any(getattr(policy, name) != getattr(now, name) for name in _IN_PLACE):
+        if _in_place(policy) != _in_place(now):
             raise ValueError("the weights are in place already; make another LLM to move them")
         self._policy, self._auto = policy, None
 
@@ -424,43 +425,9 @@ class LLM:
         Raises:
             RequestError: what is wrong with it.
         """
-        if not isinstance(params, SamplingParams):
-            raise RequestError(f"sampling parameters must be SamplingParams, got {shown(params)}")
-        text, ids = parse_prompt(prompt)
-        if ids is None:
-            assert text is not None
-            ids = self.encode(text)
-        if not ids:
-            raise RequestError("the prompt has no tokens; give at least one")
-        self._check_vocabulary("token id", ids)
-        self._check_vocabulary("stop token id", params.stop_token_ids)
-        self._check_vocabulary("logit_bias token id", params.logit_bias)
-        room = self.config.max_position_embeddings
-        if len(ids) + (0 if scoring else params.max_tokens) > room:
-            raise RequestError(
-                f"too long: {len(ids)} prompt tokens and max_tokens {params.max_tokens} "
-                f"exceed the model's {room} positions"
-            )
-        scored = None if params.prompt_logprobs is None else (*ids[1:], -1)
-        return Request(
-            index, text, tuple(ids), params, scored=scored, bad_words=self._bad_words(params)
+        return make_request(
+            index, prompt, params, config=self.config, tokenizer=self.tokenizer, scoring=scoring
         )
-
-    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
-        """As tokens, at the beginning of a word and within (vLLM's rule)."""
-        if self.tokenizer is None:
-            for name in ("stop", "bad_words"):
-                if getattr(params, name):
-                    raise RequestError(
-                        f"this model has no tokenizer files, which {name} needs; give "
-                        "stop_token_ids or logit_bias instead"
-                    )
-            return ()
-        found: dict[tuple[int, ...], None] = {}
-        for word in params.bad_words:
-            for prefix in ("", " "):
-                found[tuple(self.tokenizer.encode_words(prefix + word.lstrip()))] = None
-        return tuple(word for word in found if word)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, special tokens included.
@@ -468,20 +435,7 @@ class LLM:
         Raises:
             RequestError: no tokenizer, or no text.
         """
-        if self.tokenizer is None:
-            raise RequestError(
-                "this model has no tokenizer files; give prompt_token_ids instead of text"
-            )
-        try:
-            return self.tokenizer.encode(text)
-        except UnicodeEncodeError as error:
-            raise RequestError(f"the prompt is no text: {error}") from error
-
-    def _check_vocabulary(self, what: str, ids: Iterable[int]) -> None:
-        vocab = self.config.vocab_size
-        bad = next((i for i in ids if not 0 <= i < vocab), None)
-        if bad is not None:
-            raise RequestError(f"{what} {bad} is outside the vocabulary (0 to {vocab - 1})")
+        return encode(text, self.tokenizer)
 
     def score(
         self,
@@ -517,6 +471,7 @@ class LLM:
         on_logits: OnLogits | None = None,
     ) -> list[RequestOutput]:
         """Completes checked requests; results in their order. Sets :attr:`report`."""
+        self._check_leads()
         self.choose_policy(requests)
         outputs: dict[int, RequestOutput] = {}
         total = self.sum_of_reports()
@@ -584,22 +539,26 @@ class LLM:
             self._validate(blocks)
             self._run_blocks(blocks, on_block, progress, on_logits, snapshot_of)
             return
-        if not self.leads:
-            raise ValueError(
-                f"process {self._processes.index} has no requests of its own: process 0 leads; "
-                "call follow()"
-            )
+        self._check_leads()
         if snapshot_of is not None:
             raise ValueError("the state of a running block cannot be saved over several processes")
         with self._failing_together():
             self._validate(blocks)
-            self._processes.send((self._settings(blocks), self.policy, list(blocks)))
+            settings = self._settings(blocks) | _in_place(self.policy)
+            self._processes.send((settings, self.policy, list(blocks)))
             self._run_blocks(blocks, on_block, progress, on_logits, None)
 
     @property
     def leads(self) -> bool:
         """Whether requests are given to this process; of several, process 0 only."""
         return self._processes is None or self._processes.leads
+
+    def _check_leads(self) -> None:
+        if self._processes is not None and not self.leads:
+            raise ValueError(
+                f"process {self._processes.index} has no requests of its own: process 0 leads; "
+                "call follow()"
+            )
 
     def follow(self) -> None:
         """Computes its stages of what process 0 runs, until that closes its ``LLM``.
@@ -617,8 +576,9 @@ class LLM:
         with self._failing_together():
             while (message := self._processes.receive()) is not None:
                 theirs, policy, blocks = message
+                placed = self._policy or policy
                 self._take(policy)
-                mine = self._settings(blocks)
+                mine = self._settings(blocks) | _in_place(placed)
                 for name, value in theirs.items():
                     if mine[name] != value:
                         raise ValueError(
@@ -715,7 +675,7 @@ class LLM:
                     why=self._why,
                     **counts(),
                 )
-                on_block(number, [self._output(result) for result in results], report)
+                on_block(number, [output_of(result, self.tokenizer) for result in results], report)
         _log_tokens("run finished", tokens, time.perf_counter() - begun)
 
     def sum_of_reports(self) -> Sum:
@@ -827,46 +787,6 @@ class LLM:
         effects.close()
         return results, timeline, effects.peak_bytes
 
-    def _output(self, generated: Generated) -> RequestOutput:
-        request, ids = generated.request, generated.token_ids
-        text, logprobs, cumulative = "", None, None
-        stop = generated.stop_string
-        by_token = generated.finish_reason == "stop" and stop is None
-        if self.tokenizer is not None:
-            text = self.tokenizer.decode(ids[:-1] if by_token else ids)
-        if stop is not None:
-            text = text[: text.index(stop)]
-        if request.params.logprobs is not None:
-            logprobs = self._decoded(generated.logprobs)
-            cumulative = sum(
-                entry[token].logprob for entry, token in zip(logprobs, ids, strict=True)
-            )
-        stopped_by: int | str | None = stop
-        if by_token and ids[-1] in request.params.stop_token_ids:
-            stopped_by = ids[-1]
-        completion = CompletionOutput(
-            index=request.sample,
-            text=text,
-            token_ids=tuple(ids),
-            finish_reason=generated.finish_reason or "length",
-            stop_reason=stopped_by,
-            logprobs=logprobs,
-            cumulative_logprob=cumulative,
-        )
-        scored = None if request.scored is None else (None, *self._decoded(generated.scores))
-        return RequestOutput(
-            str(request.index), request.prompt, request.token_ids, (completion,), scored
-        )
-
-    def _decoded(self, entries: Sequence[dict[int, Logprob]]) -> tuple[dict[int, Logprob], ...]:
-        if self.tokenizer is None:
-            return tuple(entries)
-        text = self.tokenizer.token
-        return tuple(
-            {token: Logprob(p.logprob, p.rank, text(token)) for token, p in entry.items()}
-            for entry in entries
-        )
-
     def close(self) -> None:
         """Gives back the weights' memory and file handles."""
         if not self._closed and self._processes is not None:
@@ -882,6 +802,11 @@ class LLM:
         if error is not None:
             self._fail(error)
         self.close()
+
+
+def _in_place(policy: Policy) -> dict[str, Any]:
+    """What of it cannot change, by name."""
+    return {f"the policy's {name}": getattr(policy, name) for name in _IN_PLACE}
 
 
 def _is_here(device: Any) -> bool:
