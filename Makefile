@@ -10,7 +10,7 @@ demo: $(STAMP)
 	$(BIN)/flexgen-jax demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(STAMP)
 	$(BIN)/ruff check .
