@@ -55,13 +55,16 @@ def initialize(
             taken for lost, whereupon the others end.
 
     Raises:
-        ValueError: the environment does not say what was not given.
+        ValueError: no address, or one that is taken; or the environment does not say what was not
+            given.
 
     Where not all processes join in time, JAX's runtime aborts those that have; the last line on the
     standard error says so.
     """
     import jax
 
+    if coordinator_address is not None:
+        _check_address(coordinator_address, listens=process_id == 0)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # It would keep SIGTERM for itself.
     jax.config.update("jax_enable_preemption_service", False)
@@ -94,6 +97,24 @@ def initialize(
     _pulse(timeout)
     if not leads():
         _sentry().expect("lost process 0, which leads", unless=_state().coordinator_address)
+
+
+def _check_address(address: str, *, listens: bool) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError(f"the coordinator's address must be HOST:PORT, got {address!r}")
+    if not listens:
+        return
+    # JAX's runtime would crash.
+    with socket.socket() as trying:
+        trying.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trying.bind(("", int(port)))
+        except OSError as error:
+            raise ValueError(
+                f"the coordinator cannot listen on port {port} of this machine: {error.strerror}; "
+                "give all processes another one"
+            ) from error
 
 
 def _own_address() -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from flexgen_jax.job_input import JobError
 from flexgen_jax.processes import ProcessError
+from flexgen_jax.sentry import answers
 
 LOCAL = "local"
 RETRIES = 3  # of a block whose run raised, and of a worker that dies before it is ready
@@ -129,9 +130,12 @@ def connected(address: str, *, quiet: bool) -> Iterator[None]:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine
         options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE}
     try:
+        host, _, port = address.rpartition(":")
+        if "/" not in host and port.isdecimal() and not answers(address):
+            raise ConnectionError("nobody answers there")  # Ray would ask for a minute
         ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0].rstrip(".")
         raise JobError(
             f"no Ray cluster at {address}: {reason}. Start one with 'ray start --head', or leave "
             "--ray-address out to start one on this machine"

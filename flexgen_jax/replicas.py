@@ -122,7 +122,8 @@ class Replicas(LLM):
     """An ``LLM`` whose blocks are run by the workers of the Ray cluster that is connected.
 
     It loads no weights itself. A worker that dies is begun anew by Ray, which gives its block to it
-    again; a block that fails is given to another worker, ``RETRIES`` times in all.
+    again; a block that fails is given to another worker, ``RETRIES`` times in all. A run that is
+    interrupted or fails closes it.
 
     Args:
         workers: How many, and what Ray keeps for each.
@@ -238,9 +239,8 @@ class Replicas(LLM):
                     on_block(following, found.outputs, self._report(blocks[following], found))
                     following += 1
         finally:
-            # What was interrupted or failed leaves workers at work: the job is over.
-            for _, worker in running.values():
-                ray.kill(self._workers[worker])
+            if running:
+                self.close()  # interrupted or failed: they are at work for nothing
 
     def _report(self, block: Block, done: _Done) -> Report:
         """Without a timeline: there are as many as workers. ``seconds`` is what passes here."""

@@ -298,12 +298,26 @@ def test_an_interrupt_ends_all_and_says_how_to_go_on(tmp_path, store, lines):
     [
         (["--coordinator", "127.0.0.1:1"], "--num-processes and --process-id belong together"),
         (["--process-id", "0"], "belong together"),
+        (
+            ["--coordinator", "node0", "--num-processes", "2", "--process-id", "0"],
+            "the coordinator's address must be HOST:PORT, got 'node0'",
+        ),
     ],
 )
 def test_options_that_do_not_belong_together(tmp_path, store, lines, options, words):
     result = CliRunner().invoke(main, job(tmp_path, store, *lines, *options))
     assert result.exit_code == 2
     assert words in result.stderr
+
+
+def test_a_port_that_is_taken(tmp_path, store, lines):
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        result = CliRunner().invoke(main, job(tmp_path, store, *lines, index=0, address=address))
+    assert result.exit_code == 2
+    assert "the coordinator cannot listen on port" in result.stderr
 
 
 def test_a_machine_that_is_no_cluster(tmp_path, store, lines):

@@ -418,6 +418,25 @@ def test_a_call_that_failed_for_good():
         _answer(ref, again=True)
 
 
+def test_a_cluster_that_is_not_there(job, tmp_path):
+    arguments = [
+        *job[0],
+        "-o",
+        str(tmp_path / "out.jsonl"),
+        "--ray",
+        "--ray-address",
+        "127.0.0.1:1",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "flexgen_jax", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "no Ray cluster at 127.0.0.1:1: nobody answers there. Start one with" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
