@@ -33,11 +33,9 @@ _OPTIONS = [
     click.option(
         "--process-timeout",
         type=click.FloatRange(min=1),
-        default=60,
-        show_default=True,
         metavar="SECONDS",
         help="A process that does not join within it, or shows no sign of life for so long, is "
-        "taken for lost, and the others end.",
+        "taken for lost, and the others end. [default: 60]",
     ),
 ]
 
@@ -66,8 +64,12 @@ def joined(options: dict[str, Any], chosen: Chosen) -> Iterator[bool]:
     distributed, timeout = options.pop("distributed"), options.pop("process_timeout")
     named = [name for name, value in given.items() if value is not None]
     if not named and not distributed:
+        if timeout is not None:
+            raise ValueError("--process-timeout: for several processes; give --coordinator, too")
         yield True
         return
+    if options["checkpoint_minutes"] is not None:
+        raise ValueError("--checkpoint-minutes: for one process only; leave it out")
     if named and len(named) < len(given) and not distributed:
         raise ValueError(
             "--coordinator, --num-processes and --process-id belong together; or give "
@@ -81,12 +83,12 @@ def joined(options: dict[str, Any], chosen: Chosen) -> Iterator[bool]:
     output, real = sys.stdout, os.dup(1)
     os.dup2(2, 1)
     try:
-        with os.fdopen(real, "w", encoding="utf-8") as sys.stdout:
+        with os.fdopen(real, "w", encoding="utf-8", closefd=False) as sys.stdout:
             processes.initialize(
                 given["coordinator"],
                 given["num_processes"],
                 given["process_id"],
-                timeout=timeout,
+                timeout=processes.TIMEOUT if timeout is None else timeout,
             )
             yield processes.leads()
     except BaseException as error:
@@ -95,6 +97,8 @@ def joined(options: dict[str, Any], chosen: Chosen) -> Iterator[bool]:
         _end(error)
     finally:
         sys.stdout = output
+        os.dup2(real, 1)
+        os.close(real)
 
 
 def _end(error: BaseException) -> NoReturn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -76,6 +77,8 @@ class OverRay:
         self._address: str | None = options.pop("ray_address")
         self._values = {name: options.pop(name) for name in _NEEDS}
         given = [name for name, value in self._values.items() if value is not None]
+        if self._address != (os.environ.get("RAY_ADDRESS") or None):
+            given.append("ray_address")
         if given and not self._wanted:
             names = " and ".join(f"--{name.replace('_', '-')}" for name in given)
             raise Failure(f"{names}: for jobs over Ray; give --ray, too")

@@ -298,6 +298,8 @@ def test_an_interrupt_ends_all_and_says_how_to_go_on(tmp_path, store, lines):
     [
         (["--coordinator", "127.0.0.1:1"], "--num-processes and --process-id belong together"),
         (["--process-id", "0"], "belong together"),
+        (["--process-timeout", "5"], "--process-timeout: for several processes"),
+        (["--distributed", "--checkpoint-minutes", "1"], "for one process only"),
         (
             ["--coordinator", "node0", "--num-processes", "2", "--process-id", "0"],
             "the coordinator's address must be HOST:PORT, got 'node0'",

@@ -441,6 +441,7 @@ def test_a_cluster_that_is_not_there(job, tmp_path):
     ("options", "message"),
     [
         (["--ray-workers", "2"], "--ray-workers: for jobs over Ray; give --ray, too"),
+        (["--ray-address", "auto"], "--ray-address: for jobs over Ray; give --ray, too"),
         (["--ray", "--trace", "t.json"], "--trace or --plot: for one process only"),
         (["--ray", "-o", "-"], "--output -: for one process only"),
         (["--ray", "--checkpoint-minutes", "1"], "--checkpoint-minutes: for one process only"),
