@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import flexgen_jax as fg
-from flexgen_jax.profile import profile
+from flexgen_jax.machine.profile import profile
 from storage.disk import DiskStore
 from storage.slots import Slot
 from storage.wrappers import Throttled

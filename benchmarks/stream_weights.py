@@ -27,7 +27,6 @@ from pathlib import Path
 import jax
 
 import flexgen_jax as fg
-from flexgen_jax.weights import Weights
 from storage.disk import DiskContext
 from storage.slots import Ring
 
@@ -49,7 +48,7 @@ def step_seconds(llm: fg.LLM, args: argparse.Namespace) -> float:
     return statistics.median(times)
 
 
-def read_seconds(weights: Weights, prepare: Callable[[], None]) -> float:
+def read_seconds(weights: LayerLoader, prepare: Callable[[], None]) -> float:
     """Seconds to load every layer once, in order, through two slots that are there already."""
     ring = Ring(2)
     _load_all(weights, ring)  # open files, map them, touch the slots: that happens once a job
@@ -61,7 +60,7 @@ def read_seconds(weights: Weights, prepare: Callable[[], None]) -> float:
     return seconds
 
 
-def _load_all(weights: Weights, ring: Ring) -> None:
+def _load_all(weights: LayerLoader, ring: Ring) -> None:
     for layer in range(weights.num_layers):
         slot = ring[layer % 2]
         slot.begin(weights.slot_nbytes(layer))

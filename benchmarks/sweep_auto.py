@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import flexgen_jax as fg
-from flexgen_jax.auto import Model, Uniform
-from flexgen_jax.blocks import make_blocks
-from flexgen_jax.profile import profile
+from flexgen_jax.machine.profile import profile
+from flexgen_jax.planning.auto import Model, Uniform
+from flexgen_jax.planning.blocks import make_blocks
 from scheduling.limits import Limits
 from scheduling.peak import room_nbytes
 

@@ -14,18 +14,18 @@ from flexgen_jax._version import __version__
 _siblings.check()
 
 if TYPE_CHECKING:
-    from flexgen_jax.checkpoint import convert, convert_dummy, open_store
-    from flexgen_jax.config import OPTConfig
-    from flexgen_jax.executor import ExecutionError
-    from flexgen_jax.exporting import export
+    from flexgen_jax.distributed.processes import ProcessError, initialize
+    from flexgen_jax.engine.executor import ExecutionError
     from flexgen_jax.llm import LLM
-    from flexgen_jax.outputs import CompletionOutput, Logprob, RequestOutput
-    from flexgen_jax.planning import Plan, plan
-    from flexgen_jax.processes import ProcessError, initialize
-    from flexgen_jax.prompts import RequestError
+    from flexgen_jax.models.config import OPTConfig
+    from flexgen_jax.planning.plans import Plan, plan
     from flexgen_jax.report import Report
-    from flexgen_jax.sampling_params import SamplingParams
+    from flexgen_jax.requests.outputs import CompletionOutput, Logprob, RequestOutput
+    from flexgen_jax.requests.prompts import RequestError
+    from flexgen_jax.requests.sampling_params import SamplingParams
     from flexgen_jax.scoring import Perplexity, Score, perplexity
+    from flexgen_jax.weights.checkpoint import convert, convert_dummy, open_store
+    from flexgen_jax.weights.exporting import export
     from scheduling.hardware import Hardware
     from scheduling.policy import Policy, Split, Tier
     from scheduling.schedules import SCHEDULES
@@ -36,25 +36,25 @@ if TYPE_CHECKING:
     from storage.disk import DiskContext
 
 _HOME = {
-    "convert": "flexgen_jax.checkpoint",
-    "export": "flexgen_jax.exporting",
-    "convert_dummy": "flexgen_jax.checkpoint",
-    "open_store": "flexgen_jax.checkpoint",
-    "OPTConfig": "flexgen_jax.config",
-    "ExecutionError": "flexgen_jax.executor",
+    "convert": "flexgen_jax.weights.checkpoint",
+    "export": "flexgen_jax.weights.exporting",
+    "convert_dummy": "flexgen_jax.weights.checkpoint",
+    "open_store": "flexgen_jax.weights.checkpoint",
+    "OPTConfig": "flexgen_jax.models.config",
+    "ExecutionError": "flexgen_jax.engine.executor",
     "LLM": "flexgen_jax.llm",
-    "RequestError": "flexgen_jax.prompts",
-    "CompletionOutput": "flexgen_jax.outputs",
-    "Logprob": "flexgen_jax.outputs",
-    "RequestOutput": "flexgen_jax.outputs",
-    "Plan": "flexgen_jax.planning",
-    "plan": "flexgen_jax.planning",
+    "RequestError": "flexgen_jax.requests.prompts",
+    "CompletionOutput": "flexgen_jax.requests.outputs",
+    "Logprob": "flexgen_jax.requests.outputs",
+    "RequestOutput": "flexgen_jax.requests.outputs",
+    "Plan": "flexgen_jax.planning.plans",
+    "plan": "flexgen_jax.planning.plans",
     "Hardware": "scheduling.hardware",
     "simulate": "scheduling.simulate",
     "Report": "flexgen_jax.report",
-    "ProcessError": "flexgen_jax.processes",
-    "initialize": "flexgen_jax.processes",
-    "SamplingParams": "flexgen_jax.sampling_params",
+    "ProcessError": "flexgen_jax.distributed.processes",
+    "initialize": "flexgen_jax.distributed.processes",
+    "SamplingParams": "flexgen_jax.requests.sampling_params",
     "Perplexity": "flexgen_jax.scoring",
     "Score": "flexgen_jax.scoring",
     "perplexity": "flexgen_jax.scoring",

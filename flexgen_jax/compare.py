@@ -18,13 +18,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from flexgen_jax.blocks import Block, Request
-from flexgen_jax.executor import ExecutionError
+from flexgen_jax.engine.executor import ExecutionError
 from flexgen_jax.llm import LLM
-from flexgen_jax.outputs import RequestOutput
-from flexgen_jax.prompts import RequestError
+from flexgen_jax.planning.blocks import Block
 from flexgen_jax.report import Report
-from flexgen_jax.sampling_params import SamplingParams
+from flexgen_jax.requests.outputs import RequestOutput
+from flexgen_jax.requests.prompts import RequestError
+from flexgen_jax.requests.request import Request
+from flexgen_jax.requests.sampling_params import SamplingParams
 from scheduling.policy import Policy
 
 

@@ -13,9 +13,9 @@ def run_demo(output_dir: Path, max_tokens: int, say: Callable[[str], None]) -> N
     """Completes the bundled prompts; writes completions, trace and picture to ``output_dir``."""
     import flexgen_jax as fg
     from flexgen_jax import progress
-    from flexgen_jax.batch import Completing, Job
-    from flexgen_jax.job_input import JobInput
-    from flexgen_jax.results import FileResults
+    from flexgen_jax.jobs.job import Completing, Job
+    from flexgen_jax.jobs.job_input import JobInput
+    from flexgen_jax.jobs.results import FileResults
 
     output_dir.mkdir(parents=True, exist_ok=True)
     completions = output_dir / "completions.jsonl"

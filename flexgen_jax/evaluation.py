@@ -29,7 +29,7 @@ except ImportError as error:
 
 from flexgen_jax import progress
 from flexgen_jax.llm import LLM
-from flexgen_jax.sampling_params import SamplingParams
+from flexgen_jax.requests.sampling_params import SamplingParams
 from flexgen_jax.scoring import run_scores, sequence_request
 from scheduling.policy import Policy
 

@@ -15,40 +15,36 @@ from typing import Any, Literal
 import jax
 
 from flexgen_jax._version import __version__
-from flexgen_jax.auto import Auto, Job, Model, Uniform, kind_of, limits_of_this_machine
-from flexgen_jax.batch_state import Generated
-from flexgen_jax.block_run import Counts, run_block
-from flexgen_jax.blocks import Block, Request, make_blocks
-from flexgen_jax.cells import Cells, WrapStore, place_cache, place_hidden
-from flexgen_jax.checkpoint import cache_directory, open_store, resolve
-from flexgen_jax.config import OPTConfig
-from flexgen_jax.generation import BlockEffects, OnLogits
-from flexgen_jax.links import Link as StageLink
+from flexgen_jax.distributed.process_hand_over import ProcessHandOver
+from flexgen_jax.distributed.processes import Processes, process_count
+from flexgen_jax.distributed.stage_devices import stage_devices
+from flexgen_jax.engine.block_run import Counts, run_block
+from flexgen_jax.engine.cells import Cells, WrapStore
+from flexgen_jax.engine.effects import BlockEffects, OnLogits
+from flexgen_jax.engine.hand_over import HandOver
+from flexgen_jax.engine.layer_loading import LayerLoader
+from flexgen_jax.engine.pipeline import Rings, Stage
+from flexgen_jax.engine.snapshots import Snapshot
 from flexgen_jax.logs import LOGGER, event
-from flexgen_jax.machine import this_machine
-from flexgen_jax.memory import parse_bytes
-from flexgen_jax.outputs import Gathered, RequestOutput
-from flexgen_jax.process_link import ProcessLink
-from flexgen_jax.processes import Processes, process_count
-from flexgen_jax.prompts import Prompt, RequestError, as_list
+from flexgen_jax.machine.this_machine import this_machine
+from flexgen_jax.models.config import OPTConfig
+from flexgen_jax.planning.auto import Auto, Demand, Model, Uniform, kind_of, limits_of_this_machine
+from flexgen_jax.planning.blocks import Block, make_blocks
+from flexgen_jax.planning.byte_sizes import parse_bytes
+from flexgen_jax.planning.cell_layout import place_cache, place_hidden
+from flexgen_jax.planning.stage_layout import layers_of, place_stages, stored_names, together
 from flexgen_jax.report import Report, Sum
-from flexgen_jax.sampling_params import SamplingParams
+from flexgen_jax.requests.generated import Generated
+from flexgen_jax.requests.outputs import Gathered, RequestOutput
+from flexgen_jax.requests.prompts import Prompt, RequestError, as_list
+from flexgen_jax.requests.request import Request
+from flexgen_jax.requests.sampling_params import SamplingParams
+from flexgen_jax.requests.texts import encode, make_request, output_of
+from flexgen_jax.requests.tokenization import load_tokenizer
 from flexgen_jax.scoring import Score, score
-from flexgen_jax.snapshots import Snapshot
-from flexgen_jax.stages import (
-    Rings,
-    Stage,
-    layers_of,
-    place_stages,
-    stage_devices,
-    stored_names,
-    together,
-)
 from flexgen_jax.streaming import generate_iter
-from flexgen_jax.texts import encode, make_request, output_of
-from flexgen_jax.tokenization import load_tokenizer
-from flexgen_jax.weight_format import WeightFormat
-from flexgen_jax.weights import Weights
+from flexgen_jax.weights.checkpoint import cache_directory, open_store, resolve
+from flexgen_jax.weights.weight_format import WeightFormat
 from scheduling.calibrate import Observation, observations
 from scheduling.cost_model import CostModel, bound
 from scheduling.hardware import Hardware
@@ -168,7 +164,7 @@ class LLM:
         self._policy: Policy | None = None
         self._why: str | None = None
         self._chosen_for: object = None
-        self._link = StageLink()
+        self._hand_over = HandOver()
         self._hosts: tuple[int, ...] = ()
         if policy.num_stages > 1 and process_count() > 1:
             self._join(layers)
@@ -188,7 +184,7 @@ class LLM:
             for stages in held
         ]
         self._processes = Processes(names)
-        self._link = ProcessLink(
+        self._hand_over = ProcessHandOver(
             self._processes,
             self._devices,
             layers,
@@ -233,7 +229,7 @@ class LLM:
         for number, device in enumerate(self._devices):
             if not _is_here(device):
                 continue
-            weights = Weights(
+            weights = LayerLoader(
                 self._model,
                 placements[number],
                 layers[number],
@@ -243,11 +239,11 @@ class LLM:
             )
             self._stages[number] = Stage(device, weights)
 
-    def choose_policy(self, job: Job) -> Policy:
+    def choose_policy(self, job: Demand) -> Policy:
         """With ``policy="auto"``, chooses the policy for ``job``; else returns what is in force.
 
         Args:
-            job: Checked requests, or the lengths of a :class:`~flexgen_jax.auto.Uniform` job.
+            job: Checked requests, or the lengths of a ``Uniform`` job.
 
         Raises:
             NothingFitsError: no policy fits the memory.
@@ -265,7 +261,7 @@ class LLM:
         self._take(policy)
         return self.policy
 
-    def _searched(self, job: Job) -> tuple[Policy, str]:
+    def _searched(self, job: Demand) -> tuple[Policy, str]:
         """The best policy here, and why."""
         assert self._auto is not None
         stored = sum(e.nbytes for e in self._model.format.entries(self.config).values())
@@ -773,7 +769,7 @@ class LLM:
             workload,
             stages,
             cells,
-            link=self._link,
+            hand_over=self._hand_over,
             config=self.config,
             dtype=self._model.dtype,
             seed=self.seed,

@@ -8,10 +8,10 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from flexgen_jax.dialects import LineError, parse_values, plain_answer
+from flexgen_jax.jobs.dialects import LineError, parse_values, plain_answer
 from flexgen_jax.logs import LOGGER
-from flexgen_jax.ray_cluster import Workers, import_ray, missing_model, patient
-from flexgen_jax.sampling_params import SamplingParams
+from flexgen_jax.replicas.ray_cluster import Workers, import_ray, missing_model, patient
+from flexgen_jax.requests.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -96,7 +96,7 @@ def map_batches(
 
 def _store(model: str, llm: Mapping[str, Any]) -> str:
     """Converted once, before the workers begin."""
-    from flexgen_jax.checkpoint import GROUP_SIZE, resolve
+    from flexgen_jax.weights.checkpoint import GROUP_SIZE, resolve
 
     policy = llm.get("policy", "auto")
     return str(
@@ -120,9 +120,9 @@ class _Worker:
         keep: tuple[str, ...],
         beside: int,
     ) -> None:
-        from flexgen_jax.auto import part_of_this_machine
-        from flexgen_jax.checkpoint import is_store
         from flexgen_jax.llm import LLM
+        from flexgen_jax.planning.auto import part_of_this_machine
+        from flexgen_jax.weights.checkpoint import is_store
 
         if not is_store(arguments["model"]):
             raise missing_model(arguments["model"])

@@ -9,15 +9,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
-from flexgen_jax.blocks import Request
-from flexgen_jax.outputs import RequestOutput
-from flexgen_jax.prompts import Prompt, RequestError, as_list, parse_prompt
-from flexgen_jax.sampling_params import SamplingParams
-
-if TYPE_CHECKING:
-    from flexgen_jax.llm import LLM
+from flexgen_jax.completer import Completer
+from flexgen_jax.requests.outputs import RequestOutput
+from flexgen_jax.requests.prompts import Prompt, RequestError, as_list, parse_prompt
+from flexgen_jax.requests.request import Request
+from flexgen_jax.requests.sampling_params import SamplingParams
 
 _PARAMS = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, prompt_logprobs=0)
 
@@ -63,7 +60,7 @@ class Perplexity:
 
 
 def score(
-    llm: LLM,
+    llm: Completer,
     prompts: Sequence[Prompt],
     continuations: Sequence[Prompt],
     *,
@@ -86,7 +83,7 @@ def score(
     return run_scores(llm, requests, progress=progress)
 
 
-def score_request(llm: LLM, index: int, prompt: Prompt, continuation: Prompt) -> Request:
+def score_request(llm: Completer, index: int, prompt: Prompt, continuation: Prompt) -> Request:
     """Checks one pair and makes a :class:`Request` of it.
 
     Raises:
@@ -102,7 +99,7 @@ def score_request(llm: LLM, index: int, prompt: Prompt, continuation: Prompt) ->
     return sequence_request(llm, index, [*before, *after], len(after))
 
 
-def sequence_request(llm: LLM, index: int, tokens: Sequence[int], num_scored: int) -> Request:
+def sequence_request(llm: Completer, index: int, tokens: Sequence[int], num_scored: int) -> Request:
     """The request that scores the last ``num_scored`` of ``tokens``.
 
     Raises:
@@ -115,7 +112,7 @@ def sequence_request(llm: LLM, index: int, tokens: Sequence[int], num_scored: in
 
 
 def run_scores(
-    llm: LLM,
+    llm: Completer,
     requests: Sequence[Request],
     *,
     progress: Callable[[int], None] | None = None,
@@ -140,7 +137,7 @@ def score_of(request: Request, output: RequestOutput) -> Score:
     return Score(before, tokens, tuple(p.logprob for p in found), greedy)
 
 
-def _tokens(llm: LLM, prompt: Prompt, continuation: Prompt) -> tuple[list[int], list[int]]:
+def _tokens(llm: Completer, prompt: Prompt, continuation: Prompt) -> tuple[list[int], list[int]]:
     before, after = parse_prompt(prompt), parse_prompt(continuation)
     if (before[1] is None) != (after[1] is None):
         raise RequestError("prompt and continuation must both be texts, or both be token ids")
@@ -153,7 +150,7 @@ def _tokens(llm: LLM, prompt: Prompt, continuation: Prompt) -> tuple[list[int], 
 
 
 def perplexity(
-    llm: LLM,
+    llm: Completer,
     text: str | Sequence[int],
     *,
     context: int | None = None,
@@ -180,13 +177,15 @@ def perplexity(
     return Perplexity(math.fsum(s.logprob for s in scores), sum(len(s.token_ids) for s in scores))
 
 
-def count_windows(llm: LLM, tokens: Sequence[int], context: int | None, stride: int | None) -> int:
+def count_windows(
+    llm: Completer, tokens: Sequence[int], context: int | None, stride: int | None
+) -> int:
     """How many windows :func:`perplexity` scores; raises as it does."""
     return len(_windows(llm, tokens, context, stride))
 
 
 def _windows(
-    llm: LLM, tokens: Sequence[int], context: int | None, stride: int | None
+    llm: Completer, tokens: Sequence[int], context: int | None, stride: int | None
 ) -> list[tuple[int, int, int]]:
     room = llm.config.max_position_embeddings
     context = room if context is None else context

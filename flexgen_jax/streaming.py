@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
 
-from flexgen_jax.blocks import Request
-from flexgen_jax.outputs import RequestOutput
-from flexgen_jax.prompts import Prompt, RequestError
+from flexgen_jax.completer import Completer
+from flexgen_jax.planning.window_size import WindowSize
 from flexgen_jax.report import Report, Sum
-from flexgen_jax.sampling_params import SamplingParams
-from flexgen_jax.windows import Limits
-
-if TYPE_CHECKING:
-    from flexgen_jax.llm import LLM
+from flexgen_jax.requests.outputs import RequestOutput
+from flexgen_jax.requests.prompts import Prompt, RequestError
+from flexgen_jax.requests.request import Request
+from flexgen_jax.requests.sampling_params import SamplingParams
 
 _TOKEN_NBYTES = 4  # of a prompt's text, about
 
 
 def generate_iter(
-    llm: LLM,
+    llm: Completer,
     prompts: Iterable[Prompt],
     sampling_params: SamplingParams | Iterable[SamplingParams] | None,
     *,
@@ -33,10 +30,10 @@ def generate_iter(
     index, ended = 0, False
     while not ended and wrong is None:
         # Of policy auto the first window decides, before there are blocks for it to be whole of.
-        limits = Limits.of(llm.policy.block_size if total is not None else 1, window)
+        size = WindowSize.of(llm.policy.block_size if total is not None else 1, window)
         requests: list[Request] = []
         tokens = more = 0
-        while not limits.reached(len(requests), _TOKEN_NBYTES * tokens, more=more):
+        while not size.reached(len(requests), _TOKEN_NBYTES * tokens, more=more):
             try:
                 prompt, params = next(pairs)
                 requests.append(llm.request(index, prompt, params))

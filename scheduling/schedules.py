@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 
 from scheduling.dependencies import ScheduleError
@@ -18,6 +18,8 @@ from scheduling.ops import (
     StoreHidden,
 )
 from scheduling.workload import Workload
+
+Schedule = Callable[[Workload], Iterable[Op]]
 
 
 def passes(w: Workload, rounds: int) -> Iterator[tuple[int, int, range]]:

@@ -14,7 +14,12 @@ os.environ["FLEXGEN_JAX_CACHE"] = "/nonexistent/flexgen-jax-tests-must-pass-offl
 from jaxtyping import install_import_hook
 
 install_import_hook(
-    ["flexgen_jax.opt", "flexgen_jax.kv_cache", "flexgen_jax.kernels", "flexgen_jax.sampling"],
+    [
+        "flexgen_jax.models.opt",
+        "flexgen_jax.models.kv_cache",
+        "flexgen_jax.engine.kernels",
+        "flexgen_jax.engine.sampling",
+    ],
     "beartype.beartype",
 )
 

@@ -12,11 +12,7 @@ import signal
 import sys
 import time
 
-import flexgen_jax.batch
-import flexgen_jax.checkpoint
-import flexgen_jax.llm
-import flexgen_jax.progress  # noqa: F401
-from flexgen_jax.cli import main
+from flexgen_jax.cli.app import main
 
 
 def child(arguments: list[str]) -> None:

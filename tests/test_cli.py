@@ -15,8 +15,8 @@ import pytest
 from click.testing import CliRunner
 
 import flexgen_jax as fg
-from flexgen_jax.cli import main
-from flexgen_jax.results import FileResults
+from flexgen_jax.cli.app import main
+from flexgen_jax.jobs.results import FileResults
 
 ROOT = Path(__file__).parent.parent
 GOLDENS = ROOT / "tests" / "goldens"
@@ -199,7 +199,7 @@ def test_a_disk_that_fills_while_results_are_written(job, monkeypatch, tmp_path)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(file)
 
-    monkeypatch.setattr("flexgen_jax.results.os.fsync", full)
+    monkeypatch.setattr("flexgen_jax.jobs.results.os.fsync", full)
     result, _ = job([{"prompt_token_ids": [5]}])
     assert result.exit_code == 1
     assert "out.jsonl.partial: No space left on device" in result.stderr
@@ -390,9 +390,9 @@ def test_a_failing_read_keeps_what_was_finished(tmp_path, offload, monkeypatch):
 
 def test_an_interrupt_keeps_what_was_finished(tmp_path, offload, monkeypatch):
     """Ctrl-C in the middle of the third block: the first two blocks' results are kept."""
-    import flexgen_jax.generation
+    import flexgen_jax.engine.effects
 
-    original = flexgen_jax.generation.BlockEffects._book
+    original = flexgen_jax.engine.effects.BlockEffects._book
     booked = []
 
     def pressing(self, state):
@@ -401,7 +401,7 @@ def test_an_interrupt_keeps_what_was_finished(tmp_path, offload, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
         original(self, state)
 
-    monkeypatch.setattr(flexgen_jax.generation.BlockEffects, "_book", pressing)
+    monkeypatch.setattr(flexgen_jax.engine.effects.BlockEffects, "_book", pressing)
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps({"prompt_token_ids": [i + 3]}) + "\n" for i in range(9)))
     arguments = ["generate", "--model", MODEL, "-i", source, "-o", target, "--max-tokens", 4]
@@ -524,7 +524,7 @@ def test_importing_and_helping_stay_light():
     result = python("-c", f"import flexgen_jax, sys; print(sorted({heavy} & set(sys.modules)))")
     assert result.stdout.strip() == "[]", result.stderr
     code = (
-        "import sys; from flexgen_jax.cli import main; main(['--help'], standalone_mode=False);"
+        "import sys; from flexgen_jax.cli.app import main; main(['--help'], standalone_mode=False);"
         f"print(sorted({heavy} & set(sys.modules)))"
     )
     assert python("-c", code).stdout.strip().endswith("[]")

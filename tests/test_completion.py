@@ -6,7 +6,7 @@ import subprocess
 import pytest
 from click.testing import CliRunner
 
-from flexgen_jax.cli import main
+from flexgen_jax.cli.app import main
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

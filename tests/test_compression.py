@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 import flexgen_jax as fg
-import flexgen_jax.unpacking
-from flexgen_jax import opt
-from flexgen_jax.checkpoint import convert
+import flexgen_jax.engine.unpacking
 from flexgen_jax.compare import compare, ways_to_compress
-from flexgen_jax.kv_cache import CacheFormat, KeptCache, LayerCache
-from flexgen_jax.params import nest, param_shapes
-from flexgen_jax.quantization import dense_tree, dequantize
+from flexgen_jax.models import opt
+from flexgen_jax.models.kv_cache import CacheFormat, KeptCache, LayerCache
+from flexgen_jax.models.params import nest, param_shapes
+from flexgen_jax.models.quantization import dense_tree, dequantize
+from flexgen_jax.weights.checkpoint import convert
 from scheduling.sizes import Link
 from storage.array_file import describe_array
 from storage.wrappers import Logged
@@ -81,13 +81,13 @@ def test_quantised_weights_compute_what_the_reference_does(offload, tmp_path, va
 
 def test_a_layer_is_dequantised_once_a_step_for_all_batches(offload, monkeypatch):
     calls = []
-    original = flexgen_jax.unpacking._dequantize_into
+    original = flexgen_jax.engine.unpacking._dequantize_into
 
     def counted(*args):
         calls.append(args)
         return original(*args)
 
-    monkeypatch.setattr(flexgen_jax.unpacking, "_dequantize_into", counted)
+    monkeypatch.setattr(flexgen_jax.engine.unpacking, "_dequantize_into", counted)
     for weights in (fg.Split(), DISK):
         calls.clear()
         few = policy(device_batch_size=2, num_device_batches=4, weight_bits=4, weights=weights)

@@ -11,9 +11,10 @@ import pytest
 from click.testing import CliRunner
 
 import flexgen_jax as fg
-from flexgen_jax import backends, doctor, file_system, profile
-from flexgen_jax.cli import main
-from flexgen_jax.outlook import outlook
+from flexgen_jax.cli.app import main
+from flexgen_jax.distributed import backends
+from flexgen_jax.machine import doctor, file_system, profile
+from flexgen_jax.machine.outlook import outlook
 
 LAPTOP = fg.Hardware.preset("laptop")
 SMALL = {"hardware": LAPTOP, "models": ["opt-125m"], "file_nbytes": 1 << 20}

@@ -7,7 +7,7 @@ import runpy
 from pathlib import Path
 
 import flexgen_jax as fg
-from flexgen_jax.cli import main
+from flexgen_jax.cli.app import main
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexgen_jax.executor import ExecutionError, execute
+from flexgen_jax.engine.executor import ExecutionError, execute
 from scheduling import (
     SCHEDULES,
     Barrier,

@@ -13,8 +13,9 @@ import pytest
 from jaxtyping import TypeCheckError
 
 import flexgen_jax as fg
-from flexgen_jax import kernels, opt
-from flexgen_jax.kv_cache import write_prompt
+from flexgen_jax.engine import kernels
+from flexgen_jax.models import opt
+from flexgen_jax.models.kv_cache import write_prompt
 
 ROOT = Path(__file__).parent.parent
 

@@ -18,11 +18,11 @@ import zstandard
 from click.testing import CliRunner
 
 import flexgen_jax as fg
-from flexgen_jax import windows
-from flexgen_jax.batch import Completing, Job
-from flexgen_jax.cli import main
-from flexgen_jax.job_input import MAX_LINE, JobError, JobInput
-from flexgen_jax.results import FileResults
+from flexgen_jax.cli.app import main
+from flexgen_jax.jobs import windows
+from flexgen_jax.jobs.job import Completing, Job
+from flexgen_jax.jobs.job_input import MAX_LINE, JobError, JobInput
+from flexgen_jax.jobs.results import FileResults
 
 ROOT = Path(__file__).parent.parent
 DEMO = str(ROOT / "flexgen_jax" / "demo_model")
@@ -250,7 +250,7 @@ def test_memory_does_not_grow_with_the_job(offload, tmp_path, monkeypatch):
         FileResults(tmp_path / "out") as results,
     ):
         limits = windows.Limits.of(llm.policy.block_size, 256)
-        job = Job(llm, Completing(llm, GREEDY, "m"), lines, results, limits=limits)
+        job = Job(llm, Completing(llm, GREEDY, "m"), lines, results, window_size=limits)
         tracemalloc.start()
         try:
             report = job.run(on_window=on_window).report
@@ -367,8 +367,8 @@ def test_a_bad_prompt_in_a_stream_loses_nothing(llm):
 
 
 def test_lines_of_any_size_are_read_one_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr("flexgen_jax.job_input.MAX_LINE", 10)
-    monkeypatch.setattr("flexgen_jax.job_input._PIECE", 4)
+    monkeypatch.setattr("flexgen_jax.jobs.job_input.MAX_LINE", 10)
+    monkeypatch.setattr("flexgen_jax.jobs.job_input._PIECE", 4)
     data = b"short\n" + b"0123456789" + b"\n" + b"x" * 35 + b"\n\nlast one that is long"
     (tmp_path / "in").write_bytes(data)
     with JobInput(tmp_path / "in") as source:

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import flexgen_jax as fg
-from flexgen_jax.blocks import padded_length, padded_rows
+from flexgen_jax.planning.blocks import padded_length, padded_rows
 from scheduling import FreeWeights, LoadWeights, ScheduleError, zigzag
 from storage.disk import DiskStore
 from storage.host import HostSequences
@@ -292,7 +292,7 @@ def test_what_is_on_disk_is_read_once_per_pass(offload):
 
 def test_the_next_layer_is_read_while_this_one_computes(offload, monkeypatch):
     """Each prefill of a layer waits until the next layer is being read: overlap or a failure."""
-    from flexgen_jax import kernels
+    from flexgen_jax.engine import kernels
 
     config = fg.OPTConfig.load(GOLDENS / "pre_norm")
     begun = {unit: threading.Event() for unit in config.units}

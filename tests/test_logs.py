@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 import flexgen_jax as fg
 from flexgen_jax import logs
-from flexgen_jax.cli import main
+from flexgen_jax.cli.app import main
 
 MODEL = str(Path(__file__).parent / "goldens" / "pre_norm")
 

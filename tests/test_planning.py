@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 import flexgen_jax as fg
-from flexgen_jax.cli import main
+from flexgen_jax.cli.app import main
 
 ZIGZAG = ("zigzag", fg.SCHEDULES["zigzag"])
 # Policy, and tokens/s that the paper measured on its T4 with 512 prompt and 32 new tokens.

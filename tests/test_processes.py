@@ -13,11 +13,12 @@ import pytest
 from click.testing import CliRunner
 
 import flexgen_jax as fg
-from flexgen_jax.checkpoint import resolve
-from flexgen_jax.cli import main
-from flexgen_jax.params import unit_names
-from flexgen_jax.sentry import answers
-from flexgen_jax.stages import layers_of, stage_devices
+from flexgen_jax.cli.app import main
+from flexgen_jax.distributed.sentry import answers
+from flexgen_jax.distributed.stage_devices import stage_devices
+from flexgen_jax.models.params import unit_names
+from flexgen_jax.planning.stage_layout import layers_of
+from flexgen_jax.weights.checkpoint import resolve
 from scheduling.stages import hosts_of
 from tests.test_stages import DEMO, MIXED, generate, policy
 
@@ -122,7 +123,7 @@ import jax
 
 index, address, stages, path = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
 jax.config.update("jax_num_cpu_devices", -(-stages // 2))
-from flexgen_jax.processes import initialize
+from flexgen_jax.distributed.processes import initialize
 import flexgen_jax as fg
 from tests.test_stages import PROMPTS, PARAMS, MIXED, policy
 
@@ -337,7 +338,7 @@ def test_what_one_process_cannot(tmp_path, store, monkeypatch):
         assert llm.leads
         with pytest.raises(ValueError, match="nobody to follow"):
             llm.follow()
-    monkeypatch.setattr("flexgen_jax.processes.process_count", lambda: 3)
+    monkeypatch.setattr("flexgen_jax.distributed.processes.process_count", lambda: 3)
     with pytest.raises(ValueError, match="num_stages 2 over 3 processes: each of them needs"):
         stage_devices(2)
 

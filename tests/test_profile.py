@@ -6,9 +6,9 @@ import pytest
 from click.testing import CliRunner
 
 import flexgen_jax as fg
-from flexgen_jax import profile as profiling
-from flexgen_jax.cli import main
-from flexgen_jax.machine import this_machine
+from flexgen_jax.cli.app import main
+from flexgen_jax.machine import profile as profiling
+from flexgen_jax.machine.this_machine import this_machine
 
 
 @pytest.fixture(scope="module")

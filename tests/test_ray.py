@@ -14,10 +14,10 @@ import pytest
 from click.testing import CliRunner
 
 import flexgen_jax as fg
-from flexgen_jax.cli import main
-from flexgen_jax.ray_cluster import RETRIES, Settled, WorkerError, Workers
-from flexgen_jax.replicas import Replicas, Worker, _answer, _Failed
-from flexgen_jax.results import FileResults
+from flexgen_jax.cli.app import main
+from flexgen_jax.jobs.results import FileResults
+from flexgen_jax.replicas.ray_cluster import RETRIES, Settled, WorkerError, Workers
+from flexgen_jax.replicas.ray_llm import Replicas, Worker, _answer, _Failed
 
 ray = pytest.importorskip("ray")
 pyarrow = pytest.importorskip("pyarrow")
@@ -351,7 +351,9 @@ def test_what_fails_in_a_worker_is_an_answer(store, monkeypatch):
     worker = Worker(arguments_of(store), 1)
     with monkeypatch.context() as patch:
         torn = fg.ExecutionError("compute(0, 0, 0)", OSError("torn"))
-        patch.setattr("flexgen_jax.block_run.execute", lambda *_: (_ for _ in ()).throw(torn))
+        patch.setattr(
+            "flexgen_jax.engine.block_run.execute", lambda *_: (_ for _ in ()).throw(torn)
+        )
         assert worker.run(block, policy) == _Failed("compute(0, 0, 0) failed: torn", again=True)
     assert len(worker.run(block, policy).outputs) == 3
     worker._close()
@@ -374,7 +376,7 @@ def test_a_block_that_fails_is_tried_again_and_then_said(
     cluster, store, tmp_path, monkeypatch, times
 ):
     (tmp_path / "left").write_text(str(times))
-    monkeypatch.setattr("flexgen_jax.replicas.Worker", Flaky)
+    monkeypatch.setattr("flexgen_jax.replicas.ray_llm.Worker", Flaky)
     remote = {"num_cpus": 1, "num_gpus": 0, "resources": {}}
     remote |= {"runtime_env": {"env_vars": {"FLAKY": str(tmp_path / "left")}}}
     monkeypatch.setattr(Settled, "remote", lambda self: remote)
@@ -395,7 +397,7 @@ def test_workers_that_differ_are_refused(cluster, store, monkeypatch):
             found = super().about()
             return dataclasses.replace(found, software={"jax": str(os.getpid())})
 
-    monkeypatch.setattr("flexgen_jax.replicas.Worker", Other)
+    monkeypatch.setattr("flexgen_jax.replicas.ray_llm.Worker", Other)
 
     def until_both_have_come():
         with Replicas(Settled(2, 1, 0, {}, 2), arguments_of(store)) as llm:

@@ -18,12 +18,11 @@ import pytest
 from click.testing import CliRunner
 
 import flexgen_jax as fg
-import flexgen_jax.generation
-from flexgen_jax.batch import Completing, Job
-from flexgen_jax.cli import main
-from flexgen_jax.job_input import JobError, JobInput
-from flexgen_jax.results import FileResults
-from flexgen_jax.windows import Limits
+import flexgen_jax.engine.effects
+from flexgen_jax.cli.app import main
+from flexgen_jax.jobs.job import Completing, Job
+from flexgen_jax.jobs.job_input import JobError, JobInput
+from flexgen_jax.jobs.results import FileResults
 from storage.store import StorageError
 from storage.wrappers import Faulty
 
@@ -141,7 +140,7 @@ def source(tmp_path):
 def run(llm, source, target, *, on_window=None, params=GREEDY, window=16, restart=False):
     with JobInput(source) as lines, FileResults(target, restart=restart) as results:
         limits = Limits.of(llm.policy.block_size, window)
-        job = Job(llm, Completing(llm, params, "m"), lines, results, limits=limits)
+        job = Job(llm, Completing(llm, params, "m"), lines, results, window_size=limits)
         return job.run(on_window=on_window)
 
 
@@ -321,8 +320,8 @@ def test_a_disk_that_fills(source, expected, tmp_path, offload):
     program = (
         "import resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "from flexgen_jax.cli import main\n"
-        "import flexgen_jax.llm, flexgen_jax.checkpoint\n"
+        "from flexgen_jax.cli.app import main\n"
+        "import flexgen_jax.llm, flexgen_jax.weights.checkpoint\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))\n"
         "main(sys.argv[2:])\n"
     )
@@ -455,7 +454,7 @@ def test_a_signal_ends_the_job_and_says_how_to_go_on(
     arguments = ["generate", "--model", MODEL, "--offload-dir", offload, "-i", str(source)]
     arguments += ["-o", str(tmp_path / "out"), "--max-tokens", "3"]
     arguments += ["--device-batch-size", "4", "--num-device-batches", "2"]
-    real, blocks = flexgen_jax.generation.BlockEffects._book, set()
+    real, blocks = flexgen_jax.engine.effects.BlockEffects._book, set()
 
     def signalled(self, state):
         blocks.add(id(self._states))
@@ -464,7 +463,7 @@ def test_a_signal_ends_the_job_and_says_how_to_go_on(
             os.kill(os.getpid(), number)
         real(self, state)
 
-    monkeypatch.setattr(flexgen_jax.generation.BlockEffects, "_book", signalled)
+    monkeypatch.setattr(flexgen_jax.engine.effects.BlockEffects, "_book", signalled)
     before = signal.getsignal(signal.SIGTERM)
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == code, result.output

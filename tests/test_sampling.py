@@ -13,11 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flexgen_jax as fg
-from flexgen_jax.blocks import Request, last_blocks, make_blocks
-from flexgen_jax.cli import main
-from flexgen_jax.sampling import History, batch_arrays, penalise, sample, seed_words, truncate
-from flexgen_jax.sampling_params import SamplingParams
-from flexgen_jax.stops import first_stop, stopped_by
+from flexgen_jax.cli.app import main
+from flexgen_jax.engine.sampling import (
+    History,
+    batch_arrays,
+    penalise,
+    sample,
+    seed_words,
+    truncate,
+)
+from flexgen_jax.planning.blocks import last_blocks, make_blocks
+from flexgen_jax.requests.request import Request
+from flexgen_jax.requests.sampling_params import SamplingParams
+from flexgen_jax.requests.stops import first_stop, stopped_by
 
 VOCAB = 40
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flexgen_jax as fg
-from flexgen_jax import opt
-from flexgen_jax.params import nest
+from flexgen_jax.models import opt
+from flexgen_jax.models.params import nest
 from flexgen_jax.scoring import perplexity, windows
 from storage.array_file import describe_array
 from storage.wrappers import Logged
@@ -191,7 +191,7 @@ def test_windows_that_do_not_fit_are_refused(offload):
 def test_a_job_of_scores(offload, tmp_path):
     from click.testing import CliRunner
 
-    from flexgen_jax.cli import main
+    from flexgen_jax.cli.app import main
 
     lines = [
         {"id": "a", "prompt": "The king", "continuation": " is"},
@@ -232,7 +232,7 @@ def test_a_job_of_scores(offload, tmp_path):
 def test_the_commands_print_figures(offload, tmp_path):
     from click.testing import CliRunner
 
-    from flexgen_jax.cli import main
+    from flexgen_jax.cli.app import main
 
     text = tmp_path / "text.txt"
     text.write_text((DEMO / "held_out.txt").read_text(encoding="utf-8")[:1500])

@@ -12,11 +12,11 @@ import pytest
 from click.testing import CliRunner
 
 import flexgen_jax as fg
-from flexgen_jax.batch import Completing, Job, JobError
-from flexgen_jax.cli import main
-from flexgen_jax.job_input import JobInput
-from flexgen_jax.results import FileResults, StreamResults
-from flexgen_jax.sampling_params import SamplingParams
+from flexgen_jax.cli.app import main
+from flexgen_jax.jobs.job import Completing, Job, JobError
+from flexgen_jax.jobs.job_input import JobInput
+from flexgen_jax.jobs.results import FileResults, StreamResults
+from flexgen_jax.requests.sampling_params import SamplingParams
 from storage.store import StorageError
 
 MODEL = "flexgen_jax/demo_model"

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import flexgen_jax as fg
-from flexgen_jax.config import OPTConfig
-from flexgen_jax.params import unit_names
-from flexgen_jax.stages import fullest, layers_of, stage_starts
+from flexgen_jax.engine.pipeline import fullest
+from flexgen_jax.models.config import OPTConfig
+from flexgen_jax.models.params import unit_names
+from flexgen_jax.planning.stage_layout import layers_of, stage_starts
 from scheduling import peak_nbytes
 from scheduling.dependencies import Stream
 from storage.wrappers import Logged

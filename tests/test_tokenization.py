@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flexgen_jax.tokenization import load_tokenizer
+from flexgen_jax.requests.tokenization import load_tokenizer
 
 DEMO = Path(__file__).parent.parent / "flexgen_jax" / "demo_model"
 TEXTS = ["To be, or not to be", " leading space", "naïve — 漢字 🙂", "", "line\nbreak\t</s> inside"]

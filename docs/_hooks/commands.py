@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import click
 
-from flexgen_jax.cli import main
+from flexgen_jax.cli.app import main
 
 PLACE = "<!-- commands -->"
 NAME = "flexgen-jax"

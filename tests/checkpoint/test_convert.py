@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from flexgen_jax import huggingface
-from flexgen_jax.checkpoint import SourceError, StoreError, convert, open_store
-from flexgen_jax.params import flatten, nest, param_shapes
+from flexgen_jax.models.params import flatten, nest, param_shapes
+from flexgen_jax.weights import huggingface
+from flexgen_jax.weights.checkpoint import SourceError, StoreError, convert, open_store
 
 VARIANTS = {
     "opt": {},

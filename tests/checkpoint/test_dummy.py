@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flexgen_jax import checkpoint
-from flexgen_jax.checkpoint import StoreError, convert_dummy, open_store
-from flexgen_jax.config import ConfigError, OPTConfig
+from flexgen_jax.models.config import ConfigError, OPTConfig
+from flexgen_jax.weights import checkpoint
+from flexgen_jax.weights.checkpoint import StoreError, convert_dummy, open_store
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,7 +84,7 @@ LARGE = OPTConfig(
 MEASURE = """
 import re, sys
 from pathlib import Path
-from flexgen_jax.checkpoint import convert, convert_dummy
+from flexgen_jax.weights.checkpoint import convert, convert_dummy
 import tensorstore
 
 def anonymous():

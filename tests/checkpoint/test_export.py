@@ -10,8 +10,8 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file
 
 import flexgen_jax as fg
-from flexgen_jax.checkpoint import StoreError, convert
-from flexgen_jax.cli import main
+from flexgen_jax.cli.app import main
+from flexgen_jax.weights.checkpoint import StoreError, convert
 
 from .test_convert import VARIANTS
 

@@ -11,8 +11,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from flexgen_jax.checkpoint import ModelNotFoundError, SourceError, convert, open_store
-from flexgen_jax.params import nest
+from flexgen_jax.models.params import nest
+from flexgen_jax.weights.checkpoint import ModelNotFoundError, SourceError, convert, open_store
 
 from .test_convert import VARIANTS
 

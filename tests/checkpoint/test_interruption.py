@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flexgen_jax.checkpoint import StoreError, convert, is_store, open_store
+from flexgen_jax.weights.checkpoint import StoreError, convert, is_store, open_store
 from storage.array_file import ArrayWriter
 
 ROOT = Path(__file__).parents[2]
@@ -60,7 +60,7 @@ def start(code, *args):
 # Says so on standard output when half is done, and waits for a line on standard input.
 CONVERT_AND_WAIT = """
 import sys
-from flexgen_jax.checkpoint import convert
+from flexgen_jax.weights.checkpoint import convert
 def progress(done, total, name):
     global waited
     if not waited and done > total // 2:
@@ -71,7 +71,7 @@ waited = False
 convert(sys.argv[1], sys.argv[2], progress=progress)
 """
 
-CONVERT = "import sys; from flexgen_jax.checkpoint import convert; convert(*sys.argv[1:])"
+CONVERT = "import sys; from flexgen_jax.weights.checkpoint import convert; convert(*sys.argv[1:])"
 
 
 def assert_sound(store, model, tiny):

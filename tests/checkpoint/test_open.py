@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flexgen_jax.checkpoint import StoreError, convert, is_store, open_store
-from flexgen_jax.config import ConfigError
-from flexgen_jax.manifest import Manifest
-from flexgen_jax.params import param_shapes
+from flexgen_jax.models.config import ConfigError
+from flexgen_jax.models.params import param_shapes
+from flexgen_jax.weights.checkpoint import StoreError, convert, is_store, open_store
+from flexgen_jax.weights.manifest import Manifest
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_a_tree_that_orbax_saved_in_its_own_layout_is_read_too(store, tiny, mode
 
 def test_importing_costs_no_heavy_library():
     heavy = ("jax", "tensorstore", "orbax", "torch", "safetensors", "huggingface_hub", "scipy")
-    code = f"import sys, flexgen_jax.checkpoint; print(*({heavy} & sys.modules.keys()))"
+    code = f"import sys, flexgen_jax.weights.checkpoint; print(*({heavy} & sys.modules.keys()))"
     code = code.replace(str(heavy), repr(set(heavy)))
     root = Path(__file__).parents[2]
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)

@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from flexgen_jax.checkpoint import (
+from flexgen_jax.models.config import OPTConfig
+from flexgen_jax.models.params import flatten
+from flexgen_jax.models.quantization import Quantized, dequantize, quantize
+from flexgen_jax.weights.checkpoint import (
     SourceError,
     StoreError,
     convert,
@@ -13,10 +16,7 @@ from flexgen_jax.checkpoint import (
     open_store,
     resolve,
 )
-from flexgen_jax.config import OPTConfig
-from flexgen_jax.params import flatten
-from flexgen_jax.quantization import Quantized, dequantize, quantize
-from flexgen_jax.weight_format import WeightFormat
+from flexgen_jax.weights.weight_format import WeightFormat
 
 
 def expected(params, bits, group):
@@ -34,7 +34,7 @@ def expected(params, bits, group):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("group", [64, 6])
 def test_matrices_and_token_table_are_in_codes(tmp_path, tiny, monkeypatch, bits, group):
-    monkeypatch.setattr("flexgen_jax.weight_format._BLOCK", 100)  # several pieces each
+    monkeypatch.setattr("flexgen_jax.weights.weight_format._BLOCK", 100)  # several pieces each
     state = tiny.write_model(tmp_path / "hf")
     store = convert(tmp_path / "hf", tmp_path / "q", weight_bits=bits, group_size=group)
     wanted = expected(tiny.expected_params(tiny.config, state), bits, group)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from flexgen_jax.checkpoint import (
+from flexgen_jax.weights.checkpoint import (
     ModelNotFoundError,
     cache_directory,
     convert,
@@ -117,7 +117,7 @@ def test_a_hub_model_without_safetensors_falls_back_to_bin(hub, tmp_path, tiny, 
         return original(name, allow_patterns=allow_patterns)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", recorded)
-    from flexgen_jax.huggingface import download
+    from flexgen_jax.weights.huggingface import download
 
     assert download("someone/old-opt") == snapshot
     assert not any("bin" in pattern for pattern in asked[0])

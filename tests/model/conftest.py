@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from flexgen_jax import opt
-from flexgen_jax.config import OPTConfig
-from flexgen_jax.params import nest, param_shapes
+from flexgen_jax.models import opt
+from flexgen_jax.models.config import OPTConfig
+from flexgen_jax.models.params import nest, param_shapes
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 VARIANTS = tuple(json.loads((GOLDENS / "expected.json").read_text(encoding="utf-8"))["variants"])

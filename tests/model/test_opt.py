@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexgen_jax import opt
-from flexgen_jax.config import OPTConfig
-from flexgen_jax.kv_cache import write_prompt
-from flexgen_jax.params import flatten, nest, param_shapes
+from flexgen_jax.models import opt
+from flexgen_jax.models.config import OPTConfig
+from flexgen_jax.models.kv_cache import write_prompt
+from flexgen_jax.models.params import flatten, nest, param_shapes
 
 TINY = OPTConfig(
     vocab_size=40,

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from flexgen_jax import opt
-from flexgen_jax.quantization import (
+from flexgen_jax.models import opt
+from flexgen_jax.models.quantization import (
     Quantized,
     dense_tree,
     dequantize,

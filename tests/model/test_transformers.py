@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from flexgen_jax.config import PRESETS, OPTConfig
-from flexgen_jax.params import param_shapes
+from flexgen_jax.models.config import PRESETS, OPTConfig
+from flexgen_jax.models.params import param_shapes
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -1,0 +1,389 @@
+"""The command line. Heavy modules are imported by the commands that need them."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from flexgen_jax import logs
+from flexgen_jax._version import __version__
+from flexgen_jax.cli import checkup as cli_doctor
+from flexgen_jax.cli import completion as cli_completion
+from flexgen_jax.cli import plan_commands as cli_plan
+from flexgen_jax.cli import score_commands as cli_scores
+from flexgen_jax.cli.failures import Failure, plain_errors, say, silent
+from flexgen_jax.cli.job_commands import (
+    JobFiles,
+    checkpoint_option,
+    exit_if_none_succeeded,
+    job_options,
+    print_report,
+)
+from flexgen_jax.cli.llm_options import DTYPES, Chosen, llm_options
+from flexgen_jax.cli.pictures import check_pictures, write_pictures
+from flexgen_jax.cli.process_options import joined, process_options
+from flexgen_jax.cli.ray_options import OverRay, ray_options
+from flexgen_jax.cli.signals import terminable
+
+if TYPE_CHECKING:
+    from flexgen_jax.jobs.windows import Window
+    from flexgen_jax.llm import LLM
+    from flexgen_jax.planning.blocks import Block
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="flexgen-jax")
+@click.option(
+    "--log-level",
+    type=click.Choice(logs.LEVELS),
+    help="Log events on stderr from this level on. [default: no log, or info with --log-format]",
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    help="json: every line on stderr is a JSON object. [default: text]",
+)
+def main(log_level: str | None, log_format: logs.Format | None) -> None:
+    """High-throughput offline generation for language models larger than the accelerator's memory.
+
+    \b
+    Start here:
+      flexgen-jax demo                                          a tiny model, everything on disk
+      flexgen-jax generate --model facebook/opt-1.3b -i prompts.jsonl -o out.jsonl
+      flexgen-jax doctor                                        what this machine can do
+    """
+    # Until the process ends: what goes wrong is shown after the command's context is closed.
+    logs.reset()
+    if log_level is not None or log_format is not None:
+        logs.set_up(log_level or "info", log_format or "text")
+
+
+@main.command()
+@click.argument("model_and_store", nargs=-1, metavar="[MODEL] STORE")
+@click.option("--dummy", metavar="PRESET", help="Random weights of this preset; needs no MODEL.")
+@click.option(
+    "--dtype", type=DTYPES, help="Of the weights. [default: a weight store's own, or float32]"
+)
+@click.option(
+    "--weight-bits",
+    type=click.Choice(["4", "8"]),
+    help="Quantise matrices and token table; MODEL may be a weight store then.",
+)
+@click.option(
+    "--group-size",
+    type=click.IntRange(min=2),
+    default=64,
+    show_default=True,
+    help="Elements that share a scale, at most.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random weights.")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def convert(
+    model_and_store: tuple[str, ...],
+    dummy: str | None,
+    dtype: str | None,
+    weight_bits: str | None,
+    group_size: int,
+    seed: int,
+    quiet: bool,
+) -> None:
+    """Convert MODEL (a Hugging Face directory or hub name) into the weight store STORE.
+
+    One tensor is in memory at a time. An interrupted conversion goes on where it stopped when the
+    same command is run again.
+
+    \b
+    flexgen-jax convert facebook/opt-1.3b opt-1.3b-store --dtype bfloat16
+    flexgen-jax convert --dummy facebook/opt-1.3b opt-1.3b-dummy
+    flexgen-jax convert opt-1.3b-store opt-1.3b-4bit --weight-bits 4
+    """
+    with plain_errors():
+        from flexgen_jax import progress
+        from flexgen_jax.weights import checkpoint
+
+        if len(model_and_store) != (2 if dummy is None else 1):
+            raise click.UsageError("give either MODEL and STORE, or --dummy PRESET and STORE")
+        store = Path(model_and_store[-1])
+        tell = silent if quiet else say
+        dtype = dtype or checkpoint.stored_dtype(model_and_store[0]) or "float32"
+        form: dict[str, Any] = {"dtype": dtype, "group_size": group_size}
+        form["weight_bits"] = int(weight_bits) if weight_bits else None
+        with progress.transfer("converting", quiet=quiet) as update:
+            if dummy is not None:
+                path = checkpoint.convert_dummy(
+                    dummy, store, **form, seed=seed, progress=update, say=tell
+                )
+            else:
+                path = checkpoint.convert(
+                    model_and_store[0], store, **form, progress=update, say=tell
+                )
+        tell(f"weight store ready: {path}")
+
+
+@main.command()
+@click.argument("model")
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--dtype", type=DTYPES, help="Of a model that is no weight store. [default: float32]")
+@click.option(
+    "--max-shard-size",
+    default="5GB",
+    show_default=True,
+    metavar="SIZE",
+    help="A file takes no more, unless one tensor does.",
+)
+@click.option("--offload-dir", type=click.Path(), help="Where a converted model is kept.")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def export(
+    model: str,
+    directory: Path,
+    dtype: str | None,
+    max_shard_size: str,
+    offload_dir: str | None,
+    quiet: bool,
+) -> None:
+    """Write MODEL (a weight store, or what convert takes) as the Hugging Face directory DIRECTORY.
+
+    The weights of a quantised store become what their codes stand for.
+
+    \b
+    flexgen-jax export opt-1.3b-store opt-1.3b-hf
+    """
+    with plain_errors():
+        from flexgen_jax import progress
+        from flexgen_jax.planning.byte_sizes import parse_bytes
+        from flexgen_jax.weights.exporting import export as write
+
+        tell = silent if quiet else say
+        with progress.transfer("exporting", quiet=quiet) as update:
+            path = write(
+                model,
+                directory,
+                dtype=dtype,
+                max_shard_nbytes=parse_bytes(max_shard_size) or 0,
+                offload_dir=offload_dir,
+                progress=update,
+                say=tell,
+            )
+        tell(f"Hugging Face directory ready: {path}")
+
+
+@main.command()
+@llm_options
+@job_options
+@checkpoint_option
+@process_options
+@ray_options
+@click.option(
+    "--prompt-len",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Instead of an input: a block of made-up prompts of N tokens, to measure.",
+)
+@click.option("--max-tokens", "--gen-len", type=int, default=32, show_default=True)
+@click.option(
+    "--cut-gen-len", type=int, metavar="N", help="Stop every request after N tokens, to measure."
+)
+@click.option("--min-tokens", type=int, default=0, show_default=True)
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", type=int, default=0, show_default=True, help="0: all tokens.")
+@click.option("--top-p", type=float, default=1.0, show_default=True)
+@click.option("--min-p", type=float, default=0.0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="For requests without one.")
+@click.option("--stop-token-id", "stop_token_ids", type=int, multiple=True, help="Repeatable.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. Repeatable.")
+@click.option(
+    "--repetition-penalty",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Above 1: against what prompt or output have had.",
+)
+@click.option(
+    "--presence-penalty",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Above 0: against what the output has had.",
+)
+@click.option(
+    "--frequency-penalty",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Likewise, as often as it has had it.",
+)
+@click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-text token.")
+@click.option("--logprobs", type=int, help="Return this many likeliest tokens' log-probabilities.")
+@click.option("--prompt-logprobs", type=int, help="Likewise, at each token of the prompt.")
+@click.option("--trace", type=click.Path(path_type=Path), help="Write a Perfetto trace here.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the timeline here (PNG, SVG).")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
+@click.option("--quiet", is_flag=True, help="Say nothing but errors.")
+def generate(
+    prompt_len: int | None,
+    cut_gen_len: int | None,
+    seed: int,
+    trace: Path | None,
+    plot: Path | None,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Complete every prompt of a file.
+
+    Each input line is {"prompt": ...} or {"prompt_token_ids": [...]} with an optional id and
+    sampling fields (max_tokens, temperature, top_p, ...), which win over the options here; or an
+    OpenAI batch line for /v1/completions; or, in a .txt file, a prompt. A line that cannot be run
+    gets an error record.
+
+    Results are safe as their blocks finish: after Ctrl-C, a kill or a failure the same command goes
+    on where it was, and the output is the same as if nothing had happened.
+
+    The exit code is 0 if any line succeeded, 1 if none did or the run failed on the way, 2 if the
+    job could not start, 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    with plain_errors(), terminable(), contextlib.ExitStack() as stack:
+        from flexgen_jax.jobs import measured
+        from flexgen_jax.jobs.job import (
+            Completing,
+            check_same,
+            completing_identity,
+            recorded_policy,
+        )
+        from flexgen_jax.requests.sampling_params import SamplingParams
+
+        chosen = Chosen(options, seed=seed)
+        excluded = {
+            "--trace or --plot": trace is not None or plot is not None,
+            "--checkpoint-minutes": options["checkpoint_minutes"] is not None,
+            "--coordinator": options["coordinator"] is not None,
+            "--distributed": options["distributed"],
+            "--output -": str(options["output_path"]) == "-",
+        }
+        over_ray = OverRay(options, excluded)
+        leads = stack.enter_context(joined(options, chosen))
+        if cut_gen_len is not None:
+            options["max_tokens"] = min(options["max_tokens"], cut_gen_len)
+        tell = silent if quiet else say
+        if not leads:
+            with chosen.llm(tell, quiet=True) as llm:
+                llm.follow()
+            return
+        if prompt_len is not None:
+            if options["input_path"] is not None:
+                raise Failure("--prompt-len makes the prompts by itself: leave --input out")
+            options["ignore_eos"] = True
+        elif options["input_path"] is None or options["output_path"] is None:
+            raise Failure("give --input and --output, or --prompt-len to measure")
+        check_pictures(trace, plot)
+        with measured.directory(prompt_len) as scratch:
+
+            def made(llm: LLM) -> Path:
+                assert prompt_len is not None
+                return measured.prompts(scratch, llm, prompt_len, defaults)
+
+            files = JobFiles(
+                options,
+                as_json=as_json,
+                quiet=quiet,
+                made=made if prompt_len is not None else None,
+                scratch=scratch,
+            )
+            defaults = SamplingParams(**options)
+            with files:
+                check_same(files.results, completing_identity(defaults, seed, chosen.model))
+                recorded = recorded_policy(files.results)
+                with over_ray.llm(chosen, tell, quiet=quiet, recorded=recorded) as llm:
+                    task = Completing(llm, defaults, chosen.model)
+                    done = files.run(
+                        llm, task, ("generating", "tokens"), lambda *about: _before(llm, *about)
+                    )
+        tell(files.summary(done))
+        if trace or plot:
+            write_pictures([done.report.predicted, done.report.timeline], trace, plot, tell)
+        if as_json:
+            print_report(done)
+    exit_if_none_succeeded(done)
+
+
+main.add_command(
+    click.Command(
+        "run-batch",
+        params=generate.params,
+        callback=generate.callback,
+        help="Run a file of OpenAI batch lines, as 'vllm run-batch' does.\n\nThe same as generate, "
+        "with OpenAI's defaults: 16 tokens, temperature 1.",
+        context_settings={"default_map": {"max_tokens": 16, "temperature": 1.0}},
+    )
+)
+
+
+def _before(llm: LLM, window: Window, blocks: list[Block], whole: bool) -> str:
+    policy = llm.policy
+    how = [f"schedule {llm.schedule_name}", f"overlap {'on' if policy.overlap else 'off'}"]
+    if policy.host_attention:
+        how.append("attention on the host")
+    placed = llm.plan(blocks)
+    first = "" if whole else "of the first window: "
+    return "\n".join(
+        [
+            f"{first}{len(window.requests)} requests, {len(window.errors)} bad lines; "
+            f"blocks of {policy.device_batch_size} x {policy.num_device_batches}, "
+            + ", ".join(how),
+            *([f"chosen: {llm.why}"] if llm.why else []),
+            *(placement.describe(kind) for kind, placement in placed.items() if placement.cells),
+        ]
+    )
+
+
+@main.command()
+@click.option(
+    "--output-dir",
+    type=click.Path(path_type=Path),
+    default=Path("demo-output"),
+    show_default=True,
+    help="Where completions, trace and picture go.",
+)
+@click.option("--max-tokens", type=click.IntRange(1, 256), default=48, show_default=True)
+def demo(output_dir: Path, max_tokens: int) -> None:
+    """Run a bundled tiny model with all its weights on disk, and show what happened."""
+    with plain_errors():
+        from flexgen_jax.demo import run_demo
+
+        run_demo(output_dir, max_tokens, say)
+
+
+@main.command(
+    "eval",
+    context_settings={"ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def evaluate(arguments: tuple[str, ...]) -> None:
+    """Run lm-evaluation-harness on a model here: ARGUMENTS are lm_eval's own.
+
+    The model is flexgen-jax unless they say otherwise. Needs pip install 'flexgen-jax[eval]'.
+
+    \b
+    flexgen-jax eval --model_args pretrained=facebook/opt-1.3b --tasks lambada_openai
+    """
+    with plain_errors():
+        from flexgen_jax.evaluation import main as run
+
+        run(arguments)
+
+
+for command in (
+    cli_scores.score,
+    cli_scores.perplexity,
+    cli_scores.compare,
+    cli_plan.plan,
+    cli_plan.simulate,
+    cli_plan.profile,
+    cli_doctor.doctor,
+    cli_completion.completion,
+):
+    main.add_command(command)

@@ -1,0 +1,92 @@
+"""The command ``doctor``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from flexgen_jax.cli.failures import plain_errors
+from flexgen_jax.cli.llm_options import DTYPES
+
+if TYPE_CHECKING:
+    from flexgen_jax.machine.doctor import Diagnosis
+    from flexgen_jax.machine.outlook import Outlook
+
+
+@click.command()
+@click.option(
+    "--offload-dir",
+    type=click.Path(path_type=Path),
+    help="Where runs keep what is on disk. [default: the cache directory]",
+)
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="PRESET",
+    help="To be run: one that does not fit is an error. Repeatable. [default: a few, to inform]",
+)
+@click.option(
+    "--hardware",
+    metavar="NAME|FILE",
+    help="What 'profile' measured, or a preset: to expect from. [default: measured, roughly]",
+)
+@click.option("--dtype", type=DTYPES, default="bfloat16", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print all as JSON on stdout.")
+def doctor(
+    offload_dir: Path | None,
+    models: tuple[str, ...],
+    hardware: str | None,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    """Look this machine over: what would stop a run, and what to expect of one.
+
+    Versions, devices, memory, the disk and its file system; takes about ten seconds. The exit code
+    is 1 if something would stop a run.
+    """
+    with plain_errors():
+        from flexgen_jax.machine.doctor import diagnose
+        from scheduling.hardware import Hardware
+
+        machine = Hardware.load(hardware) if hardware else None
+        found = diagnose(offload_dir, hardware=machine, models=models, dtype=dtype)
+        click.echo(json.dumps(found.to_json(), indent=2) if as_json else _described(found))
+    if not found.healthy:
+        sys.exit(1)
+
+
+def _described(found: Diagnosis) -> str:
+    from flexgen_jax.machine.doctor import GEN_LEN, PROMPT_LEN
+
+    lines = [", ".join(f"{name} {version or '-'}" for name, version in found.versions.items())]
+    lines += [f"{f.level:8s} {f.check:12s} {f.message}" for f in found.findings]
+    if found.outlook:
+        assert found.hardware is not None
+        what = f"{PROMPT_LEN} prompt tokens and {GEN_LEN} new ones"
+        lines += ["", f"to expect of {what}, on {found.hardware.name}:", *_table(found.outlook)]
+    else:
+        lines += ["", "what to expect cannot be said before the errors above are mended"]
+    return "\n".join(lines)
+
+
+def _table(models: tuple[Outlook, ...]) -> Iterator[str]:
+    for model in models:
+        size = f"{model.weights_nbytes / 1e9:.1f} GB"
+        if model.obstacles:
+            yield f"  {model.model:12s} {size:>9s}  does not fit: {'; '.join(model.obstacles)}"
+            continue
+        policy = model.plan.policy
+        shares = policy.weights.shares().items()
+        where = ", ".join(f"{tier.value} {share:.0f}%" for tier, share in shares if share)
+        yield (
+            f"  {model.model:12s} {size:>9s}  about {model.plan.tokens_per_second:.2g} tokens/s in "
+            f"blocks of {policy.device_batch_size} x {policy.num_device_batches}; "
+            f"{'policy auto' if model.policy == 'auto' else 'with --percent 0 0 0 0 0 0'}, "
+            f"weights: {where}"
+        )

@@ -1,0 +1,303 @@
+"""What the commands that run a job share: opening, going on, being stopped, and saying so."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from flexgen_jax.cli.failures import Failure, say, silent
+
+if TYPE_CHECKING:
+    from flexgen_jax.jobs.job import JobReport
+    from flexgen_jax.jobs.job_input import JobInput
+    from flexgen_jax.jobs.results import Results
+    from flexgen_jax.jobs.windows import Task, Window
+    from flexgen_jax.llm import LLM
+    from flexgen_jax.planning.blocks import Block
+    from flexgen_jax.progress import Bar
+
+_OPTIONS = [
+    click.option(
+        "-i",
+        "--input",
+        "--input-file",
+        "input_path",
+        type=click.Path(path_type=Path),
+        metavar="FILE|-",
+        help="JSON lines, or prompts, a line each (.txt); may be compressed (.gz, .zst). Or rows "
+        "(.parquet). -: JSON lines from the standard input.",
+    ),
+    click.option(
+        "-o",
+        "--output",
+        "--output-file",
+        "output_path",
+        type=click.Path(path_type=Path),
+        metavar="FILE|-",
+        help="JSON lines; compressed if it ends in .gz or .zst. -: the standard output, from which "
+        "no job goes on.",
+    ),
+    click.option(
+        "--restart",
+        is_flag=True,
+        help="Begin anew, and drop what an unfinished job with this output has kept.",
+    ),
+    click.option(
+        "--window",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Requests that are read, sorted by length and written out together, rounded up to "
+        "whole blocks. [default: 4096, or 4 blocks a worker]",
+    ),
+]
+NAMES = ("input_path", "output_path", "restart", "window")
+
+checkpoint_option = click.option(
+    "--checkpoint-minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="N",
+    help="Save the state of a running block (cache, tokens, positions) every N minutes beside the "
+    "output, so that a killed job goes on inside it: for blocks of hours.",
+)
+
+
+def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options; :class:`JobFiles` takes their values."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+class JobFiles:
+    """What the options say about a job's input and output. A context manager.
+
+    Entering opens both, so that a wrong path is said before a model is loaded.
+
+    Args:
+        options: By name, as click gives them; those that are a job's are taken out.
+        made: Makes an input where none was given; ``scratch`` takes an output likewise.
+
+    Raises:
+        JobError: one of them cannot be used, or another job is using it.
+    """
+
+    def __init__(
+        self,
+        options: dict[str, Any],
+        *,
+        as_json: bool,
+        quiet: bool,
+        made: Callable[[LLM], Path] | None = None,
+        scratch: Path | None = None,
+    ) -> None:
+        from flexgen_jax.jobs.job_input import STANDARD
+
+        values = {name: options.pop(name) for name in NAMES}
+        self.input_path: Path | None = values["input_path"]
+        self.output_path: Path | None = values["output_path"]
+        if made is None and (self.input_path is None or self.output_path is None):
+            raise Failure("give --input and --output")
+        if self.output_path == STANDARD and as_json:
+            raise Failure("--output - and --json both want the standard output: give a file")
+        if self.output_path == STANDARD and values["restart"]:
+            raise Failure("--restart: of a job that writes to the standard output nothing is kept")
+        both = (self.input_path, self.output_path)
+        if None not in both and STANDARD not in both:
+            source, target = (path.resolve() for path in both if path is not None)
+            if source == target:
+                raise Failure(f"input and output are the same file, {self.input_path}")
+        self._made, self._scratch = made, scratch
+        self._restart, self._window = values["restart"], values["window"]
+        minutes = options.pop("checkpoint_minutes", None)
+        self._checkpoint_seconds = None if minutes is None else 60 * minutes
+        if minutes is not None and self.output_path in (None, STANDARD):
+            raise Failure("--checkpoint-minutes: checkpoints lie beside the output: give a file")
+        self._quiet = quiet
+        self._tell = silent if quiet else say
+        self._stack = contextlib.ExitStack()
+        self._source: JobInput | None = None
+        self._identity: Mapping[str, Any] | None = None
+
+    def __enter__(self) -> JobFiles:
+        from flexgen_jax.jobs.job import check_same
+        from flexgen_jax.jobs.job_input import STANDARD, JobInput
+        from flexgen_jax.jobs.results import results
+
+        with contextlib.ExitStack() as stack:
+            if self.input_path is not None:
+                self._source = stack.enter_context(JobInput(self.input_path))
+                if self.input_path == STANDARD and sys.stdin.isatty():
+                    self._tell("reading JSON lines from the terminal; Ctrl-D ends them")
+            output = self.output_path or (self._scratch or Path()) / "out.jsonl"
+            opened = results(output, restart=self._restart)
+            self.results: Results = stack.enter_context(opened)
+            if self._source is not None:
+                self._identity = self._source.identity()
+                check_same(self.results, {"input": self._identity})
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def run(
+        self, llm: LLM, task: Task, what: tuple[str, str], describe: Callable[..., str]
+    ) -> JobReport:
+        """Runs what is left of the job.
+
+        Args:
+            what: What is done and counted, for the progress bar.
+            describe: Given the first window, its blocks and whether it is the last one, says what
+                is about to run.
+
+        Raises:
+            Failure: it ended before its end; the message says what is kept.
+        """
+        from flexgen_jax import progress
+        from flexgen_jax.cli.signals import exit_code
+        from flexgen_jax.distributed.processes import ProcessError
+        from flexgen_jax.engine.executor import ExecutionError
+        from flexgen_jax.jobs.job import Job, JobError
+        from flexgen_jax.jobs.job_input import JobInput
+        from flexgen_jax.planning.window_size import WindowSize
+        from storage.store import StorageError
+
+        source = self._source
+        if source is None:
+            assert self._made is not None
+            source = self._stack.enter_context(JobInput(self._made(llm)))
+        if self.results.header is None:
+            self._choose_policy(llm, task)
+        window_size = WindowSize.of(llm.policy.block_size, self._window, replicas=llm.num_replicas)
+        job = Job(
+            llm,
+            task,
+            source,
+            self.results,
+            window_size=window_size,
+            input_identity=self._identity,
+            checkpoint_seconds=self._checkpoint_seconds,
+        )
+        if self.results.header is not None:
+            self._tell(f"going on: {self.results.requests_finished} requests are finished already")
+        with progress.count(None, *what, quiet=self._quiet) as bar:
+            expected = _Expected(source, bar, self.results.position.line)
+
+            def on_window(window: Window, blocks: list[Block], left: list[int]) -> None:
+                if expected.windows == 0:
+                    self._tell(describe(window, blocks, source.share_read == 1))
+                amount = sum(r.params.max_tokens for k in left for r in blocks[k].requests)
+                expected.add(amount, window.last_line)
+
+            try:
+                return job.run(progress=bar, on_window=on_window)
+            except KeyboardInterrupt as error:
+                raise Failure(f"interrupted: {self._kept()}", code=exit_code(error)) from None
+            except (ExecutionError, JobError, ProcessError, StorageError) as error:
+                early = isinstance(error, StorageError) and not self.results.requests_finished
+                raise Failure(f"{error}. {self._kept()}", code=2 if early else 1) from error
+
+    def _choose_policy(self, llm: LLM, task: Task) -> None:
+        """Of policy auto, by the first requests: once, so that all windows are grouped alike."""
+        from flexgen_jax.jobs.job_input import STANDARD, JobError, JobInput
+        from flexgen_jax.jobs.windows import Windows
+        from flexgen_jax.planning.window_size import WindowSize
+
+        if self.input_path is None or self.input_path == STANDARD:
+            return  # an input that can be read once
+        first = None
+        with (
+            contextlib.suppress(JobError),  # is said when the job comes to it
+            JobInput(self.input_path) as source,
+            Windows(source, task, WindowSize.of(1)) as windows,
+        ):
+            first = next(iter(windows), None)
+        llm.policy = llm.choose_policy(first.requests if first is not None else [])
+
+    def _kept(self) -> str:
+        from flexgen_jax.jobs.job_input import STANDARD
+
+        done = self.results.requests_finished
+        if self.output_path is None:
+            return "nothing was to be kept"
+        if self.output_path == STANDARD:
+            return f"the results of {done} requests were written; there is no going on from there"
+        if not done and self.results.snapshots is not None and self.results.snapshots.exists():
+            return (
+                f"no request is finished yet; the state of the running block is kept beside "
+                f"{self.output_path}; run the same command again to go on"
+            )
+        if not done:
+            return "stopped before the first block was finished; nothing was kept"
+        return (
+            f"{done} requests are finished and kept beside {self.output_path}; run the same "
+            "command again to go on"
+        )
+
+    def summary(self, done: JobReport) -> str:
+        """What came of the job, in a few lines."""
+        report, lines = done.report, []
+        if report.generated_tokens:
+            lines.append(
+                f"{report.generated_tokens} tokens in {report.seconds:.1f} s: "
+                f"{report.tokens_per_second:.1f} tokens/s; "
+                f"{report.padding:.0%} of the prompt positions were padding; "
+                f"{report.disk_bytes / 1e9:.2f} GB read from disk"
+                + (
+                    f", {report.disk_bytes_written / 1e9:.2f} GB written"
+                    if report.disk_bytes_written
+                    else ""
+                )
+            )
+        if report.timeline.seconds:
+            lines.append(report.beside_prediction())
+        lines.extend(done.messages)
+        if done.errors > len(done.messages):
+            lines.append(
+                f"and {done.errors - len(done.messages)} more bad lines: see their records"
+            )
+        where = self.output_path or "not kept, --output was not given"
+        lines.append(f"{done.requests} succeeded, {done.errors} failed: {where}")
+        return "\n".join(lines)
+
+
+def print_report(done: JobReport) -> None:
+    """As JSON on the standard output."""
+    click.echo(json.dumps(done.to_json(), indent=2))
+
+
+def exit_if_none_succeeded(done: JobReport) -> None:
+    if done.errors and not done.requests:
+        sys.exit(1)
+
+
+class _Expected:
+    """How much there will be to do in all, by how far the input has been read for so much.
+
+    Args:
+        skipped: Lines that an earlier process has finished.
+    """
+
+    def __init__(self, source: JobInput, bar: Bar, skipped: int) -> None:
+        self._source, self._bar, self._skipped = source, bar, skipped
+        self._amount, self._begun = 0, 0.0
+        self.windows = 0
+
+    def add(self, amount: int, last_line: int) -> None:
+        """So much there is to do in the window that ends with ``last_line``."""
+        share = self._source.share_read
+        if self.windows == 0 and share is not None:
+            self._begun = share * self._skipped / last_line
+        self.windows += 1
+        self._amount += amount
+        if share is None or share == 1:
+            self._bar.expect(self._amount if share else None)
+        else:
+            total = self._amount * (1 - self._begun) / (share - self._begun)
+            self._bar.expect(round(total), exactly=False)

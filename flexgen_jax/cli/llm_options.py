@@ -1,0 +1,233 @@
+"""The command line's options for an ``LLM``, shared by the commands that run one."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from flexgen_jax.cli.policy_options import NAMES as POLICY_NAMES
+from flexgen_jax.cli.policy_options import allowed, policy_options, read_policy
+
+if TYPE_CHECKING:
+    from flexgen_jax.llm import LLM
+    from scheduling.policy import Policy
+
+DTYPES = click.Choice(["float32", "bfloat16"])
+
+_BEFORE = [
+    click.option(
+        "--model", required=True, help="A weight store, Hugging Face directory or hub name."
+    ),
+]
+_AFTER = [
+    click.option(
+        "--schedule", default="zigzag", show_default=True, help="Order of the operations."
+    ),
+    click.option(
+        "--dtype",
+        type=DTYPES,
+        help="Of the computation. [default: a weight store's own, or float32]",
+    ),
+    click.option("--device-memory", metavar="SIZE", help="What 'auto' may use, such as 12GiB."),
+    click.option("--host-memory", metavar="SIZE", help="Likewise, in host memory."),
+    click.option(
+        "--path",
+        type=click.Path(),
+        metavar="DIR|_DUMMY_",
+        help="Where converted models are kept; _DUMMY_: random weights of the preset --model.",
+    ),
+    click.option(
+        "--offload-dir",
+        type=click.Path(),
+        help="Where cache and hidden states on disk are kept during the run, and converted models "
+        "without --path.",
+    ),
+    click.option(
+        "--weight-slots",
+        type=int,
+        help="Layers of weights held at once: 2 is one ahead. [default: 2]",
+    ),
+    click.option("--cache-slots", type=int, help="Likewise, cells of the KV cache. [default: 2]"),
+    click.option(
+        "--hardware",
+        metavar="FILE",
+        help="This machine, as 'profile' measured it. [default: what 'profile' saved, or a preset]",
+    ),
+    click.option(
+        "--disk-mode",
+        type=click.Choice(["auto", "mapped", "direct", "tensorstore"]),
+        default="auto",
+        show_default=True,
+        help="How the disk is used: through the page cache, past it, or by TensorStore.",
+    ),
+]
+NAMES = (
+    *POLICY_NAMES,
+    "model",
+    "schedule",
+    "dtype",
+    "device_memory",
+    "host_memory",
+    "path",
+    "offload_dir",
+    "weight_slots",
+    "cache_slots",
+    "hardware",
+    "disk_mode",
+)
+
+
+def llm_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options; :class:`Chosen` makes an ``LLM`` of their values."""
+    for option in reversed(_AFTER):
+        command = option(command)
+    command = policy_options(command)
+    for option in reversed(_BEFORE):
+        command = option(command)
+    return command
+
+
+class Chosen:
+    """What the options say, checked as far as that goes without a model.
+
+    Args:
+        options: By name, as click gives them; those that are an ``LLM``'s are taken out.
+        seed: Of the ``LLM``.
+
+    Raises:
+        ValueError: options that exclude each other, or ask for what is not there.
+    """
+
+    def __init__(self, options: dict[str, Any], *, seed: int = 0) -> None:
+        self._values = {name: options.pop(name) for name in NAMES}
+        policy, changes = read_policy(self._values)
+        stages_given = "num_stages" in changes
+        self._allow = allowed(self._values["allow"])
+        if policy != "auto":
+            given = [n for n in ("device_memory", "host_memory", "allow") if self._values[n]]
+            if given:
+                names = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+                raise ValueError(
+                    f"{names}: for policy auto, which fills memory by it; --percent and --policy "
+                    "FILE say themselves where everything lies. Leave one or the other out"
+                )
+            policy, changes = dataclasses.replace(policy, **changes), {}
+        # None: of one process one, of several one for each device that they have.
+        self._num_stages: int | None = changes.get("num_stages")
+        if policy != "auto" and (policy.num_stages > 1 or stages_given):
+            self._num_stages = policy.num_stages
+        self._policy, self._changes, self._seed = policy, changes, seed
+
+    @property
+    def model(self) -> str:
+        """As it was given."""
+        return str(self._values["model"])
+
+    @property
+    def compression(self) -> dict[str, Any]:
+        """``weight_bits``, ``cache_bits`` and ``attention_sparsity`` as they are asked for."""
+        names = ("weight_bits", "cache_bits", "attention_sparsity")
+        if self._policy == "auto":
+            return {name: self._changes.get(name) for name in names}
+        return {name: getattr(self._policy, name) for name in names}
+
+    def allow_cpu_devices(self, num_processes: int) -> None:
+        """Has JAX make as many devices of a CPU as one of the processes needs for its stages."""
+        from flexgen_jax.distributed.backends import allow_cpu_devices
+
+        if self._num_stages is not None:
+            allow_cpu_devices(math.ceil(self._num_stages / num_processes))
+
+    @contextlib.contextmanager
+    def llm(
+        self,
+        say: Callable[[str], None],
+        *,
+        quiet: bool,
+        recorded: Policy | None = None,
+        **changes: Any,
+    ) -> Iterator[LLM]:
+        """The ``LLM``, its model converted if need be.
+
+        Args:
+            say: Told what takes long.
+            recorded: What ``auto`` came to when the job was begun: it is not to come to another.
+            changes: Of the policy, beyond the options.
+        """
+        from flexgen_jax.llm import LLM
+
+        with LLM(**self.arguments(say, quiet=quiet, recorded=recorded, **changes)) as llm:
+            yield llm
+
+    def arguments(
+        self,
+        say: Callable[[str], None],
+        *,
+        quiet: bool,
+        recorded: Policy | None = None,
+        **changes: Any,
+    ) -> dict[str, Any]:
+        """Of the ``LLM``, as :meth:`llm` makes it; the model is converted."""
+        import jax
+
+        from flexgen_jax import progress
+        from flexgen_jax.distributed.backends import local_devices
+        from flexgen_jax.distributed.processes import process_count
+        from flexgen_jax.jobs import measured
+        from flexgen_jax.weights.checkpoint import GROUP_SIZE, stored_dtype
+        from scheduling.hardware import Hardware
+        from storage.disk import DiskContext
+
+        if process_count() > 1:
+            stages = self._num_stages or jax.device_count()
+            if stages < process_count():
+                raise ValueError(
+                    f"--stages {stages}: each of the {process_count()} processes needs a stage"
+                )
+            changes = {"num_stages": stages, **changes}
+        else:
+            self.allow_cpu_devices(1)
+        local_devices()  # a backend that cannot start is better known before a conversion
+        v = self._values
+        dtype = v["dtype"] or stored_dtype(self.model) or "float32"
+        policy: Policy | Any = self._policy
+        wanted = {**self._changes, **changes}
+        if policy != "auto":
+            policy, wanted = dataclasses.replace(policy, **changes), {}
+        bits = changes.get("weight_bits", self.compression["weight_bits"])
+        group = GROUP_SIZE if policy == "auto" else policy.group_size
+        group = wanted.get("group_size", group)
+        with progress.transfer("converting", quiet=quiet) as update:
+            store = measured.store(
+                self.model,
+                v["path"],
+                dtype=dtype,
+                weight_bits=bits,
+                group_size=group,
+                offload_dir=v["offload_dir"],
+                say=say,
+                progress=update,
+            )
+        limits = {name: v[name] for name in ("device_memory", "host_memory")}
+        searching: dict[str, Any] = {**limits, "fixed": wanted, "allow": self._allow}
+        if policy == "auto" and recorded is not None:
+            # What is given differently now is for the job to notice.
+            policy, searching = dataclasses.replace(recorded, **wanted), {}
+        slots = {"weight_slots": v["weight_slots"], "cache_slots": v["cache_slots"]}
+        return {
+            "model": str(store),
+            "policy": policy,
+            "schedule": v["schedule"],
+            "offload_dir": v["offload_dir"],
+            "dtype": dtype,
+            "seed": self._seed,
+            "hardware": Hardware.load(v["hardware"]) if v["hardware"] else None,
+            "disk": DiskContext(mode=v["disk_mode"]),
+            "slots": {name: count for name, count in slots.items() if count is not None},
+            **searching,
+        }

@@ -1,0 +1,304 @@
+"""The commands that predict: ``plan`` and ``simulate``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from flexgen_jax.cli.failures import Failure, plain_errors, say
+from flexgen_jax.cli.llm_options import DTYPES
+from flexgen_jax.cli.pictures import check_pictures, write_pictures
+from flexgen_jax.cli.policy_options import NAMES, allowed, policy_options, read_policy
+
+if TYPE_CHECKING:
+    from flexgen_jax.planning.plans import Plan
+    from scheduling.hardware import Hardware
+    from scheduling.policy import Policy
+
+_BEFORE = [
+    click.option(
+        "--model", required=True, help="A preset, or a config.json or directory that has one."
+    ),
+    click.option("--prompt-len", type=int, required=True, help="Tokens of each prompt."),
+    click.option("--gen-len", "--max-tokens", type=int, default=32, show_default=True),
+    click.option(
+        "--hardware",
+        required=True,
+        metavar="NAME|FILE",
+        help="A preset (t4, laptop, h200), or a JSON file.",
+    ),
+    click.option(
+        "--hosts",
+        "num_hosts",
+        type=int,
+        default=1,
+        show_default=True,
+        help="Such machines that the stages are spread over.",
+    ),
+]
+_AFTER = [
+    click.option("--schedule", default="zigzag", show_default=True),
+    click.option("--dtype", type=DTYPES, default="bfloat16", show_default=True),
+    click.option("--trace", type=click.Path(path_type=Path), help="Write a Perfetto trace here."),
+    click.option("--plot", type=click.Path(path_type=Path), help="Draw the timeline (PNG, SVG)."),
+    click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON on stdout."),
+]
+
+
+def _options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(_AFTER):
+        command = option(command)
+    command = policy_options(command)
+    for option in reversed(_BEFORE):
+        command = option(command)
+    return command
+
+
+@click.command()
+@_options
+def plan(**options: Any) -> None:
+    """Predict a block: placement, time and memory, without weights or an accelerator."""
+    with plain_errors():
+        found = _plan(options, help_wanted=True)
+        if options["trace"] or options["plot"]:
+            write_pictures([found.timeline], options["trace"], options["plot"], say)
+        if options["as_json"]:
+            click.echo(json.dumps(found.to_json(), indent=2))
+        else:
+            click.echo(_described(found))
+
+
+@click.command()
+@_options
+@click.option(
+    "--compare",
+    "others",
+    multiple=True,
+    metavar="SCHEDULE",
+    help="Simulate this one as well, and draw them under each other; repeatable.",
+)
+def simulate(others: tuple[str, ...], **options: Any) -> None:
+    """Run a schedule on paper: how long each stream works in a block, and a picture of it."""
+    with plain_errors():
+        names = dict.fromkeys((options["schedule"], *others))
+        plans: list[Plan] = []
+        for name in names:
+            # The others run with the policy of the first, also where that was searched for.
+            policy = plans[0].policy if plans else None
+            plans.append(_plan({**options, "schedule": name}, policy=policy))
+        timelines = [dataclasses.replace(found.timeline, label=found.schedule) for found in plans]
+        if options["trace"] or options["plot"]:
+            write_pictures(timelines, options["trace"], options["plot"], say)
+        if options["as_json"]:
+            click.echo(json.dumps([_simulated(found) for found in plans], indent=2))
+            return
+        for found in plans:
+            click.echo("\n".join(_streams(found)))
+
+
+def _simulated(found: Plan) -> dict[str, Any]:
+    return {
+        "schedule": found.schedule,
+        "seconds": found.timeline.seconds,
+        "tokens_per_second": found.generated_tokens / found.timeline.seconds,
+        "peak_bytes": {tier.value: nbytes for tier, nbytes in found.peak_bytes.items()},
+        "streams": found.timeline.summary(),
+    }
+
+
+def _streams(found: Plan) -> list[str]:
+    timeline = found.timeline
+    rate = found.generated_tokens / timeline.seconds
+    peak = ", ".join(f"{t.value} {n / 1e9:.1f} GB" for t, n in found.peak_bytes.items())
+    lines = [f"{found.schedule}: {timeline.seconds:.2f} s, {rate:.2f} tokens/s; peak: {peak}"]
+    for stream, figures in timeline.summary().items():
+        waits = [
+            f"{reason} {seconds:.2f} s"
+            for reason, seconds in figures["waited_seconds"].items()
+            if seconds > 0.01 * timeline.seconds
+        ]
+        waited = f"; waited for {', '.join(waits)}" if waits else ""
+        lines.append(
+            f"  {stream:13s} {figures['busy_seconds']:10.2f} s  {figures['share']:6.1%}{waited}"
+        )
+    return lines
+
+
+@click.command()
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="The JSON to write. [default: where 'auto' looks for this machine's]",
+)
+@click.option(
+    "--calibrate",
+    "reports",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="REPORT",
+    help="Instead of measuring, fit the constants to a run: what 'generate --json' printed. "
+    "Repeatable.",
+)
+@click.option(
+    "--hardware",
+    "start",
+    metavar="NAME|FILE",
+    help="What to calibrate. [default: this machine's, as it is known]",
+)
+@click.option(
+    "--offload-dir",
+    type=click.Path(path_type=Path),
+    default=Path(),
+    help="On the disk to measure. [default: the current directory]",
+)
+@click.option("--dtype", type=DTYPES, default="bfloat16", show_default=True)
+@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON on stdout too.")
+def profile(
+    output: Path | None,
+    reports: tuple[Path, ...],
+    start: str | None,
+    offload_dir: Path,
+    dtype: str,
+    repeats: int,
+    as_json: bool,
+) -> None:
+    """Measure this machine: disk, links, arithmetic, memory. Takes about a minute.
+
+    Runs on this machine use what it keeps, for --policy auto and for predictions.
+    """
+    with plain_errors():
+        from flexgen_jax.machine.profile import profile as measure
+        from flexgen_jax.machine.this_machine import profile_path, save, this_machine
+        from scheduling.hardware import Hardware
+
+        path = output or profile_path(dtype)
+        if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
+            raise Failure(f"cannot write {output}: it is a directory, or its directory is missing")
+        if reports:
+            known = Hardware.load(start) if start else this_machine(dtype)
+            hardware = _calibrated(known, reports)
+        elif start:
+            raise Failure("--hardware goes with --calibrate: measuring starts from nothing")
+        else:
+            hardware = measure(offload_dir, dtype=dtype, repeats=repeats, say=say)
+        save(hardware, path)
+        say(f"{hardware.name}: {path}")
+        if as_json:
+            click.echo(json.dumps(hardware.to_json(), indent=2))
+
+
+def _calibrated(hardware: Hardware, reports: tuple[Path, ...]) -> Hardware:
+    from scheduling.calibrate import Observation, calibrated, factors
+
+    rows = []
+    for path in reports:
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            rows += [Observation.from_json(row) for row in values["observations"]]
+        except OSError as error:
+            raise Failure(f"cannot read {path}: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise Failure(
+                f"{path} is no report: expected what 'generate --json' prints ({error})"
+            ) from error
+        if values["hardware"] != hardware.name:
+            raise Failure(
+                f"{path} was predicted for {values['hardware']!r}, not for {hardware.name!r}: "
+                "give that with --hardware"
+            )
+    for name, factor in factors(rows).items():
+        say(f"{name}: {factor:.2f} times as long as predicted")
+    return calibrated(hardware, rows)
+
+
+def _plan(
+    options: dict[str, Any], *, policy: Policy | None = None, help_wanted: bool = False
+) -> Plan:
+    """What the options ask for.
+
+    Args:
+        policy: Instead of theirs.
+    """
+    from flexgen_jax.planning.plans import plan
+    from scheduling.hardware import Hardware
+    from scheduling.schedules import SCHEDULES
+
+    chosen, changes = read_policy({name: options[name] for name in NAMES})
+    allow = allowed(options["allow"])
+    if policy is not None:
+        chosen, changes, allow = policy, {}, ()
+    elif chosen != "auto":
+        if allow:
+            raise Failure("--allow is for --policy auto: it searches; --percent says it all")
+        chosen, changes = dataclasses.replace(chosen, **changes), {}
+    name = options["schedule"]
+    if name not in SCHEDULES:
+        raise Failure(f"no schedule {name!r}; known: {', '.join(sorted(SCHEDULES))}")
+    check_pictures(options["trace"], options["plot"])
+    return plan(
+        options["model"],
+        chosen,
+        Hardware.load(options["hardware"]),
+        prompt_len=options["prompt_len"],
+        gen_len=options["gen_len"],
+        schedule=(name, SCHEDULES[name]),
+        dtype=options["dtype"],
+        fixed=changes,
+        allow=allow,
+        help_wanted=help_wanted,
+        num_hosts=options["num_hosts"],
+    )
+
+
+def _stages(found: Plan) -> str:
+    parts = []
+    for number, stage in enumerate(found.stages):
+        shares = ""
+        if "busy" in stage:
+            shares = f", computing {stage['busy']:.0%}, bubbles {stage['bubble']:.0%}"
+        first, count = stage["first_layer"], stage["num_layers"]
+        parts.append(f"  stage {number}: layers {first} to {first + count - 1}{shares}")
+    groups = len(found.workload.groups())
+    head = f"{found.workload.num_stages} stages, the batches in {groups} groups:"
+    return "\n".join([head, *parts])
+
+
+def _described(found: Plan) -> str:
+    from scheduling.cost_model import bound
+
+    policy = found.policy
+    name, least = bound(found.lower_bound)
+    seconds = found.seconds
+    peak = ", ".join(f"{t.value} {n / 1e9:.1f} GB" for t, n in found.peak_bytes.items())
+    peak += f"; computing takes {found.workspace_bytes / 1e9:.2f} GB of the device on top"
+    rate, prefill = found.tokens_per_second, found.prefill_seconds
+    shape = f"{policy.device_batch_size} x {policy.num_device_batches}"
+    times = (
+        f"{seconds:.1f} s, of which prefill {prefill:.1f} s and decode {seconds - prefill:.1f} s"
+    )
+    floor = f"no schedule of this block takes less than {least:.1f} s ({name})"
+    lines = [
+        f"on {found.hardware.name}",
+        f"block of {shape}, schedule {found.schedule}",
+        *(placed.describe(kind) for kind, placed in found.placement.items() if placed.cells),
+        f"predicted: {rate:.2f} tokens/s; {times}",
+        f"{floor}: {least / seconds:.0%} of the prediction",
+        f"peak: {peak}",
+    ]
+    if policy.num_stages > 1:
+        lines.insert(2, _stages(found))
+    if found.why:
+        lines.insert(2, f"chosen: {found.why}")
+    helps = [f"{name} ({gain:.2f} x)" for name, gain in found.would_help.items()]
+    if helps:
+        lines.append("what would help: " + ", ".join(helps[:4]))
+    if found.misfits:
+        lines.append("does not fit: " + "; ".join(found.misfits))
+    return "\n".join(lines)

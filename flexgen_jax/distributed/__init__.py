@@ -1,0 +1,1 @@
+"""Several processes, one pipeline: who they are, what they hand over, and what if one is lost."""

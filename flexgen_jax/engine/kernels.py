@@ -1,0 +1,206 @@
+"""One compiled function per kind of layer and phase, called for every layer with other weights.
+
+Each returns, beside its results, a *marker*: a scalar of the same computation, which tells when it
+has run without keeping activations alive. The KV cache is only read here; keys and values of new
+tokens are results, which whoever keeps the cache adds to it.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from flexgen_jax.engine import sampling
+from flexgen_jax.models import opt
+from flexgen_jax.models.config import OPTConfig
+from flexgen_jax.models.kv_cache import CacheFormat, KeptCache, LayerCache
+from flexgen_jax.models.pieces import rows_per_call
+from flexgen_jax.models.quantization import Quantized
+
+
+def _marker(hidden: Array) -> Array:
+    return hidden.reshape(-1)[0]
+
+
+@partial(jax.jit, static_argnames="config")
+def embed(
+    params: Any,
+    rows: Float[Array, "batch seq embed"],
+    first_position: Int[Array, ""],
+    padding: Int[Array, "batch"],
+    *,
+    config: OPTConfig,
+) -> tuple[Float[Array, "batch seq hidden"], Float[Array, ""]]:
+    """Token and position embeddings, of a prompt or of one new token; ``rows`` of the table."""
+    hidden = opt.embed_rows(params, rows, first_position, padding, config)
+    return hidden, _marker(hidden)
+
+
+@partial(jax.jit, static_argnames=("config", "form"))
+def prefill_layer(
+    params: Any,
+    hidden: Float[Array, "batch seq hidden"],
+    padding: Int[Array, "batch"],
+    *,
+    config: OPTConfig,
+    form: CacheFormat,
+) -> tuple[Float[Array, "batch seq hidden"], KeptCache, Float[Array, ""]]:
+    """A decoder layer over whole prompts, a few rows at a time; their keys and values as well."""
+    batch, seq, _ = hidden.shape
+    rows = rows_per_call(batch, seq)
+
+    def some_rows(part: tuple[Array, Array]) -> tuple[Array, KeptCache]:
+        out, (k, v) = opt.prefill_layer(params, *part, config)
+        return out, form.pack(LayerCache(k, v))
+
+    if rows == batch:
+        out, cache = some_rows((hidden, padding))
+    else:
+        parts = (hidden.reshape(-1, rows, *hidden.shape[1:]), padding.reshape(-1, rows))
+        out, cache = jax.tree.map(
+            lambda x: x.reshape(batch, *x.shape[2:]), jax.lax.map(some_rows, parts)
+        )
+    return out, cache, _marker(out)
+
+
+@partial(jax.jit, static_argnames=("config", "form"))
+def decode_layer(
+    params: Any,
+    hidden: Float[Array, "batch 1 hidden"],
+    cache: LayerCache,
+    position: Int[Array, ""],
+    padding: Int[Array, "batch"],
+    *,
+    config: OPTConfig,
+    form: CacheFormat,
+) -> tuple[Float[Array, "batch 1 hidden"], KeptCache, Float[Array, ""]]:
+    """A decoder layer for one new token per row, and the token's key and value."""
+    hidden, new = opt.decode_layer(params, hidden, cache, position, padding, config)
+    return hidden, form.pack(new), _marker(hidden)
+
+
+@partial(jax.jit, static_argnames=("config", "form"))
+def decode_qkv(
+    params: Any, hidden: Float[Array, "batch 1 hidden"], *, config: OPTConfig, form: CacheFormat
+) -> tuple[Float[Array, "batch heads 1 head_dim"], LayerCache, KeptCache]:
+    """The first part of a decoder layer taken apart: the query, and the token's key and value.
+
+    The latter twice: as they are attended to, and as they are kept.
+    """
+    query, new = opt.decode_qkv(params, hidden, config)
+    return query, new, form.pack(new)
+
+
+@jax.jit
+def attend_cached(
+    query: Float[Array, "batch heads 1 head_dim"],
+    cache: LayerCache,
+    new: LayerCache,
+    position: Int[Array, ""],
+    padding: Int[Array, "batch"],
+) -> Float[Array, "batch heads 1 head_dim"]:
+    """The second part, next to the cache: it runs where its arguments lie."""
+    return opt.attend_cached(query, cache, new, position, padding)
+
+
+@partial(jax.jit, static_argnames="sparsity")
+def select_cached(
+    query: Float[Array, "batch heads 1 head_dim"],
+    key: Float[Array, "batch heads seq head_dim"],
+    new: LayerCache,
+    position: Int[Array, ""],
+    padding: Int[Array, "batch"],
+    *,
+    sparsity: float,
+) -> opt.Selection:
+    """Of sparse attention, the part before the values: it runs where the keys lie."""
+    return opt.select_cached(query, key, new, position, padding, sparsity)
+
+
+@jax.jit
+def attend_selected(
+    selection: opt.Selection,
+    value: Float[Array, "batch heads selected head_dim"] | Quantized,
+    new: LayerCache,
+    kept: KeptCache,
+    value_sum: Float[Array, "batch heads head_dim"],
+) -> tuple[Float[Array, "batch heads 1 head_dim"], Float[Array, "batch heads head_dim"]]:
+    """Of sparse attention, the part that takes the selected values; and the next ``value_sum``.
+
+    ``new`` is the token's key and value as they are attended to, ``kept`` as the cache has them.
+    """
+    attended = opt.attend_selected(selection, value, new, value_sum)
+    return attended, value_sum + opt.sum_values(
+        kept.value, jnp.zeros(kept.value.shape[0], jnp.int32)
+    )
+
+
+@jax.jit
+def sum_values(
+    value: Float[Array, "batch heads seq head_dim"] | Quantized, padding: Int[Array, "batch"]
+) -> Float[Array, "batch heads head_dim"]:
+    """Of a prompt."""
+    return opt.sum_values(value, padding)
+
+
+@partial(jax.jit, static_argnames="config")
+def decode_rest(
+    params: Any,
+    hidden: Float[Array, "batch 1 hidden"],
+    attended: Float[Array, "batch heads 1 head_dim"],
+    *,
+    config: OPTConfig,
+) -> tuple[Float[Array, "batch 1 hidden"], Float[Array, ""]]:
+    """The last part."""
+    hidden = opt.decode_rest(params, hidden, attended, config)
+    return hidden, _marker(hidden)
+
+
+@partial(jax.jit, static_argnames="config")
+def head(
+    params: Any,
+    token_table: Float[Array, "vocab embed"] | Quantized,
+    hidden: Float[Array, "batch seq hidden"],
+    *,
+    config: OPTConfig,
+) -> Float[Array, "batch vocab"]:
+    """Logits (float32) of the last position."""
+    return opt.head(params, token_table, hidden[:, -1], config)
+
+
+@partial(jax.jit, static_argnames=("config", "k"))
+def score(
+    params: Any,
+    token_table: Float[Array, "vocab embed"] | Quantized,
+    hidden: Float[Array, "batch seq hidden"],
+    wanted: Int[Array, "three scored"],
+    *,
+    config: OPTConfig,
+    k: int,
+) -> sampling.Sampled:
+    """Log-probabilities at some positions: ``wanted`` is their rows, positions, and next tokens."""
+    row, position, token = wanted
+    logits = opt.head(params, token_table, hidden[row, position], config)
+    return sampling.scores(logits, token, k)
+
+
+def compilations() -> int:
+    """How many programs these functions have compiled so far in this process."""
+    functions: tuple[Any, ...] = (
+        embed,
+        prefill_layer,
+        decode_layer,
+        decode_qkv,
+        attend_cached,
+        select_cached,
+        attend_selected,
+        sum_values,
+        decode_rest,
+        head,
+        score,
+    )
+    return sum(f._cache_size() for f in functions)

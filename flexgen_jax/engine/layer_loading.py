@@ -1,0 +1,176 @@
+"""The weights of a model over the three tiers, and how a layer is brought together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+
+from flexgen_jax.engine.unpacking import Dense
+from flexgen_jax.models.config import OPTConfig
+from flexgen_jax.models.params import nest, param_shapes, unit_names
+from flexgen_jax.models.quantization import Quantized, dequantize
+from scheduling.placement import Placement
+from scheduling.policy import Tier
+from storage.device import DeviceStore
+from storage.disk import DiskContext, DiskStore
+from storage.host import HostStore
+from storage.memory import aligned_bytes, round_up
+from storage.slots import Slot
+from storage.store import Store
+
+if TYPE_CHECKING:
+    from flexgen_jax.weights.checkpoint import StoredModel
+
+
+_EMBEDDING = ("embed", "embed.tokens")
+
+
+class LayerWeights(NamedTuple):
+    """What one layer computes with; ``token_table`` is the head's (vocab, embed), else None."""
+
+    params: dict[str, Any]
+    token_table: jax.Array | Quantized | None
+
+
+@partial(jax.jit, static_argnums=1)
+def _dequantize(rows: Quantized, dtype: str) -> jax.Array:
+    return dequantize(rows, dtype)
+
+
+class LayerLoader:
+    """Loads layers from where ``placement`` put their tensors. A context manager.
+
+    Args:
+        layers: Those that are loaded here; of no other is anything opened.
+        device: Where they are computed.
+        wrap: Applied to each tier's store (tier, store) -> store: throttles, faults and logs for
+            research and tests come in here.
+    """
+
+    def __init__(
+        self,
+        model: StoredModel,
+        placement: Placement,
+        layers: Iterable[int],
+        device: Any,
+        *,
+        context: DiskContext | None = None,
+        wrap: Any = None,
+    ) -> None:
+        self.config: OPTConfig = model.config
+        self.dtype = model.dtype
+        self.format = model.format
+        self._shapes = param_shapes(self.config)
+        self.placement = placement
+        tier_of = {cell.name: cell.tier for cell in placement.cells}
+        disk = DiskStore(
+            {n: f for n, f in model.arrays.items() if tier_of.get(n) is Tier.DISK}, context, device
+        )
+        here, host = DeviceStore(device), HostStore(device)
+        self._fill(model, tier_of, here, host)
+        stores: dict[Tier, Store] = {Tier.DEVICE: here, Tier.HOST: host, Tier.DISK: disk}
+        if wrap is not None:
+            stores = {tier: wrap(tier, store) for tier, store in stores.items()}
+        self._stores = stores
+        self._disk = disk
+        # Per layer and tier, which tensors: fixed for the whole run.
+        self._parts: dict[int, list[tuple[Store, tuple[str, ...]]]] = {}
+        for layer in layers:
+            unit = self.config.units[layer]
+            # Of the token table an embedding needs a few rows only: see token_rows.
+            names = [n for n in unit_names(self.config, unit) if (unit, n) != _EMBEDDING]
+            names = list(self.format.order(names))
+            by_tier = {t: tuple(n for n in names if tier_of[n] is t) for t in Tier}
+            self._parts[layer] = [(stores[t], group) for t, group in by_tier.items() if group]
+        no_slot = Slot(0)  # what is resident takes no transient room
+        self._resident = {
+            layer: self._assemble(layer, here.load(parts[0][1], no_slot))
+            for layer, parts in self._parts.items()
+            if [store for store, _ in parts] == [stores[Tier.DEVICE]]
+        }
+        table = self.format.stored_names(_EMBEDDING[1]) if 0 in self._parts else ()
+        self._table = [(stores[tier_of[name]], name) for name in table]
+        self._dense = Dense(self.dtype)
+
+    @staticmethod
+    def _fill(
+        model: StoredModel, tier_of: dict[str, Tier], device: DeviceStore, host: HostStore
+    ) -> None:
+        files = {n: f for n, f in model.arrays.items() if tier_of.get(n, Tier.DISK) != Tier.DISK}
+        source = DiskStore(files)
+        try:
+            for name, file in files.items():
+                block = aligned_bytes(round_up(file.nbytes))
+                array = source.read_into(name, block)
+                (device if tier_of[name] is Tier.DEVICE else host).put(name, array)
+        finally:
+            source.close()
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes of the dense copies that are there now."""
+        return self._dense.nbytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes read from the disk tier so far."""
+        return self._disk.bytes_read
+
+    def resident(self, layer: int) -> LayerWeights | None:
+        """The layer's weights if all of them lie on the device, where loading is no work."""
+        return self._resident.get(layer)
+
+    def dense(self, weights: LayerWeights) -> LayerWeights:
+        """``weights`` as computing takes them: what is in codes is dequantised, once per load.
+
+        The batches that compute with the same layer one after another share the result.
+        """
+        return weights if self.format.bits is None else self._dense.of(weights)
+
+    def token_rows(self, tokens: np.ndarray) -> jax.Array:
+        """Rows of the token table, (batch, seq, embed), of ``tokens`` (batch, seq), on the device.
+
+        Looked up where the table lies: it is as large as several layers.
+        """
+        fields = [store.take(name, tokens) for store, name in self._table]
+        if len(fields) == 1:
+            return fields[0]
+        codes, affine = fields
+        size = self._shapes[_EMBEDDING[1]][-1]
+        return _dequantize(Quantized(codes, affine, self.format.bits or 0, size), self.dtype)
+
+    def slot_nbytes(self, layer: int) -> int:
+        """Bytes of slot memory that loading ``layer`` may take."""
+        return sum(store.slot_nbytes(names) for store, names in self._parts[layer])
+
+    def load(self, layer: int, slot: Slot) -> LayerWeights:
+        """All tensors of ``layer`` on the device, ready."""
+        flat: dict[str, jax.Array] = {}
+        for store, names in self._parts[layer]:
+            flat.update(store.load(names, slot))
+        return self._assemble(layer, flat)
+
+    def _assemble(self, layer: int, arrays: dict[str, jax.Array]) -> LayerWeights:
+        unit = self.config.units[layer]
+        flat = self.format.assemble(arrays, self._shapes)
+        table = None
+        if unit == "head":
+            table = flat["embed.tokens" if self.config.tie_word_embeddings else "head.tokens"]
+        own = {name: array for name, array in flat.items() if name.startswith(unit + ".")}
+        return LayerWeights(nest(own).get(unit, {}), table)
+
+    def close(self) -> None:
+        self._resident.clear()
+        self._dense.clear()
+        for store in self._stores.values():
+            store.close()
+
+    def __enter__(self) -> LayerLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

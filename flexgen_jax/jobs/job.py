@@ -1,0 +1,312 @@
+"""A job: a file of requests in, a file of results out.
+
+Window by window, block by block; what is finished is safe, and the same job goes on from there. A
+bad line becomes one error record; the others run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from logging import WARNING
+from typing import TYPE_CHECKING, Any
+
+from flexgen_jax.engine.snapshots import Snapshot, Snapshots
+from flexgen_jax.jobs.dialects import Asked, answer, dump
+from flexgen_jax.jobs.job_input import JobError, JobInput
+from flexgen_jax.jobs.results import Position, Results
+from flexgen_jax.jobs.windows import Task, Window, Windows
+from flexgen_jax.logs import event
+from flexgen_jax.planning.blocks import last_blocks
+from flexgen_jax.planning.window_size import WindowSize
+from flexgen_jax.report import Report
+from flexgen_jax.requests.outputs import RequestOutput
+from flexgen_jax.requests.sampling_params import SamplingParams
+from scheduling.policy import Policy
+
+if TYPE_CHECKING:
+    from flexgen_jax.llm import LLM
+    from flexgen_jax.planning.blocks import Block
+    from flexgen_jax.requests.request import Request
+
+_MESSAGES = 3
+# Fields of a policy on which the grouping depends, or the last bits of a result.
+_POLICY = (
+    "device_batch_size",
+    "num_device_batches",
+    "host_attention",
+    "weight_bits",
+    "cache_bits",
+    "group_size",
+    "attention_sparsity",
+    "num_stages",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Completing:
+    """The task of ``generate``.
+
+    Args:
+        defaults: What lines leave out.
+        model: Its name in answers of OpenAI's form.
+    """
+
+    llm: LLM
+    defaults: SamplingParams
+    model: str
+
+    def request(self, index: int, asked: Asked) -> Request:
+        return self.llm.request(index, asked.prompt, self.defaults.updated(asked.sampling))
+
+    def answer(self, asked: Asked, request: Request, output: RequestOutput) -> dict[str, Any]:
+        return answer(asked, output, self.model)
+
+    def identity(self) -> dict[str, Any]:
+        return completing_identity(self.defaults, self.llm.seed, self.model)
+
+
+def completing_identity(defaults: SamplingParams, seed: int, model: str) -> dict[str, Any]:
+    """Of the task of ``generate``: known before there is a model."""
+    params = {f.name: getattr(defaults, f.name) for f in dataclasses.fields(defaults)}
+    return {"task": {"kind": "generate", "model": model, **params, "seed": seed}}
+
+
+@dataclasses.dataclass(frozen=True)
+class JobReport:
+    """What a job did, earlier processes included.
+
+    Attributes:
+        requests: How many lines were run. ``errors``: how many could not be.
+        messages: What is wrong with the first of them.
+        report: Figures; its ``requests`` are those of the finished blocks.
+    """
+
+    requests: int
+    errors: int
+    messages: tuple[str, ...]
+    report: Report
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.report.to_json(), "errors": self.errors}
+
+
+class Job:
+    """A job that has not run yet, or not to its end.
+
+    Args:
+        source: Opened. ``results``: entered.
+        window_size: Of a window; None: what is usual.
+        checkpoint_seconds: How often the state of a running block is saved beside the output, to
+            go on inside it; None: never.
+
+    Raises:
+        JobError: ``results`` are those of another job; the message says what differs.
+    """
+
+    def __init__(
+        self,
+        llm: LLM,
+        task: Task,
+        source: JobInput,
+        results: Results,
+        *,
+        window_size: WindowSize | None = None,
+        input_identity: Mapping[str, Any] | None = None,
+        checkpoint_seconds: float | None = None,
+    ) -> None:
+        if checkpoint_seconds is not None and results.snapshots is None:
+            raise JobError("checkpoints lie beside the output: give an output file")
+        self._llm, self._task, self._source, self._results = llm, task, source, results
+        self._window_size = window_size or WindowSize.of(llm.policy.block_size)
+        identity = {
+            **input_identity_of(source, input_identity),
+            **task.identity(),
+            **_machinery(llm, self._window_size),
+        }
+        check_same(results, identity)
+        self._header = {"identity": identity, "policy": llm.policy.to_json()}
+        self._total = llm.sum_of_reports()
+        # What an earlier process has left is gone on from, even if nothing more is to be saved.
+        self._snapshots: Snapshots | None = None
+        if results.snapshots is not None and (checkpoint_seconds or results.snapshots.exists()):
+            seconds = math.inf if checkpoint_seconds is None else checkpoint_seconds
+            self._snapshots = Snapshots(results.snapshots, seconds)
+        if results.position.sums is not None:
+            self._total.add_sums(results.position.sums)
+
+    def run(
+        self,
+        *,
+        progress: Callable[[int], None] | None = None,
+        on_window: Callable[[Window, list[Block], list[int]], None] | None = None,
+    ) -> JobReport:
+        """Runs what is left. Sets the LLM's ``report``.
+
+        Args:
+            progress: Told how many new tokens were booked.
+            on_window: Told what is about to run: a window, its blocks, and which of them are left.
+
+        Raises:
+            JobError: input or output failed; what is finished is kept.
+            ExecutionError: an op failed; likewise.
+        """
+        results, position = self._results, self._results.position
+        if not results.done:
+            if results.header is None:
+                results.begin(self._header)
+            windows = Windows(
+                self._source,
+                self._task,
+                self._window_size,
+                number=position.windows,
+                index=position.requests,
+            )
+            with contextlib.closing(windows):
+                windows.skip(position.line, position.digest)
+                for window in windows:
+                    self._run_window(windows, window, progress, on_window)
+        results.finish()
+        self._llm.report = report = self._total.total()
+        position = results.position
+        return JobReport(position.requests, position.errors, position.messages, report)
+
+    def _run_window(
+        self,
+        windows: Windows,
+        window: Window,
+        progress: Callable[[int], None] | None,
+        on_window: Callable[[Window, list[Block], list[int]], None] | None,
+    ) -> None:
+        results = self._results
+        begun = results.begun
+        if begun is None:
+            results.begin_window(window.number, window.last_line, window.digest)
+        else:
+            windows.expect(window.last_line, window.digest, begun.last_line, begun.digest)
+            for earlier in begun.blocks.values():
+                self._total.add_sums(earlier)
+        for line, error in window.errors.items():
+            event("bad line", level=WARNING, line=line, message=str(error))
+        blocks = self._llm.blocks(window.requests)
+        done = begun.blocks if begun is not None else {}
+        last = last_blocks(blocks)
+        left = [number for number in range(len(blocks)) if last[number] not in done]
+        if on_window is not None:
+            on_window(window, blocks, left)
+        first = window.requests[0].index if window.requests else 0
+        lap = time.perf_counter()
+        # Blocks that share a request count when it is complete, as one.
+        records: dict[int, bytes] = {}
+        sums = self._llm.sum_of_reports()
+
+        def keep(place: int, finished: dict[int, RequestOutput], report: Report) -> None:
+            nonlocal lap, records, sums
+            for index, output in finished.items():
+                asked, request = window.asked[index - first], window.requests[index - first]
+                records[asked.line] = dump(self._task.answer(asked, request, output))
+            # With the reading and writing between the blocks: what a job really takes. The report
+            # may know of more: of an earlier process that began the block.
+            now = time.perf_counter()
+            seconds, lap = max(report.seconds, now - lap), now
+            report = dataclasses.replace(report, seconds=seconds)
+            self._total.add(report)
+            sums.add_sums(report.sums())
+            number = left[place]
+            if last[number] == number:
+                results.add_block(number, records, sums.sums())
+                records, sums = {}, self._llm.sum_of_reports()
+                if self._snapshots is not None:
+                    self._snapshots.clear()
+
+        def snapshot_of(place: int) -> Snapshot:
+            assert self._snapshots is not None
+            return self._snapshots.of(window=window.number, block=left[place])
+
+        if left:
+            self._llm.run_blocks(
+                [blocks[number] for number in left],
+                keep,
+                progress=progress,
+                snapshot_of=None if self._snapshots is None else snapshot_of,
+            )
+        results.end_window(window.error_records(), self._after(window))
+
+    def _after(self, window: Window) -> Position:
+        before = self._results.position
+        messages = [f"line {line}: {error}" for line, error in window.errors.items()]
+        return Position(
+            windows=window.number + 1,
+            line=window.last_line,
+            digest=window.digest,
+            requests=before.requests + len(window.requests),
+            errors=before.errors + len(window.errors),
+            messages=(*before.messages, *(m[:300] for m in messages))[:_MESSAGES],
+            nbytes=before.nbytes,
+            sums=self._total.sums(),
+        )
+
+
+def input_identity_of(source: JobInput, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What ``check_same`` compares of the input; reads all of it, unless it is ``known``."""
+    return {"input": source.identity() if known is None else dict(known)}
+
+
+def _machinery(llm: LLM, window_size: WindowSize) -> dict[str, Any]:
+    policy = {name: getattr(llm.policy, name) for name in _POLICY}
+    if llm.policy.host_attention:  # then where the cache lies is where it is computed with
+        policy["cache"] = dataclasses.asdict(llm.policy.cache)
+    return {
+        "weights": llm.identity(),
+        "policy": policy,
+        "window": {
+            "requests": window_size.requests,
+            "bytes": window_size.nbytes,
+            "lines": window_size.lines,
+        },
+        "software": llm.software(),
+    }
+
+
+def check_same(results: Results, identity: Mapping[str, Any]) -> None:
+    """Refuses to go on with a job that was another one, as far as ``identity`` tells.
+
+    Raises:
+        JobError: with what differs.
+    """
+    if results.header is None:
+        return
+    found = _differences(results.header["identity"], identity)
+    if found:
+        raise JobError(
+            "an unfinished job with this output was begun otherwise: "
+            + "; ".join(found)
+            + ". Run it as it was begun to go on, or give --restart to begin anew"
+        )
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    found = []
+    for part, values in now.items():
+        then = before.get(part, {})
+        # As JSON has them: the header has been through it.
+        values = json.loads(json.dumps(values))
+        for name in dict.fromkeys((*then, *values)):
+            old, new = then.get(name), values.get(name)
+            if old != new:
+                found.append(f"{part} {name} was {_shown(old)}, is {_shown(new)}")
+    return found
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def recorded_policy(results: Results) -> Policy | None:
+    """The policy that an unfinished job was begun with."""
+    return None if results.header is None else Policy.from_json(results.header["policy"])

@@ -1,0 +1,464 @@
+"""What a job has finished: on disk before it counts, and in the order of the input in the end.
+
+``OUT.partial`` is the journal: what job it is, how far the finished windows reach, and the records
+of the current window's blocks as they finish. ``OUT.ordered`` grows by whole windows, in order, and
+takes the name ``OUT`` when the job is done. ``OUT.checkpoint`` may hold the state of the block that
+was running. Each step leaves files from which the next process goes
+on, wherever it is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from flexgen_jax.jobs.compressed import Packer
+from flexgen_jax.jobs.job_input import STANDARD, JobError
+from flexgen_jax.logs import event
+
+_FORMAT = 1
+_MARK = "flexgen_jax_job"  # the first key of a journal
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """How far the finished windows reach.
+
+    Attributes:
+        windows: How many they are. ``line``, ``digest``: of the input, up to their end.
+        requests: Of them, those that were run. ``errors``: the others; ``messages``: of the first.
+        nbytes: Of the output.
+        sums: Of the reports of their blocks.
+    """
+
+    windows: int = 0
+    line: int = 0
+    digest: str = ""
+    requests: int = 0
+    errors: int = 0
+    messages: tuple[str, ...] = ()
+    nbytes: int = 0
+    sums: Mapping[str, Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Begun:
+    """The window that was begun: its lines' end, and the sums of its finished blocks."""
+
+    number: int
+    last_line: int
+    digest: str
+    blocks: dict[int, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+
+class Results(Protocol):
+    """Where the records of a job go. A context manager: entering proves that it can be written."""
+
+    position: Position
+    begun: Begun | None
+    header: Mapping[str, Any] | None
+    done: bool
+    snapshots: Path | None  # where the state of a running block may be kept
+
+    @property
+    def requests_finished(self) -> int:
+        """How many requests are safe."""
+        ...
+
+    def begin(self, header: Mapping[str, Any]) -> None:
+        """A new job. ``header`` says which."""
+
+    def begin_window(self, number: int, last_line: int, digest: str) -> None: ...
+
+    def add_block(self, number: int, records: Mapping[int, bytes], sums: Mapping[str, Any]) -> None:
+        """Keeps the records (line -> record) of a block of the current window, durably."""
+
+    def end_window(self, errors: Mapping[int, bytes], position: Position) -> None:
+        """Puts the window's records in order; ``errors`` are those of its bad lines."""
+
+    def finish(self) -> None: ...
+
+    def __enter__(self) -> Results: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def results(path: Path, *, restart: bool = False) -> Results:
+    """Results in the file ``path``, or for ``-`` on the standard output."""
+    return StreamResults() if path == STANDARD else FileResults(path, restart=restart)
+
+
+class _Spool:
+    """Records in a file, found again by their line."""
+
+    def __init__(self) -> None:
+        self._places: dict[int, tuple[int, int]] = {}
+
+    def add(self, lines: Iterable[int], sizes: Iterable[int], offset: int) -> None:
+        """Records of ``lines`` lie one after another from ``offset`` on."""
+        for line, size in zip(lines, sizes, strict=True):
+            self._places[line] = offset, size
+            offset += size
+
+    def write_ordered(self, file: IO[bytes], errors: Mapping[int, bytes], out: IO[bytes]) -> None:
+        for line in sorted({*self._places, *errors}):
+            if line in errors:
+                out.write(errors[line])
+            else:
+                offset, size = self._places[line]
+                file.seek(offset)
+                out.write(file.read(size))
+
+
+class FileResults:
+    """Results in a file. Only one job at a time may have the same.
+
+    Args:
+        restart: Begin anew, whatever an earlier process has finished.
+
+    Raises:
+        JobError: the output cannot be written, another job is writing it, or what an earlier one
+            left is damaged.
+    """
+
+    def __init__(self, path: Path, *, restart: bool = False) -> None:
+        self.path = path.resolve()  # a link stays one
+        self.partial = self.path.with_name(self.path.name + ".partial")
+        self.ordered = self.path.with_name(self.path.name + ".ordered")
+        self.snapshots: Path | None = self.path.with_name(self.path.name + ".checkpoint")
+        self.position = Position()
+        self.begun: Begun | None = None
+        self.header: Mapping[str, Any] | None = None
+        self.done = False
+        self._restart, self._foreign = restart, False
+        self._packer = Packer(self.path)
+        self._out: IO[bytes] | None = None  # holds the lock
+        self._journal: IO[bytes] | None = None
+        self._spool = _Spool()
+
+    def __enter__(self) -> FileResults:
+        if self.path.is_dir():
+            raise JobError(f"cannot write {self.path}: it is a directory")
+        if self.path.exists() and not self.path.is_file():
+            raise JobError(f"cannot write {self.path}: it is not a regular file")
+        with self._errors(self.path):
+            self._out = self._locked()
+        try:
+            if not self._restart:
+                self._read()
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def _close(self) -> None:
+        for file in (self._journal, self._out):
+            with contextlib.suppress(OSError):
+                if file is not None:
+                    file.close()
+
+    def _locked(self) -> IO[bytes]:
+        while True:
+            file = self.ordered.open("ab+")
+            try:
+                _lock(file)
+                if self.path.exists():  # a job that has just finished has its lock there
+                    with self.path.open("rb") as output:
+                        _lock(output)
+            except BlockingIOError:
+                file.close()
+                raise JobError(f"cannot write {self.path}: another job is writing it") from None
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), self.ordered.stat()):
+                    return file
+            file.close()
+
+    def _read(self) -> None:
+        try:
+            self._journal = self.partial.open("r+b")
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise JobError(f"cannot read {self.partial}: {error.strerror}") from error
+        header = _entry(self._journal.readline())
+        if header is None or _MARK not in header:
+            self._journal.close()
+            self._journal, self._foreign = None, True
+            return
+        if header[_MARK] != _FORMAT:
+            raise JobError(
+                f"{self.partial} is of another version of flexgen-jax: finish the job with that "
+                "one, or give --restart to begin anew"
+            )
+        self._read_entries(self._journal)
+        if not self._worth_keeping():
+            return  # as if it had never begun
+        self.header = header
+        assert self._out is not None
+        size = os.fstat(self._out.fileno()).st_size
+        if self.done and size == 0 and self.position.nbytes:
+            if not self.path.exists():
+                raise JobError(f"{self.ordered} is gone; give --restart to begin anew")
+            return  # it has its name already
+        if size < self.position.nbytes:
+            raise JobError(
+                f"{self.ordered} is damaged: it has {size} bytes of {self.position.nbytes}; give "
+                "--restart to begin anew"
+            )
+
+    def _read_entries(self, journal: IO[bytes]) -> None:
+        """Reads up to the first entry that is torn, and drops it with what follows."""
+        good = journal.tell()
+        # A power cut may leave anything; what is not an entry was not finished.
+        with contextlib.suppress(KeyError, TypeError, AttributeError):
+            while (entry := _entry(journal.readline())) is not None and self._take(entry, journal):
+                good = journal.tell()
+        journal.truncate(good)
+        journal.seek(good)
+
+    def _take(self, entry: dict[str, Any], journal: IO[bytes]) -> bool:
+        if "position" in entry:
+            values = entry["position"]
+            self.position = Position(**{**values, "messages": tuple(values["messages"])})
+            self.done = entry["done"]
+        elif "window" in entry:
+            self.begun = Begun(entry["window"], entry["last_line"], entry["digest"])
+        elif "block" in entry and self.begun is not None:
+            offset, payload = journal.tell(), journal.read(sum(entry["sizes"]))
+            if zlib.crc32(payload) != entry["crc32"]:
+                return False
+            self._spool.add(entry["lines"], entry["sizes"], offset)
+            self.begun.blocks[entry["block"]] = entry["sums"]
+        else:
+            return False
+        return True
+
+    @property
+    def requests_finished(self) -> int:
+        blocks = self.begun.blocks.values() if self.begun else ()
+        return self.position.requests + sum(sums["requests"] for sums in blocks)
+
+    def _drop_snapshots(self) -> None:
+        assert self.snapshots is not None
+        shutil.rmtree(self.snapshots, ignore_errors=True)
+
+    def _worth_keeping(self) -> bool:
+        finished = self.requests_finished or self.position.line or self.done
+        assert self.snapshots is not None
+        return bool(finished) or self.snapshots.exists()
+
+    def begin(self, header: Mapping[str, Any]) -> None:
+        self.header = {_MARK: _FORMAT, **header}
+        assert self._out is not None
+        with self._errors(self.partial):
+            if self._foreign:  # nobody knows what it is: it is kept
+                os.replace(self.partial, self.partial.with_name(self.partial.name + ".old"))
+            self._out.truncate(0)
+            self._drop_snapshots()
+            self._replace_journal()
+
+    def _replace_journal(self) -> None:
+        """Begins the journal with how far the windows reach, at one stroke."""
+        position = {"position": dataclasses.asdict(self.position), "done": self.done}
+        new = self.partial.with_name(self.partial.name + ".new")
+        with new.open("wb") as file:
+            file.write(_line(self.header) + _line(position))
+            _sync(file)
+        os.replace(new, self.partial)
+        _sync_directory(self.path.parent)
+        if self._journal is not None:
+            self._journal.close()
+        self._journal = self.partial.open("r+b")
+        self._journal.seek(0, os.SEEK_END)
+        self._spool = _Spool()
+
+    def begin_window(self, number: int, last_line: int, digest: str) -> None:
+        self.begun = Begun(number, last_line, digest)
+        self._append(_line({"window": number, "last_line": last_line, "digest": digest}))
+
+    def _append(self, data: bytes) -> int:
+        """Writes an entry durably; returns where it ends."""
+        assert self._journal is not None
+        with self._errors(self.partial):
+            self._journal.seek(0, os.SEEK_END)
+            self._journal.write(data)
+            _sync(self._journal)
+            return self._journal.tell()
+
+    def add_block(self, number: int, records: Mapping[int, bytes], sums: Mapping[str, Any]) -> None:
+        assert self.begun is not None
+        payload, sizes = b"".join(records.values()), list(map(len, records.values()))
+        entry = {
+            "block": number,
+            "lines": list(records),
+            "sizes": sizes,
+            "crc32": zlib.crc32(payload),
+            "sums": sums,
+        }
+        end = self._append(_line(entry) + payload)
+        self._spool.add(records, sizes, end - len(payload))
+        self.begun.blocks[number] = sums
+
+    def end_window(self, errors: Mapping[int, bytes], position: Position) -> None:
+        assert self._out is not None
+        assert self._journal is not None
+        with self._errors(self.ordered):
+            self._out.truncate(self.position.nbytes)
+            with self._packer.member(self._out) as member:
+                self._spool.write_ordered(self._journal, errors, member)
+            _sync(self._out)
+            nbytes = os.fstat(self._out.fileno()).st_size
+        self.position, self.begun = dataclasses.replace(position, nbytes=nbytes), None
+        with self._errors(self.partial):
+            self._replace_journal()
+
+    def finish(self) -> None:
+        assert self._out is not None
+        with self._errors(self.path):
+            if not self.done:
+                if not self.position.nbytes:
+                    with self._packer.member(self._out):
+                        pass  # nothing, in the form of the file
+                    _sync(self._out)
+                    nbytes = os.fstat(self._out.fileno()).st_size
+                    self.position = dataclasses.replace(self.position, nbytes=nbytes)
+                self.done = True
+                self._replace_journal()
+            if os.fstat(self._out.fileno()).st_size or not self.position.nbytes:
+                os.replace(self.ordered, self.path)
+                _sync_directory(self.path.parent)
+            else:
+                self.ordered.unlink()
+            self.partial.unlink()
+            self._drop_snapshots()
+        self.header = None
+        records = self.position.requests + self.position.errors
+        event("results written", path=str(self.path), records=records)
+
+    def _errors(self, path: Path) -> _WriteErrors:
+        return _WriteErrors(path)
+
+    def __exit__(self, *_: object) -> None:
+        # What could not be written is not tried again: it was said already.
+        with contextlib.suppress(OSError):
+            if self.header is not None and not self._worth_keeping():
+                self.partial.unlink()
+        with contextlib.suppress(OSError):
+            assert self._out is not None
+            status = os.fstat(self._out.fileno())
+            if not status.st_size and os.path.samestat(status, self.ordered.stat()):
+                self.ordered.unlink()
+        self._close()
+
+
+class StreamResults:
+    """Results on the standard output, window by window; nothing to go on from."""
+
+    def __init__(self) -> None:
+        self.position = Position()
+        self.begun: Begun | None = None
+        self.header: Mapping[str, Any] | None = None
+        self.done = False
+        self.snapshots: Path | None = None
+        self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 # closed on exit
+        self._spool = _Spool()
+
+    def __enter__(self) -> StreamResults:
+        return self
+
+    @property
+    def requests_finished(self) -> int:
+        return self.position.requests
+
+    def begin(self, header: Mapping[str, Any]) -> None:
+        self.header = header
+
+    def begin_window(self, number: int, last_line: int, digest: str) -> None:
+        self._spool = _Spool()
+        self._file.truncate(0)
+        self.begun = Begun(number, last_line, digest)
+
+    def add_block(self, number: int, records: Mapping[int, bytes], sums: Mapping[str, Any]) -> None:
+        assert self.begun is not None
+        with _WriteErrors(Path(tempfile.gettempdir())):
+            offset = self._file.seek(0, os.SEEK_END)
+            self._file.writelines(records.values())
+            self._file.flush()
+        self._spool.add(records, map(len, records.values()), offset)
+        self.begun.blocks[number] = sums
+
+    def end_window(self, errors: Mapping[int, bytes], position: Position) -> None:
+        try:
+            with _WriteErrors(STANDARD):
+                self._spool.write_ordered(self._file, errors, sys.stdout.buffer)
+                sys.stdout.flush()
+        except JobError:
+            # What is left in the buffer would be tried again, and said again, on the way out.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise
+        self.position, self.begun = position, None
+
+    def finish(self) -> None:
+        self.done = True
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+class _WriteErrors:
+    """Turns what writing raises into a :class:`JobError`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        if isinstance(error, (OSError, ImportError)):
+            why = getattr(error, "strerror", None) or error
+            where = "the standard output" if self._path == STANDARD else self._path
+            raise JobError(f"cannot write {where}: {why}") from error
+
+
+def _lock(file: IO[bytes]) -> None:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _line(entry: Mapping[str, Any] | None) -> bytes:
+    return json.dumps(entry).encode() + b"\n"
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """A journal's entry; None if the line is torn, or the end."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) else None

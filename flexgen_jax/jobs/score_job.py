@@ -1,0 +1,58 @@
+"""The task of ``score``: prompts and continuations in, log-likelihoods out.
+
+A line is ``{"prompt": ..., "continuation": ...}`` or ``{"prompt_token_ids": [...],
+"continuation_token_ids": [...]}``, with an optional id.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from flexgen_jax.jobs.dialects import Asked
+from flexgen_jax.requests.prompts import RequestError
+from flexgen_jax.scoring import score_of, score_request
+
+if TYPE_CHECKING:
+    from flexgen_jax.llm import LLM
+    from flexgen_jax.requests.outputs import RequestOutput
+    from flexgen_jax.requests.request import Request
+
+_CONTINUATION = ("continuation", "continuation_token_ids")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """The task of ``score``."""
+
+    llm: LLM
+
+    def request(self, index: int, asked: Asked) -> Request:
+        if asked.openai:
+            raise RequestError("scoring takes plain lines: a 'prompt' and a 'continuation'")
+        given = [name for name in _CONTINUATION if name in asked.sampling]
+        unknown = sorted(set(asked.sampling) - set(_CONTINUATION))
+        if unknown:
+            raise RequestError(
+                f"unknown field {', '.join(map(repr, unknown))}; known: id, prompt, "
+                f"prompt_token_ids, {', '.join(_CONTINUATION)}"
+            )
+        if len(given) != 1:
+            raise RequestError(
+                "expected a 'prompt' and a 'continuation', or 'prompt_token_ids' and "
+                "'continuation_token_ids'"
+            )
+        return score_request(self.llm, index, asked.prompt, asked.sampling[given[0]])
+
+    def answer(self, asked: Asked, request: Request, output: RequestOutput) -> dict[str, Any]:
+        score = score_of(request, output)
+        return {
+            "id": asked.id,
+            "logprob": score.logprob,
+            "token_ids": list(score.token_ids),
+            "logprobs": list(score.logprobs),
+            "is_greedy": score.is_greedy,
+        }
+
+    def identity(self) -> dict[str, Any]:
+        return {"task": {"kind": "score"}}

@@ -1,0 +1,1 @@
+"""Measures this machine and says what it can be expected to do."""

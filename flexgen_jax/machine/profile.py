@@ -1,0 +1,309 @@
+"""Measures this machine: disk, links, arithmetic, capacities -> :class:`scheduling.Hardware`.
+
+Every figure is the median of repeats on the shapes of OPT-1.3B, with the very functions that a run
+calls. Takes under two minutes and a gigabyte of disk, which is given back.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flexgen_jax.engine import kernels
+from flexgen_jax.engine.unpacking import Dense
+from flexgen_jax.models import opt
+from flexgen_jax.models.config import OPTConfig
+from flexgen_jax.models.kv_cache import CacheFormat, LayerCache
+from flexgen_jax.models.params import nest, unit_shapes
+from flexgen_jax.models.quantization import quantize
+from flexgen_jax.planning.byte_sizes import device_memory
+from scheduling.hardware import Hardware
+from storage.disk import DiskContext
+from storage.disk_sequences import DiskSequences
+from storage.memory import aligned_bytes, available_memory
+from storage.slots import Slot
+
+_ROWS = (2, 8, 16, 32, 64, 128, 512, 1024)
+_MOST_DECODE_ROWS, _PROMPT = 128, 64
+_WIDTH, _FFN, _HEADS, _HEAD_DIM = 2048, 8192, 32, 64
+_FILE_NBYTES, _CALL_NBYTES, _SMALL_NBYTES = 1 << 30, 32 << 20, 64 << 10
+
+Say = Callable[[str], None]
+
+
+def profile(
+    directory: Path,
+    *,
+    dtype: str = "bfloat16",
+    repeats: int = 5,
+    file_nbytes: int = _FILE_NBYTES,
+    say: Say = lambda line: None,
+) -> Hardware:
+    """Measures the machine, and the disk that ``directory`` is on.
+
+    Args:
+        dtype: Of the arithmetic.
+        repeats: Of each figure, whose median counts.
+        file_nbytes: Of the temporary file that is written and read.
+        say: Told each figure as it comes.
+
+    Raises:
+        OSError: the directory cannot be written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(directory).free
+    read, write, cached = disk_speed(directory, repeats, file_nbytes)
+    say(f"disk: read {_gb(read)}, write {_gb(write)}, through the page cache {_gb(cached)}")
+    read_latency, write_latency = _latencies(directory, repeats, read, write)
+    cache_read, cache_write = _cells(directory, dtype, repeats, read_latency, write_latency)
+    say(
+        f"KV cache on disk: read {_gb(cache_read)}, write {_gb(cache_write)}; each access takes "
+        f"{read_latency * 1e3:.2f} ms to read, {write_latency * 1e3:.2f} ms to write"
+    )
+    device = jax.local_devices()[0]
+    inward, outward = _links(device, repeats)
+    if inward is not None and outward is not None:
+        say(f"host to device {_gb(inward)}, device to host {_gb(outward)}")
+    points = tuple((float(n), _layers(n, dtype, repeats)) for n in _ROWS)
+    say(
+        "decoder layers, GFLOP/s by rows: "
+        + ", ".join(f"{rows:.0f}: {rate / 1e9:.0f}" for rows, rate in points)
+    )
+    attention = _attention(dtype, repeats)
+    cached_attention = _cached_attention(dtype, repeats, device)
+    host = jax.local_devices(backend="cpu")[0]
+    hosted = cached_attention if host == device else _cached_attention(dtype, repeats, host)
+    unpacking = _dequantize(dtype, repeats)
+    overhead = _overhead(repeats)
+    decode = f"{_gb(cached_attention)} of cache, on the host {_gb(hosted)}"
+    say(f"attention: prefill {attention / 1e9:.0f} GFLOP/s, decode {decode}")
+    say(f"dequantising {_gb(unpacking)}; {overhead * 1e6:.0f} us an op")
+    memory = available_memory()
+    shared = device.platform == "cpu"
+    name = f"{os.cpu_count()} {_processor()} cores" if shared else device.device_kind
+    return Hardware(
+        name=f"{name}, {memory / 1e9:.0f} GB of host memory available, {dtype}",
+        # On a CPU device and host are one memory: half of it for each.
+        device_memory=memory // 2 if shared else device_memory(),
+        host_memory=memory // 2 if shared else memory,
+        disk=free,
+        disk_to_host=read,
+        host_to_device=inward,
+        device_to_host_cache=outward,
+        device_to_host_hidden=outward,
+        host_to_disk_cache=cache_write,
+        host_to_disk_hidden=write,
+        matmul=points,
+        attention=attention,
+        cached_attention=cached_attention,
+        host_attention=hosted,
+        dequantize=unpacking,
+        overhead=overhead,
+        disk_to_host_cache=cache_read,
+        disk_read_latency=read_latency,
+        disk_write_latency=write_latency,
+    )
+
+
+def _gb(rate: float) -> str:
+    return f"{rate / 1e9:.2f} GB/s"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "CPU"
+    return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), "CPU")
+
+
+def _seconds(call: Callable[[], Any], repeats: int) -> float:
+    """The median time of ``call`` until its results are ready; the first, which compiles, aside."""
+    jax.block_until_ready(call())
+    found = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        jax.block_until_ready(call())
+        found.append(time.perf_counter() - started)
+    return statistics.median(found)
+
+
+def disk_speed(directory: Path, repeats: int, nbytes: int) -> tuple[float, float, float]:
+    """Bytes per second read and written past the page cache, and read through it."""
+    buffer = aligned_bytes(min(_CALL_NBYTES, nbytes), touch=True)
+    nbytes -= nbytes % buffer.nbytes
+    reads, writes, cached = [], [], []
+    with tempfile.TemporaryDirectory(prefix="flexgen-jax-profile-", dir=directory) as scratch:
+        file = Path(scratch) / "data"
+        for _ in range(max(2, repeats // 2)):
+            writes.append(_move(file, os.O_WRONLY | os.O_CREAT, os.pwritev, buffer, nbytes))
+            _forget(file)
+            reads.append(_move(file, os.O_RDONLY, os.preadv, buffer, nbytes))
+            warm = _move(file, os.O_RDONLY, os.preadv, buffer, nbytes, direct=False)
+            warm = max(warm, _move(file, os.O_RDONLY, os.preadv, buffer, nbytes, direct=False))
+            cached.append(warm)
+    return statistics.median(reads), statistics.median(writes), statistics.median(cached)
+
+
+def _latencies(directory: Path, repeats: int, read: float, write: float) -> tuple[float, float]:
+    """Seconds that a small read and a small write take beyond their bytes."""
+    buffer = aligned_bytes(_SMALL_NBYTES, touch=True)
+    nbytes = 32 * repeats * _SMALL_NBYTES
+    with tempfile.TemporaryDirectory(prefix="flexgen-jax-profile-", dir=directory) as scratch:
+        file = Path(scratch) / "data"
+        speed = _move(file, os.O_WRONLY | os.O_CREAT, os.pwritev, buffer, nbytes)
+        writing = _SMALL_NBYTES * (1 / speed - 1 / write)
+        _forget(file)
+        speed = _move(file, os.O_RDONLY, os.preadv, buffer, nbytes)
+        reading = _SMALL_NBYTES * (1 / speed - 1 / read)
+    return max(reading, 0.0), max(writing, 0.0)
+
+
+def _cells(
+    directory: Path, dtype: str, repeats: int, read_latency: float, write_latency: float
+) -> tuple[float, float]:
+    """Bytes per second of the KV cache, read from disk and written, past the page cache.
+
+    As a run does it: in chunks, and from and into the layout that is computed with.
+    """
+    shape, capacity = (16, _HEADS, 256, _HEAD_DIM), 288
+    x = jax.device_put(_normal(*shape, dtype=dtype), jax.local_devices(backend="cpu")[0])
+    slot = Slot()
+    with tempfile.TemporaryDirectory(prefix="flexgen-jax-profile-", dir=directory) as scratch:
+        cells = DiskSequences(Path(scratch), DiskContext(mode="direct"))
+
+        def load() -> None:
+            slot.begin(cells.slot_nbytes([2 * x.nbytes * capacity // shape[2]]))
+            slot.release(cells.load("cell", slot))
+
+        writing = _seconds(lambda: cells.put("cell", (x, x), capacity), repeats)
+        reading = _seconds(load, repeats)
+        slot.begin()
+        cells.close()
+    nbytes = 2 * x.nbytes
+    smallest = 1e-9  # of a disk whose accesses take all the time
+    return (
+        nbytes / max(reading - read_latency, smallest),
+        nbytes / max(writing - write_latency, smallest),
+    )
+
+
+def _move(
+    file: Path, flags: int, call: Any, buffer: np.ndarray, nbytes: int, *, direct: bool = True
+) -> float:
+    extra = getattr(os, "O_DIRECT", 0) if direct else 0
+    try:
+        handle = os.open(file, flags | extra, 0o600)
+    except OSError:  # not every file system has direct I/O
+        handle = os.open(file, flags, 0o600)
+    try:
+        started = time.perf_counter()
+        for offset in range(0, nbytes, buffer.nbytes):
+            if call(handle, [buffer.data], offset) != buffer.nbytes:
+                raise OSError(f"{file}: moved less than asked for; is the disk full?")
+        if flags & os.O_WRONLY:
+            os.fsync(handle)
+        return nbytes / (time.perf_counter() - started)
+    finally:
+        os.close(handle)
+
+
+def _forget(file: Path) -> None:
+    handle = os.open(file, os.O_RDONLY)
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(handle)
+
+
+def _links(device: Any, repeats: int) -> tuple[float | None, float | None]:
+    if device.platform == "cpu":
+        return None, None
+    pinned = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+    here = jax.sharding.SingleDeviceSharding(device)
+    array = jax.device_put(np.zeros(256 << 20, np.uint8), pinned)
+    on_device = jax.device_put(array, here)
+    inward = array.nbytes / _seconds(lambda: jax.device_put(array, here), repeats)
+    outward = array.nbytes / _seconds(lambda: jax.device_put(on_device, pinned), repeats)
+    return inward, outward
+
+
+def _normal(*shape: int, dtype: str) -> jax.Array:
+    return jax.random.normal(jax.random.key(0), shape, jnp.float32).astype(dtype)
+
+
+def _layers(rows: int, dtype: str, repeats: int) -> float:
+    """FLOP per second of a decoder layer in which attention is next to nothing.
+
+    Decode's kernel up to as many rows as a batch may have, prefill's beyond.
+    """
+    config = OPTConfig(
+        hidden_size=_WIDTH, ffn_dim=_FFN, num_attention_heads=_HEADS, num_hidden_layers=1
+    )
+    shapes = unit_shapes(config, "layer_0")
+    params = nest({name: _normal(*shape, dtype=dtype) for name, shape in shapes.items()})["layer_0"]
+    flops = rows * sum(2.0 * math.prod(s) for n, s in shapes.items() if n.endswith(".kernel"))
+    form = CacheFormat()
+    if rows <= _MOST_DECODE_ROWS:
+        x = _normal(rows, 1, _WIDTH, dtype=dtype)
+        cache = LayerCache(*(_normal(rows, _HEADS, 32, _HEAD_DIM, dtype=dtype),) * 2)
+        padding, position = jnp.zeros(rows, jnp.int32), np.int32(16)
+        return flops / _seconds(
+            lambda: kernels.decode_layer(
+                params, x, cache, position, padding, config=config, form=form
+            ),
+            repeats,
+        )
+    batch = rows // _PROMPT
+    x, padding = _normal(batch, _PROMPT, _WIDTH, dtype=dtype), jnp.zeros(batch, jnp.int32)
+    return flops / _seconds(
+        lambda: kernels.prefill_layer(params, x, padding, config=config, form=form), repeats
+    )
+
+
+def _attention(dtype: str, repeats: int) -> float:
+    batch, seq = 4, 256
+    x = _normal(batch, _HEADS, seq, _HEAD_DIM, dtype=dtype)
+    attend = jax.jit(opt.attend_prompt)
+    padding = jnp.zeros(batch, jnp.int32)
+    flops = 4 * batch * seq * seq * _HEADS * _HEAD_DIM
+    return flops / _seconds(lambda: attend(x, x, x, padding), repeats)
+
+
+def _cached_attention(dtype: str, repeats: int, device: Any) -> float:
+    batch, seq = 16, 288
+    x = jax.device_put(_normal(batch, _HEADS, seq, _HEAD_DIM, dtype=dtype), device)
+    padding = jax.device_put(np.zeros(batch, np.int32), device)
+    one = x[:, :, :1]
+    cache, new = LayerCache(x, x), LayerCache(one, one)
+    position = np.int32(seq)
+    seconds = _seconds(lambda: kernels.attend_cached(one, cache, new, position, padding), repeats)
+    return 2 * x.nbytes / seconds
+
+
+def _dequantize(dtype: str, repeats: int) -> float:
+    codes = jax.jit(quantize)(_normal(_WIDTH, _FFN, dtype=dtype))
+    made = Dense(dtype)
+    nbytes = _WIDTH * _FFN * jnp.dtype(dtype).itemsize
+
+    def again() -> Any:
+        return made.of({"kernel": codes})  # a new tree each time: the same one costs nothing
+
+    return nbytes / _seconds(again, repeats)
+
+
+def _overhead(repeats: int) -> float:
+    """Seconds to dispatch a small program and see its result."""
+    add = jax.jit(lambda x: x + 1)
+    x = jnp.zeros(8)
+    return _seconds(lambda: add(x), 20 * repeats)

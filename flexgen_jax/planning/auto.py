@@ -1,0 +1,249 @@
+"""What ``policy="auto"`` decides: ``scheduling.search`` for this model and this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from flexgen_jax.models.config import OPTConfig
+from flexgen_jax.planning.block_sizes import block_sizes
+from flexgen_jax.planning.blocks import Block, make_blocks, padded_length
+from flexgen_jax.planning.byte_sizes import device_memory
+from flexgen_jax.planning.default_job import GEN_LEN, PROMPT_LEN
+from flexgen_jax.planning.stage_layout import place_stages, stage_starts
+from flexgen_jax.requests.request import Request
+from flexgen_jax.requests.sampling_params import SamplingParams
+from flexgen_jax.weights.weight_format import WeightFormat
+from scheduling.hardware import Hardware
+from scheduling.limits import Limits
+from scheduling.policy import Policy
+from scheduling.schedules import Schedule
+from scheduling.search import CHOICES, Blocks, Found, search
+from scheduling.workload import Workload
+from storage.disk import DiskContext
+from storage.memory import available_memory
+
+# Of the memory there is; the rest is for the programs, the system, and what others take meanwhile.
+MEMORY_SHARE, DISK_SHARE = 0.8, 0.9
+_LOOKED_AT = 5  # blocks of a job whose lengths differ
+_MOST_REQUESTS = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform:
+    """A job of prompts of one length, as many as there is room for."""
+
+    prompt_len: int = PROMPT_LEN
+    gen_len: int = GEN_LEN
+
+    def within(self, config: OPTConfig) -> Uniform:
+        """The same, or as much of it as the model has positions for."""
+        room = config.max_position_embeddings
+        gen_len = min(self.gen_len, max(1, room // 4))
+        return Uniform(min(self.prompt_len, room - gen_len), gen_len)
+
+    def requests(self, count: int) -> list[Request]:
+        """So many."""
+        params = SamplingParams(temperature=0.0, max_tokens=self.gen_len, ignore_eos=True)
+        prompt = (0,) * self.prompt_len
+        return [Request(i, None, prompt, params) for i in range(count)]
+
+
+Demand = Uniform | Sequence[Request]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What a plan has to know of a model.
+
+    Attributes:
+        dtype: Of weights, cache and hidden states, quantisation aside.
+        stored: How the weights there are stored; None: there are none yet.
+        slots: Of the workload.
+        hosts: Of the stages, as a ``Workload`` has them.
+    """
+
+    config: OPTConfig
+    dtype: str
+    stored: WeightFormat | None = None
+    slots: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    chunk_positions: int = DiskContext().chunk_positions
+    hosts: tuple[int, ...] = ()
+
+    def form(self, policy: Policy) -> WeightFormat:
+        """How weights are stored under ``policy``."""
+        if self.stored is not None and self.stored.bits == policy.weight_bits:
+            return self.stored
+        group = policy.group_size if policy.weight_bits else None
+        return WeightFormat(self.dtype, policy.weight_bits, group)
+
+    def workload(self, block: Block, policy: Policy) -> Workload:
+        """Of a block, with sizes."""
+        form = self.form(policy)
+        sizes = block_sizes(
+            block,
+            self.config,
+            form,
+            policy,
+            place_stages(self.config, form, policy),
+            chunk_positions=self.chunk_positions,
+            hosts=self.hosts,
+        )
+        workload = block.workload(len(self.config.units), self.slots)
+        return dataclasses.replace(
+            workload,
+            stages=stage_starts(self.config, policy.num_stages),
+            num_groups=policy.groups,
+            hosts=self.hosts,
+            sizes=sizes,
+        )
+
+    def blocks_of(self, job: Demand) -> Blocks:
+        """What ``search`` asks for. Of many blocks a few stand for all."""
+
+        def blocks(policy: Policy) -> list[tuple[Workload, float]]:
+            several: Sequence[Request]
+            if isinstance(job, Uniform):
+                several, times = job.requests(policy.block_size), 1 / policy.block_size
+            else:
+                several = _some(job)
+                times = len(job) / len(several)
+            made = list(
+                make_blocks(
+                    several,
+                    device_batch_size=policy.device_batch_size,
+                    num_device_batches=policy.num_device_batches,
+                )
+            )
+            picked = sorted({round(i) for i in _spread(len(made), _LOOKED_AT)})
+            ends = [*picked[1:], len(made)]
+            return [
+                (self.workload(made[i], policy), times * (end - i))
+                for i, end in zip(picked, ends, strict=True)
+            ]
+
+        return blocks
+
+
+def kind_of(job: Demand) -> object:
+    """Equal for jobs so alike that one policy serves both."""
+    if isinstance(job, Uniform) or not job:
+        return job if isinstance(job, Uniform) else ()
+    longest = padded_length(max(len(r.token_ids) for r in job))
+    most = max(r.params.max_tokens for r in job)
+    return _rows(job).bit_length(), longest, most.bit_length()
+
+
+def _rows(job: Sequence[Request]) -> int:
+    return sum(r.params.n for r in job)
+
+
+def _some(requests: Sequence[Request]) -> Sequence[Request]:
+    """So few that making blocks of them is quick; of all lengths, the longest with them."""
+    if len(requests) <= _MOST_REQUESTS:
+        return requests
+    order = sorted(requests, key=lambda r: -len(r.token_ids))
+    return order[:: math.ceil(len(order) / _MOST_REQUESTS)]
+
+
+def _spread(length: int, most: int) -> list[float]:
+    """At most so many places in ``range(length)``, the first and the last with them."""
+    if length <= most:
+        return [float(i) for i in range(length)]
+    return [i * (length - 1) / (most - 1) for i in range(most)]
+
+
+def limits_of_this_machine(
+    device: int | None, host: int | None, scratch: Path, stored_nbytes: int
+) -> Limits:
+    """What a run may take here.
+
+    Args:
+        device: Bytes; None: a share of what there is. ``host``: likewise. On the CPU backend both
+            are the one memory, and the host's part is used as a tier only where ``host`` asks.
+        scratch: On the disk tier's disk.
+        stored_nbytes: Of weights, which are on the disk already.
+    """
+    shared = jax.local_devices()[0].platform == "cpu"
+    if device is None:
+        device = int(MEMORY_SHARE * device_memory())
+    if host is None:
+        host = 0 if shared else int(MEMORY_SHARE * available_memory())
+    where = next(p for p in (scratch, *scratch.absolute().parents) if p.exists())
+    free = DISK_SHARE * shutil.disk_usage(where).free
+    return Limits(device=device, host=host, disk=free + stored_nbytes, shared=shared)
+
+
+def part_of_this_machine(parts: int) -> dict[str, int]:
+    """``device_memory`` or ``host_memory`` of an ``LLM``: that which ``parts`` of them share."""
+    part = int(MEMORY_SHARE * available_memory()) // parts
+    shared = jax.local_devices()[0].platform == "cpu"
+    return {"device_memory" if shared else "host_memory": part}
+
+
+@dataclasses.dataclass(frozen=True)
+class Auto:
+    """``policy="auto"``: what it has to keep, and what it may use.
+
+    Raises:
+        ValueError: an unknown field or method, or a value out of range.
+    """
+
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    allow: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        fields = [f.name for f in dataclasses.fields(Policy)]
+        unknown = sorted(set(self.fixed) - set(fields))
+        if unknown:
+            raise ValueError(f"no policy field {', '.join(unknown)}; known: {', '.join(fields)}")
+        wrong = sorted(set(self.allow) - set(CHOICES))
+        if wrong:
+            raise ValueError(f"nothing to allow by {', '.join(wrong)}; known: {', '.join(CHOICES)}")
+        _ = self.base
+
+    @property
+    def base(self) -> Policy:
+        """The default with what is fixed."""
+        return Policy(**self.fixed)
+
+    def choose(
+        self,
+        model: Model,
+        job: Demand,
+        hardware: Hardware,
+        limits: Limits,
+        *,
+        schedule: Schedule,
+        placed: Policy | None = None,
+    ) -> Found:
+        """The best policy for a job.
+
+        Args:
+            placed: Whose weights are where they are; None: they can go anywhere.
+
+        Raises:
+            NothingFitsError: no policy within the limits.
+        """
+        # An empty job is planned as one short request.
+        job = job if isinstance(job, Uniform) or job else Uniform(1, 1).requests(1)
+        fixed = dict(self.fixed)
+        if model.stored is not None and model.stored.bits is not None:
+            fixed["weight_bits"] = model.stored.bits  # codes cannot be undone
+        if placed is not None:
+            fixed |= {"weights": placed.weights, "weight_bits": placed.weight_bits}
+        return search(
+            model.blocks_of(job),
+            hardware,
+            limits,
+            schedule=schedule,
+            requests=10**9 if isinstance(job, Uniform) else _rows(job),
+            fixed=fixed,
+            allow=self.allow,
+        )

@@ -1,0 +1,154 @@
+"""The sizes of a block's ops, from the model, the policy and the placement."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+
+from flexgen_jax.models.config import OPTConfig
+from flexgen_jax.models.params import matmul_flops, param_shapes, unit_names
+from flexgen_jax.models.pieces import rows_per_call
+from flexgen_jax.planning.blocks import Batch, Block
+from flexgen_jax.planning.cell_layout import (
+    cache_format,
+    cache_places,
+    hidden_name,
+    place_cache,
+    place_hidden,
+)
+from flexgen_jax.planning.stage_layout import layers_of, stage_starts
+from scheduling.placement import Placement
+from scheduling.policy import Policy, Tier
+from scheduling.sizes import BatchSizes, CacheCell, Sizes
+from storage.disk import DiskContext
+
+if TYPE_CHECKING:
+    from flexgen_jax.weights.weight_format import WeightFormat
+
+
+def block_sizes(
+    block: Block,
+    config: OPTConfig,
+    form: WeightFormat,
+    policy: Policy,
+    weights: Sequence[Placement],
+    *,
+    chunk_positions: int,
+    hosts: tuple[int, ...] = (),
+) -> Sizes:
+    """What the ops of ``block`` move and unpack.
+
+    Args:
+        weights: Where the stored tensors of each stage lie.
+        chunk_positions: Of the cache on disk.
+        hosts: Of the stages, as a ``Workload`` has them.
+    """
+    hidden = {c.name: c.tier for c in place_hidden(block, config, form.dtype, policy.hidden).cells}
+    itemsize = jnp.dtype(form.dtype).itemsize
+    starts = stage_starts(config, policy.num_stages)
+    moved, dense, reads = _weights(config, form, weights)
+    return Sizes(
+        weights=moved,
+        dense=dense,
+        batches=tuple(
+            BatchSizes(
+                rows=batch.rows,
+                prompt_len=batch.prompt_len,
+                capacity=batch.cache_len,
+                num_steps=batch.num_steps,
+                hidden_tier=hidden[hidden_name(number)],
+                hidden_nbytes=batch.rows * config.hidden_size * itemsize,
+                workspace=_workspace(batch, config, itemsize),
+            )
+            for number, batch in enumerate(block.batches)
+        ),
+        cache=_cache(block, config, form, policy),
+        resident=tuple({tier: stage.nbytes(tier) for tier in Tier} for stage in weights),
+        matmul_flops=matmul_flops(config),
+        hidden_size=config.hidden_size,
+        chunk_positions=chunk_positions,
+        reads=reads,
+        borders={
+            first - 1: bool(hosts) and hosts[stage] != hosts[stage - 1]
+            for stage, first in enumerate(starts)
+            if stage
+        },
+    )
+
+
+def _workspace(batch: Batch, config: OPTConfig, itemsize: int) -> int:
+    """Bytes that the largest computation takes beside its arguments: prefill's, or the head's.
+
+    Of some rows what a layer makes of them, attention's weights and the MLP's width foremost, in
+    float32; of all rows the layer's results.
+    """
+    seq, hidden = batch.prompt_len, config.hidden_size
+    rows = rows_per_call(batch.rows, seq)
+    some = rows * seq * (config.ffn_dim + 6 * hidden + config.num_attention_heads * seq) * 4
+    results = batch.rows * seq * 4 * hidden * itemsize
+    return max(some + results, 3 * batch.rows * config.vocab_size * 4)
+
+
+def _weights(
+    config: OPTConfig, form: WeightFormat, placements: Sequence[Placement]
+) -> tuple[tuple[Mapping[Tier, int], ...], tuple[int, ...], tuple[int, ...]]:
+    shapes = param_shapes(config)
+    itemsize = jnp.dtype(form.dtype).itemsize
+    moved, dense, reads = [], [], []
+    of_units = zip(placements, layers_of(config, len(placements)), strict=True)
+    for unit, cells in (
+        (config.units[layer], {c.name: c for c in placement.cells})
+        for placement, layers in of_units
+        for layer in layers
+    ):
+        by_tier = dict.fromkeys(Tier, 0)
+        unpacked = accesses = 0
+        for name in unit_names(config, unit):
+            if (unit, name) == ("embed", "embed.tokens"):
+                continue  # rows of it are looked up where it lies
+            for stored in form.stored_names(name):
+                cell = cells[stored]
+                by_tier[cell.tier] += cell.nbytes
+                # Smaller ones stay in the page cache.
+                accesses += cell.tier is Tier.DISK and cell.nbytes >= DiskContext.small_nbytes
+            if form.quantizes(name):
+                unpacked += itemsize * math.prod(shapes[name])
+        moved.append(by_tier)
+        dense.append(unpacked)
+        reads.append(accesses)
+    return tuple(moved), tuple(dense), tuple(reads)
+
+
+def _cache(
+    block: Block, config: OPTConfig, form: WeightFormat, policy: Policy
+) -> dict[tuple[int, int], CacheCell]:
+    kept = cache_format(policy)
+    per_head = sum(kept.position_nbytes(config.head_dim, form.dtype))
+    itemsize = jnp.dtype(form.dtype).itemsize
+    sparsity = policy.attention_sparsity
+
+    @functools.cache
+    def cell(rows: int, tier: Tier) -> CacheCell:
+        heads = 2 * rows * config.num_attention_heads
+        hosted = policy.host_attention and tier is not Tier.DEVICE
+        # Keys as a whole; of the values the selected ones, which a disk reads whole as well.
+        read = (1 + sparsity) / 2 if tier is Tier.HOST else 1.0
+        return CacheCell(
+            tier=tier,
+            position_nbytes=heads * per_head,
+            loaded=read,
+            hosted=hosted,
+            sent=0.0 if hosted else (1 + sparsity) / 2 if sparsity < 1 else 1.0,
+            dense_nbytes=heads * config.head_dim * itemsize if kept.bits else 0,
+        )
+
+    places = list(cache_places(block, config))
+    dealt = place_cache(block, config, form.dtype, policy).cells  # in the same order
+    return {
+        (layer, number): cell(block.batches[number].rows, placed.tier)
+        for (layer, number), placed in zip(places, dealt, strict=True)
+    }

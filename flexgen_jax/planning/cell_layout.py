@@ -1,0 +1,78 @@
+"""The cells of a block: how large they are, and which tier each one is dealt to.
+
+A cell is what moves at once: the cache of one layer and batch, the hidden states of one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from flexgen_jax.models.config import OPTConfig
+from flexgen_jax.models.kv_cache import CacheFormat
+from flexgen_jax.planning.blocks import Batch, Block
+from scheduling.placement import Placement, place
+from scheduling.policy import Policy, Split
+
+
+def cache_name(config: OPTConfig, layer: int, batch: int) -> str:
+    """What the cache of a layer (unit number) and batch is called in stores and errors."""
+    return f"cache.{config.units[layer]}.batch_{batch}"
+
+
+def hidden_name(batch: int) -> str:
+    """Likewise, of the hidden states."""
+    return f"hidden.batch_{batch}"
+
+
+def cache_format(policy: Policy) -> CacheFormat:
+    """How the policy wants keys and values kept."""
+    return CacheFormat(policy.cache_bits, policy.group_size)
+
+
+def cache_sizes(batch: Batch, config: OPTConfig, dtype: Any, form: CacheFormat) -> list[int]:
+    """Bytes of the arrays that one layer and ``batch`` keep: of its keys, then of its values."""
+    heads = batch.rows * batch.cache_len * config.num_attention_heads
+    return [heads * n for n in form.position_nbytes(config.head_dim, dtype)] * 2
+
+
+def hidden_nbytes(batch: Batch, config: OPTConfig, dtype: Any) -> int:
+    """Bytes of the hidden states of ``batch`` in prefill, when they are largest."""
+    return batch.rows * batch.prompt_len * config.hidden_size * jnp.dtype(dtype).itemsize
+
+
+def cache_places(block: Block, config: OPTConfig) -> Iterator[tuple[int, int]]:
+    """(layer, batch) of the cells of the cache, in the order in which they are dealt."""
+    for layer in range(1, len(config.units) - 1):
+        for number, batch in enumerate(block.batches):
+            if batch.num_steps > 1:  # one new token needs no cache
+                yield layer, number
+
+
+def place_cache(block: Block, config: OPTConfig, dtype: Any, policy: Policy) -> Placement:
+    """Deals the cells of the cache to tiers (DESIGN §4), layer after layer."""
+    form = cache_format(policy)
+    sizes = [sum(cache_sizes(batch, config, dtype, form)) for batch in block.batches]
+    cells = [
+        (cache_name(config, layer, number), sizes[number])
+        for layer, number in cache_places(block, config)
+    ]
+    return _dealt(cells, policy.cache)
+
+
+def place_hidden(block: Block, config: OPTConfig, dtype: Any, split: Split) -> Placement:
+    """Deals the batches' hidden states to tiers."""
+    cells = [
+        (hidden_name(number), hidden_nbytes(batch, config, dtype))
+        for number, batch in enumerate(block.batches)
+    ]
+    return _dealt(cells, split)
+
+
+def _dealt(cells: Sequence[tuple[str, int]], split: Split) -> Placement:
+    sizes = [nbytes for _, nbytes in cells]
+    return Placement.of(
+        (*cell, tier) for cell, tier in zip(cells, place(sizes, split), strict=True)
+    )

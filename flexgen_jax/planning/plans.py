@@ -1,0 +1,248 @@
+"""What a run would do and take, without weights, accelerator or a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from flexgen_jax.models.config import OPTConfig
+from flexgen_jax.planning.auto import Auto, Model, Uniform
+from flexgen_jax.planning.blocks import make_blocks
+from flexgen_jax.planning.cell_layout import place_cache, place_hidden
+from flexgen_jax.planning.stage_layout import place_stages, together
+from scheduling.advice import advice
+from scheduling.cost_model import CostModel, bound
+from scheduling.estimate import estimate
+from scheduling.hardware import Hardware
+from scheduling.limits import Limits
+from scheduling.peak import highest, peak_nbytes
+from scheduling.placement import Placement
+from scheduling.policy import Policy, Tier
+from scheduling.schedules import Schedule
+from scheduling.simulate import simulate
+from scheduling.stages import hosts_of
+from scheduling.timeline import Timeline
+from scheduling.transforms import serialized
+from scheduling.workload import Workload
+
+# Computations of a block up to which each is simulated: some seconds' worth.
+_SIMULATED = 30_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A block of a policy on a machine, predicted.
+
+    Attributes:
+        placement: Of ``weights``, ``cache`` and ``hidden``, as a run would place them.
+        seconds, prefill_seconds: Of the block, predicted; of a very large one by simulating some
+            of its decode steps.
+        peak: Phase -> bytes per tier, as the order of the schedule has them.
+        workspace_bytes: What the largest computation takes of the device on top.
+        lower_bound: Seconds that any schedule of this block needs, per resource.
+        why: Of the policy, where it was searched for.
+        would_help: What would, and how many times the throughput it gives, estimated.
+    """
+
+    policy: Policy
+    hardware: Hardware
+    schedule: str
+    workload: Workload
+    placement: dict[str, Placement]
+    order: Schedule = dataclasses.field(repr=False)
+    seconds: float
+    prefill_seconds: float
+    peak: dict[str, dict[Tier, int]]
+    workspace_bytes: int
+    lower_bound: dict[str, float]
+    why: str | None = None
+    would_help: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def generated_tokens(self) -> int:
+        """Of the block."""
+        return self.policy.block_size * self.workload.num_steps
+
+    @functools.cached_property
+    def timeline(self) -> Timeline:
+        """Predicted, op by op; takes some seconds for a model of hundreds of gigabytes."""
+        return simulate(self.order(self.workload), self.workload, self.hardware)
+
+    @functools.cached_property
+    def stages(self) -> list[dict[str, Any]]:
+        """Of each pipeline stage its layers, and in a block not too large to simulate the shares of
+        time in which it computes (``busy``) and waits for other stages (``bubble``)."""
+        w = self.workload
+        small = w.num_steps * w.num_layers * w.num_batches <= _SIMULATED
+        shares = self.timeline.stage_table() if small else []
+        return [
+            {
+                "host": w.host_of(stage),
+                "first_layer": w.layers_of(stage).start,
+                "num_layers": len(w.layers_of(stage)),
+                **(shares[stage] if shares else {}),
+            }
+            for stage in range(w.num_stages)
+        ]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens over the block's time: FlexGen's throughput."""
+        return self.generated_tokens / self.seconds
+
+    @property
+    def peak_bytes(self) -> dict[Tier, int]:
+        """Of both phases."""
+        return highest(self.peak)
+
+    @property
+    def misfits(self) -> list[str]:
+        """What does not fit the machine, in words."""
+        needed = self.peak_bytes
+        needed[Tier.DEVICE] += self.workspace_bytes
+        limits = Limits.of(self.hardware)
+        names = {tier: tier.value for tier in Tier}
+        if limits.shared:
+            names[Tier.DEVICE] = "memory"
+        return [
+            f"{names[tier]}: {nbytes / 1e9:.1f} GB too much"
+            for tier, nbytes in limits.exceeded(needed).items()
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures but the spans."""
+        name, seconds = bound(self.lower_bound)
+        return {
+            "policy": self.policy.to_json(),
+            "hardware": self.hardware.name,
+            "schedule": self.schedule,
+            "placement": {kind: placed.to_json() for kind, placed in self.placement.items()},
+            "predicted": {
+                "tokens_per_second": self.tokens_per_second,
+                "seconds": self.seconds,
+                "prefill_seconds": self.prefill_seconds,
+                "decode_seconds": self.seconds - self.prefill_seconds,
+            },
+            "peak_bytes": {tier.value: nbytes for tier, nbytes in self.peak_bytes.items()},
+            "peak_bytes_by_phase": {
+                phase: {tier.value: nbytes for tier, nbytes in peak.items()}
+                for phase, peak in self.peak.items()
+            },
+            "workspace_bytes": self.workspace_bytes,
+            "fits": not self.misfits,
+            "stages": self.stages,
+            "why": self.why,
+            "would_help": self.would_help,
+            "bound": name,
+            "lower_bound_seconds": seconds,
+        }
+
+
+def plan(
+    model: str | OPTConfig,
+    policy: Policy | Literal["auto"],
+    hardware: Hardware,
+    *,
+    prompt_len: int,
+    gen_len: int,
+    schedule: tuple[str, Schedule],
+    dtype: str = "bfloat16",
+    slots: Mapping[str, int] | None = None,
+    fixed: Mapping[str, Any] | None = None,
+    allow: Iterable[str] = (),
+    help_wanted: bool = False,
+    num_hosts: int = 1,
+) -> Plan:
+    """Predicts one full block.
+
+    Args:
+        model: A preset, the path of a ``config.json`` (or of a directory that has one), or a
+            config.
+        policy: ``"auto"``: the best within the hardware's memory for a job of many such blocks.
+        prompt_len: Tokens of each prompt; padded as a run would.
+        schedule: Its name, and the function.
+        dtype: Of weights, cache and hidden states, quantisation aside.
+        fixed: Fields that ``"auto"`` has to keep.
+        allow: Methods that ``"auto"`` may use: ``host_attention``, ``weight_bits``,
+            ``cache_bits``, ``attention_sparsity``.
+        help_wanted: Find out what would help, which takes about as long again.
+        num_hosts: Machines like ``hardware`` that the stages are spread over, as evenly as can be.
+
+    Raises:
+        NothingFitsError: no policy fits the hardware.
+        ValueError: a model, lengths or a schedule that cannot be.
+    """
+    if policy != "auto" and (fixed or tuple(allow)):
+        raise ValueError("fixed and allow are for policy='auto'; change the policy instead")
+    config = model if isinstance(model, OPTConfig) else config_of(model)
+    room = config.max_position_embeddings
+    if prompt_len < 1 or gen_len < 1 or prompt_len + gen_len > room:
+        raise ValueError(
+            f"prompt_len {prompt_len} and gen_len {gen_len} must be at least 1, and together at "
+            f"most the model's {room} positions"
+        )
+    stages = (fixed or {}).get("num_stages", 1) if policy == "auto" else policy.num_stages
+    if not 1 <= num_hosts <= stages:
+        raise ValueError(
+            f"num_hosts must lie in 1..{stages}, the number of stages; got {num_hosts}"
+        )
+    hosts = hosts_of(stages, num_hosts) if num_hosts > 1 else ()
+    known = Model(config, dtype, slots=slots or {}, hosts=hosts)
+    job = Uniform(prompt_len, gen_len)
+    name, order = schedule
+    limits = Limits.of(hardware)
+    why = None
+    if policy == "auto":
+        auto = Auto(dict(fixed or {}), tuple(allow))
+        found = auto.choose(known, job, hardware, limits, schedule=order)
+        policy, why = found.best.policy, found.why()
+    (block,) = make_blocks(
+        job.requests(policy.block_size),
+        device_batch_size=policy.device_batch_size,
+        num_device_batches=policy.num_device_batches,
+    )
+    workload = known.workload(block, policy)
+    assert workload.sizes is not None
+    ordered = order if policy.overlap else serialized(order)
+    helps = {}
+    if help_wanted:
+        helps = advice(known.blocks_of(job), hardware, limits, policy, schedule=order)
+    prefill, decode = _predicted(ordered, workload, hardware)
+    return Plan(
+        policy=policy,
+        hardware=hardware,
+        schedule=name,
+        workload=workload,
+        placement={
+            "weights": together(place_stages(config, known.form(policy), policy)),
+            "cache": place_cache(block, config, dtype, policy),
+            "hidden": place_hidden(block, config, dtype, policy.hidden),
+        },
+        order=ordered,
+        seconds=prefill + decode,
+        prefill_seconds=prefill,
+        peak=peak_nbytes(ordered(workload), workload, shared=limits.shared),
+        workspace_bytes=max(b.workspace for b in workload.sizes.batches),
+        lower_bound=CostModel(workload, hardware).lower_bound(),
+        why=why,
+        would_help=helps,
+    )
+
+
+def _predicted(order: Schedule, workload: Workload, hardware: Hardware) -> tuple[float, float]:
+    w = workload
+    large = w.num_steps * w.num_layers * w.num_batches > _SIMULATED
+    return estimate(order, w, hardware, decode_steps=3 if large else w.num_steps)
+
+
+def config_of(model: str) -> OPTConfig:
+    """The config of a preset, a file or a directory.
+
+    Raises:
+        ConfigError: none of these.
+    """
+    return OPTConfig.load(Path(model)) if os.path.exists(model) else OPTConfig.preset(model)

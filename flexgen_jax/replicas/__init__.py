@@ -1,0 +1,1 @@
+"""Many models over the workers of a Ray cluster, one job."""

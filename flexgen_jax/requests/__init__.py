@@ -1,0 +1,1 @@
+"""What is asked for and what is answered: prompts, sampling parameters, tokens, texts, outputs."""

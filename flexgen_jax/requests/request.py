@@ -1,0 +1,40 @@
+"""A prompt that has passed every check, and what is asked of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from flexgen_jax.requests.sampling_params import SamplingParams
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+    """A prompt that has passed every check.
+
+    Attributes:
+        index: Its place in the input.
+        scored: Per prompt token, the one that comes next, whose log-probability is wanted; -1: of
+            none. None: of none at all.
+        forced: What comes out, token by token, whatever is likeliest: to follow a given text
+            through the cache as generating does.
+        bad_words: Token sequences that are never generated.
+        sample: Which of the ``n`` completions of its prompt.
+    """
+
+    index: int
+    prompt: str | None
+    token_ids: tuple[int, ...]
+    params: SamplingParams
+    scored: tuple[int, ...] | None = None
+    forced: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    sample: int = 0
+
+    def samples(self) -> Iterator[Request]:
+        """A request for each of its completions; what is asked of the prompt, of the first only."""
+        yield self
+        if self.params.n > 1:
+            params = dataclasses.replace(self.params, prompt_logprobs=None)
+            for sample in range(1, self.params.n):
+                yield dataclasses.replace(self, params=params, scored=None, sample=sample)

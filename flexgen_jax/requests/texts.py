@@ -1,0 +1,134 @@
+"""Between texts and tokens: a prompt to a request that fits the model, what it produced to text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from flexgen_jax.requests.generated import Generated
+from flexgen_jax.requests.outputs import CompletionOutput, Logprob, RequestOutput
+from flexgen_jax.requests.prompts import Prompt, RequestError, parse_prompt, shown
+from flexgen_jax.requests.request import Request
+from flexgen_jax.requests.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from flexgen_jax.models.config import OPTConfig
+    from flexgen_jax.requests.tokenization import Tokenizer
+
+
+def make_request(
+    index: int,
+    prompt: Prompt,
+    params: SamplingParams,
+    *,
+    config: OPTConfig,
+    tokenizer: Tokenizer | None,
+    scoring: bool,
+) -> Request:
+    """As ``LLM.request``.
+
+    Raises:
+        RequestError: what is wrong with it.
+    """
+    if not isinstance(params, SamplingParams):
+        raise RequestError(f"sampling parameters must be SamplingParams, got {shown(params)}")
+    text, ids = parse_prompt(prompt)
+    if ids is None:
+        assert text is not None
+        ids = encode(text, tokenizer)
+    if not ids:
+        raise RequestError("the prompt has no tokens; give at least one")
+    _check_vocabulary("token id", ids, config)
+    _check_vocabulary("stop token id", params.stop_token_ids, config)
+    _check_vocabulary("logit_bias token id", params.logit_bias, config)
+    room = config.max_position_embeddings
+    if len(ids) + (0 if scoring else params.max_tokens) > room:
+        raise RequestError(
+            f"too long: {len(ids)} prompt tokens and max_tokens {params.max_tokens} "
+            f"exceed the model's {room} positions"
+        )
+    scored = None if params.prompt_logprobs is None else (*ids[1:], -1)
+    bad_words = _bad_words(params, tokenizer)
+    return Request(index, text, tuple(ids), params, scored=scored, bad_words=bad_words)
+
+
+def _bad_words(params: SamplingParams, tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], ...]:
+    """As tokens, at the beginning of a word and within (vLLM's rule)."""
+    if tokenizer is None:
+        for name in ("stop", "bad_words"):
+            if getattr(params, name):
+                raise RequestError(
+                    f"this model has no tokenizer files, which {name} needs; give "
+                    "stop_token_ids or logit_bias instead"
+                )
+        return ()
+    found: dict[tuple[int, ...], None] = {}
+    for word in params.bad_words:
+        for prefix in ("", " "):
+            found[tuple(tokenizer.encode_words(prefix + word.lstrip()))] = None
+    return tuple(word for word in found if word)
+
+
+def encode(text: str, tokenizer: Tokenizer | None) -> list[int]:
+    """Token ids of ``text``, special tokens included.
+
+    Raises:
+        RequestError: no tokenizer, or no text.
+    """
+    if tokenizer is None:
+        raise RequestError(
+            "this model has no tokenizer files; give prompt_token_ids instead of text"
+        )
+    try:
+        return tokenizer.encode(text)
+    except UnicodeEncodeError as error:
+        raise RequestError(f"the prompt is no text: {error}") from error
+
+
+def _check_vocabulary(what: str, ids: Iterable[int], config: OPTConfig) -> None:
+    bad = next((i for i in ids if not 0 <= i < config.vocab_size), None)
+    if bad is not None:
+        raise RequestError(f"{what} {bad} is outside the vocabulary (0 to {config.vocab_size - 1})")
+
+
+def output_of(generated: Generated, tokenizer: Tokenizer | None) -> RequestOutput:
+    """What a request has produced, with one completion."""
+    request, ids = generated.request, generated.token_ids
+    text, logprobs, cumulative = "", None, None
+    stop = generated.stop_string
+    by_token = generated.finish_reason == "stop" and stop is None
+    if tokenizer is not None:
+        text = tokenizer.decode(ids[:-1] if by_token else ids)
+    if stop is not None:
+        text = text[: text.index(stop)]
+    if request.params.logprobs is not None:
+        logprobs = _decoded(generated.logprobs, tokenizer)
+        cumulative = sum(entry[token].logprob for entry, token in zip(logprobs, ids, strict=True))
+    stopped_by: int | str | None = stop
+    if by_token and ids[-1] in request.params.stop_token_ids:
+        stopped_by = ids[-1]
+    completion = CompletionOutput(
+        index=request.sample,
+        text=text,
+        token_ids=tuple(ids),
+        finish_reason=generated.finish_reason or "length",
+        stop_reason=stopped_by,
+        logprobs=logprobs,
+        cumulative_logprob=cumulative,
+    )
+    scored = None if request.scored is None else (None, *_decoded(generated.scores, tokenizer))
+    return RequestOutput(
+        str(request.index), request.prompt, request.token_ids, (completion,), scored
+    )
+
+
+def _decoded(
+    entries: Sequence[dict[int, Logprob]], tokenizer: Tokenizer | None
+) -> tuple[dict[int, Logprob], ...]:
+    if tokenizer is None:
+        return tuple(entries)
+    text = tokenizer.token
+    return tuple(
+        {token: Logprob(p.logprob, p.rank, text(token)) for token, p in entry.items()}
+        for entry in entries
+    )

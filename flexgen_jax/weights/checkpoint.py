@@ -1,0 +1,444 @@
+"""The weight store: made from a Hugging Face model or from a preset, opened, found.
+
+A store is a directory that Orbax restores and whose array files are read tensor by tensor
+(DESIGN §7); ``{"embed": {"tokens": ...}, "layer_0": ...}`` comes from::
+
+    orbax.checkpoint.StandardCheckpointer().restore(store)
+
+Importing this module costs no jax, tensorstore, torch or hub client: they are imported where used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from statistics import NormalDist
+from typing import Protocol
+
+import numpy as np
+
+from flexgen_jax.models.config import OPTConfig
+from flexgen_jax.models.params import param_shapes
+from flexgen_jax.weights.huggingface import (
+    COMPANION_FILES,
+    HuggingFaceModel,
+    download,
+    is_hub_name,
+    is_model_directory,
+    not_a_model,
+)
+from flexgen_jax.weights.manifest import MANIFEST_NAME, Manifest, Source, TensorEntry
+from flexgen_jax.weights.store_writer import Progress, Say, write_store
+from flexgen_jax.weights.tensor_file import ModelNotFoundError, SourceError
+from flexgen_jax.weights.weight_format import WeightFormat
+from storage.array_file import ArrayFile, StoreError, describe_array, dtype_of
+
+__all__ = [
+    "DTYPES",
+    "ModelNotFoundError",
+    "SourceError",
+    "StoreError",
+    "StoredModel",
+    "cache_directory",
+    "convert",
+    "convert_dummy",
+    "is_store",
+    "open_store",
+    "resolve",
+]
+
+# float16 is read, not stored: it is slow on CPUs, and it overflows where bfloat16 does not.
+DTYPES = ("float32", "bfloat16")
+
+DUMMY_SCALE = 0.02  # the standard deviation OPT is initialised with
+_DUMMY_VERSION = 1  # raise it when the same seed gives other numbers
+_DUMMY_BLOCK = 1 << 20  # elements
+_COPY_NBYTES = 1 << 22
+GROUP_SIZE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredModel:
+    """A weight store that was found complete.
+
+    Attributes:
+        path: The directory.
+        config: Of the model.
+        manifest: What the store says about itself.
+        arrays: Flat name -> array file of everything stored, in layer order.
+        format: How parameters are stored.
+    """
+
+    path: Path
+    config: OPTConfig
+    manifest: Manifest
+    arrays: Mapping[str, ArrayFile]
+    format: WeightFormat
+
+    @property
+    def dtype(self) -> str:
+        """The name of the weights' dtype."""
+        return self.manifest.dtype
+
+
+def convert(
+    source: str | Path,
+    store: str | Path,
+    *,
+    dtype: str = "float32",
+    weight_bits: int | None = None,
+    group_size: int = GROUP_SIZE,
+    progress: Progress | None = None,
+    say: Say | None = None,
+) -> Path:
+    """Makes a weight store of a Hugging Face model, holding no more than a block in memory.
+
+    An interrupted conversion is continued by the same call; a store that is already there and was
+    made from the same files in the same dtype is left as it is.
+
+    Args:
+        source: A directory with ``config.json`` and safetensors or ``.bin`` weights, or a name on
+            the hub; to quantise, a weight store too.
+        store: The directory to write.
+        dtype: Of the stored weights, one of ``DTYPES``.
+        weight_bits: 4 or 8: quantise them (:mod:`flexgen_jax.weights.weight_format` says which).
+        group_size: The most elements that share a scale.
+        progress: Called as (bytes done, bytes in all, tensor) after each block.
+        say: Called with a line when it resumes, or waits for another process.
+
+    Returns:
+        ``store``, made absolute.
+
+    Raises:
+        ModelNotFoundError: there is no model ``source``.
+        SourceError: its files are damaged or incomplete.
+        StoreError: ``store`` is something else, or cannot be written.
+    """
+    form = _format(dtype, weight_bits, group_size)
+    if is_store(source):
+        if weight_bits is None:
+            raise SourceError(
+                f"{source} is a weight store already; convert the Hugging Face model it was made "
+                "from, or quantise it with --weight-bits"
+            )
+        return _convert(_Stored(open_store(source, dtype=dtype)), Path(store), form, progress, say)
+    directory, name = _find(str(source))
+    return _convert(HuggingFaceModel(directory, name), Path(store), form, progress, say)
+
+
+def convert_dummy(
+    model: str | Path | OPTConfig,
+    store: str | Path,
+    *,
+    dtype: str = "float32",
+    weight_bits: int | None = None,
+    group_size: int = GROUP_SIZE,
+    seed: int = 0,
+    progress: Progress | None = None,
+    say: Say | None = None,
+) -> Path:
+    """Makes a weight store of random weights: the speed of a model without its download.
+
+    Kernels and embeddings are normal with standard deviation ``DUMMY_SCALE``, biases zero, norms
+    the identity. The numbers depend on ``seed`` and the tensor's name alone.
+
+    Args:
+        model: A preset such as ``facebook/opt-1.3b``, the path of a ``config.json``, or a config.
+        store: The directory to write; this and the rest are as :func:`convert` has them.
+        seed: Not negative.
+
+    Raises:
+        ConfigError: neither a preset nor a readable config.
+        StoreError: ``store`` is something else, or cannot be written.
+    """
+    form = _format(dtype, weight_bits, group_size)
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, got {seed}")
+    if isinstance(model, OPTConfig):
+        name, config = "config", model
+    elif os.path.exists(model):
+        name, config = Path(model).resolve().name, OPTConfig.load(model)
+    else:
+        name, config = str(model), OPTConfig.preset(str(model))
+    text = json.dumps(config.to_json(), indent=1).encode()
+    identity = f"dummy {_DUMMY_VERSION} {DUMMY_SCALE} {seed} ".encode() + text
+    source = Source(f"dummy:{name}", hashlib.sha256(identity).hexdigest())
+    shapes = param_shapes(config)
+    return write_store(
+        Path(store),
+        _manifest(config, form, source),
+        form.blocks(config, lambda name: _dummy_blocks(name, shapes[name], dtype_of(dtype), seed)),
+        order=form.order(tuple(shapes)),
+        files={"config.json": text + b"\n"},
+        progress=progress,
+        say=say,
+    )
+
+
+def is_store(path: str | Path) -> bool:
+    """Whether ``path`` is a weight store, sound or not."""
+    return (Path(path) / MANIFEST_NAME).is_file()
+
+
+def stored_dtype(path: str | Path) -> str | None:
+    """The dtype of the weight store at ``path``; None if there is none that can be read."""
+    try:
+        return Manifest.load(Path(path)).dtype
+    except StoreError:
+        return None
+
+
+def open_store(
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    needed: Callable[[OPTConfig, WeightFormat], Collection[str]] | None = None,
+) -> StoredModel:
+    """Checks a weight store without reading its weights.
+
+    Args:
+        path: The directory.
+        dtype: What the weights are to be; None takes what is there.
+        needed: Says which arrays are opened, and have to be there; None: all.
+
+    Raises:
+        StoreError: no store, of another version or dtype, incomplete or damaged.
+        ConfigError: its ``config.json`` is.
+    """
+    path = Path(os.path.abspath(path))
+    manifest = Manifest.load(path)
+    if dtype is not None and dtype != manifest.dtype:
+        _check_dtype(dtype)
+        raise StoreError(
+            f"{path} holds {manifest.dtype} weights, asked for was {dtype}; convert the model "
+            f"again with --dtype {dtype}, or pass dtype={manifest.dtype!r}"
+        )
+    config = OPTConfig.load(path)
+    arrays = {}
+    form = WeightFormat(manifest.dtype, manifest.weight_bits, manifest.weight_group)
+    entries = form.entries(config)
+    names = entries if needed is None else needed(config, form)
+    for name, expected in entries.items():
+        if manifest.tensors.get(name) != expected:
+            raise StoreError(
+                f"{path / MANIFEST_NAME}: expected {name} as {expected.dtype} "
+                f"{list(expected.shape)} by {path / 'config.json'}, the manifest has "
+                f"{_brief(manifest.tensors.get(name))}; the store is damaged, remove it and "
+                "convert the model again"
+            )
+        if name not in names:
+            continue
+        arrays[name] = describe_array(path / name)
+        found = TensorEntry.of(arrays[name].shape, arrays[name].dtype.name)
+        if found != expected:
+            raise StoreError(
+                f"{path / name}: expected {_brief(expected)}, the array is {_brief(found)}; the "
+                "store is damaged, remove it and convert the model again"
+            )
+    return StoredModel(path, config, manifest, arrays, form)
+
+
+def resolve(
+    model: str | Path,
+    *,
+    dtype: str,
+    weight_bits: int | None = None,
+    group_size: int = GROUP_SIZE,
+    offload_dir: str | Path | None = None,
+    say: Say = lambda line: None,
+    progress: Progress | None = None,
+) -> Path:
+    """The weight store of ``model``, made on first use.
+
+    Args:
+        model: A weight store (returned as it is, unless it is to be quantised), a Hugging Face
+            directory, or a hub name.
+        dtype: What a conversion stores. ``weight_bits``, ``group_size``: likewise; None takes
+            what a weight store has.
+        offload_dir: Converted stores go to its ``stores``; None: to the cache directory's.
+        say: Called with a line before a conversion.
+        progress: As in :func:`convert`.
+
+    Raises:
+        ModelNotFoundError: none of these; the message says what was tried.
+        SourceError, StoreError, ConfigError: as :func:`convert`.
+    """
+    source: _Source
+    if is_store(model):
+        manifest = Manifest.load(Path(os.path.abspath(model)))
+        if weight_bits in (None, manifest.weight_bits):
+            return Path(os.path.abspath(model))
+        if manifest.weight_bits is not None:
+            raise StoreError(
+                f"{model} holds weights of {manifest.weight_bits} bits, asked for were "
+                f"{weight_bits}: quantise the model it was made from"
+            )
+        source = _Stored(open_store(model, dtype=dtype))
+    else:
+        _check_dtype(dtype)
+        source = HuggingFaceModel(*_find(str(model)))
+    form = _format(dtype, weight_bits, group_size)
+    base = cache_directory() if offload_dir is None else Path(offload_dir)
+    plain = re.sub(r"[^\w.-]+", "--", source.name)
+    store = Path(os.path.abspath(base)) / "stores" / f"{plain}-{form}-{source.fingerprint()[:12]}"
+    if not is_store(store):
+        nbytes = _manifest(source.config, form, Source("", "")).nbytes
+        say(f"converting {model} to {form} weights in {store} ({nbytes / 1e9:.2f} GB), once")
+        return _convert(source, store, form, progress, say)
+    try:
+        return _convert(source, store, form, progress, say)
+    except StoreError as error:
+        raise StoreError(
+            f"{error}; once {store} is gone, the next run does so by itself"
+        ) from error
+
+
+def cache_directory() -> Path:
+    """``$FLEXGEN_JAX_CACHE``, or ``flexgen-jax`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    if chosen := os.environ.get("FLEXGEN_JAX_CACHE"):
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "flexgen-jax"
+
+
+class _Source(Protocol):
+    """What a store can be made from."""
+
+    config: OPTConfig
+    name: str
+    directory: Path
+    companions: tuple[Path, ...]
+
+    def names(self) -> tuple[str, ...]: ...
+
+    def blocks(self, name: str, dtype: np.dtype) -> Iterator[np.ndarray]: ...
+
+    def fingerprint(self) -> str: ...
+
+
+class _Stored:
+    """A weight store as the source of another."""
+
+    def __init__(self, model: StoredModel) -> None:
+        if model.manifest.weight_bits is not None:
+            raise SourceError(
+                f"{model.path} is quantised already; convert the model it was made from"
+            )
+        self.config, self.directory = model.config, model.path
+        self.name = model.manifest.source.name
+        files = (model.path / name for name in COMPANION_FILES)
+        self.companions = tuple(file for file in files if file.is_file())
+        self._model = model
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._model.arrays)
+
+    def blocks(self, name: str, dtype: np.dtype) -> Iterator[np.ndarray]:
+        file = self._model.arrays[name]
+        if not file.raw:
+            raise SourceError(f"{file.directory} is not one uncompressed chunk: convert anew")
+        for start in range(0, file.nbytes, _COPY_NBYTES):
+            count = min(_COPY_NBYTES, file.nbytes - start) // file.dtype.itemsize
+            yield np.fromfile(file.chunk, file.dtype, count, offset=start)
+
+    def fingerprint(self) -> str:
+        return self._model.manifest.source.fingerprint
+
+
+def _convert(
+    model: _Source,
+    store: Path,
+    form: WeightFormat,
+    progress: Progress | None,
+    say: Say | None,
+) -> Path:
+    copied = (model.directory / "config.json", *model.companions)
+    return write_store(
+        store,
+        _manifest(model.config, form, Source(model.name, model.fingerprint())),
+        form.blocks(model.config, lambda name: model.blocks(name, dtype_of(form.dtype))),
+        order=form.order(model.names()),
+        files={path.name: path.read_bytes() for path in copied},
+        progress=progress,
+        say=say,
+    )
+
+
+def _find(source: str) -> tuple[Path, str | None]:
+    """The local directory of a model, and its name if that is not the directory's."""
+    path = Path(source)
+    if path.is_dir():
+        if not is_model_directory(path):
+            raise ModelNotFoundError(not_a_model(path))
+        return path, None
+    if path.exists():
+        raise ModelNotFoundError(f"{path} is a file; a model is a directory, or a name on the hub")
+    if is_hub_name(source):
+        return download(source), source
+    raise ModelNotFoundError(
+        f"no model {source!r}: there is no such directory, and it is no name on the Hugging Face "
+        "hub either (organisation/model, such as facebook/opt-1.3b)"
+    )
+
+
+def _manifest(config: OPTConfig, form: WeightFormat, source: Source) -> Manifest:
+    return Manifest(
+        dtype=form.dtype,
+        source=source,
+        tensors=form.entries(config),
+        weight_bits=form.bits,
+        weight_group=form.group,
+    )
+
+
+def _format(dtype: str, bits: int | None, group: int) -> WeightFormat:
+    _check_dtype(dtype)
+    if bits is None:
+        return WeightFormat(dtype)
+    if bits not in (4, 8):
+        raise StoreError(f"weight_bits must be 4 or 8, got {bits!r}")
+    if group < 2:
+        raise StoreError(f"group_size must be at least 2, got {group!r}")
+    return WeightFormat(dtype, bits, group)
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise StoreError(
+            f"dtype must be one of {', '.join(DTYPES)} (weights in float16 are converted); "
+            f"got {dtype!r}"
+        )
+
+
+def _brief(entry: TensorEntry | None) -> str:
+    return f"{entry.dtype} {list(entry.shape)}" if entry else "no such tensor"
+
+
+def _dummy_blocks(
+    name: str, shape: tuple[int, ...], dtype: np.dtype, seed: int
+) -> Iterator[np.ndarray]:
+    count = math.prod(shape)
+    constant = {"scale": 1, "bias": 0}.get(name.rpartition(".")[2])
+    if constant is not None:
+        yield np.full(count, constant, dtype)
+        return
+    digest = hashlib.sha256(name.encode()).digest()
+    bits = np.random.SFC64(np.random.SeedSequence([seed, int.from_bytes(digest[:16], "little")]))
+    # Four times faster than drawing normal numbers: 16 random bits choose one of 65,536 quantiles.
+    quantiles = _normal_quantiles().astype(dtype)
+    for start in range(0, count, _DUMMY_BLOCK):
+        index = bits.random_raw(_DUMMY_BLOCK // 4).astype("<u8", copy=False).view("<u2")
+        yield np.take(quantiles, index[: count - start], mode="clip")
+
+
+@cache
+def _normal_quantiles() -> np.ndarray:
+    inverse = NormalDist(0, DUMMY_SCALE).inv_cdf
+    return np.array([inverse((i + 0.5) / 65536) for i in range(65536)])

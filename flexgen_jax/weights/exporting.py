@@ -1,0 +1,146 @@
+"""A weight store back into a Hugging Face directory, which transformers loads."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flexgen_jax.models.params import param_shapes
+from flexgen_jax.weights.checkpoint import StoredModel, is_store, open_store, resolve
+from flexgen_jax.weights.huggingface import COMPANION_FILES, torch_key
+from flexgen_jax.weights.store_writer import Progress
+from flexgen_jax.weights.tensor_file import SourceError
+from storage.array_file import StoreError
+
+MAX_SHARD_NBYTES = 5 * 10**9
+
+
+def export(
+    model: str | Path,
+    directory: str | Path,
+    *,
+    dtype: str | None = None,
+    max_shard_nbytes: int = MAX_SHARD_NBYTES,
+    offload_dir: str | Path | None = None,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Writes ``config.json``, safetensors and the tokenizer's files.
+
+    Codes become weights of the store's dtype again: what they stand for, not what they were made
+    from. One shard is in memory at a time. The directory gets its name when it is complete.
+
+    Args:
+        model: A weight store, or what :func:`convert` takes.
+        directory: Must not exist.
+        dtype: Of a model that is converted first; None: of a weight store what it has, else
+            float32.
+        max_shard_nbytes: A file takes no more, unless one tensor does.
+        offload_dir: Where a converted model is kept, as ``LLM`` has it.
+        progress: Called as (bytes done, bytes in all, tensor) after each tensor.
+        say: Told of a conversion.
+
+    Returns:
+        ``directory``, made absolute.
+
+    Raises:
+        StoreError: the store is damaged, or the directory is there already.
+        SourceError, ModelNotFoundError: no model, or a damaged one.
+        OSError: the directory cannot be written.
+    """
+    target = Path(os.path.abspath(directory))
+    if target.exists():
+        raise StoreError(f"{target} exists already; remove it, or give another name")
+    if max_shard_nbytes < 1:
+        raise ValueError(f"max_shard_nbytes must be at least 1, got {max_shard_nbytes}")
+    stored = open_store(
+        resolve(model, dtype=dtype or "float32", offload_dir=offload_dir, say=say),
+        dtype=dtype if is_store(model) else None,
+    )
+    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        _write_weights(stored, partial, max_shard_nbytes, progress or (lambda *_: None))
+        config = json.loads((stored.path / "config.json").read_text(encoding="utf-8"))
+        config.update({"torch_dtype": stored.dtype, "dtype": stored.dtype})
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for name in COMPANION_FILES:
+            if (stored.path / name).is_file():
+                shutil.copyfile(stored.path / name, partial / name)
+        os.rename(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return target
+
+
+def _write_weights(stored: StoredModel, into: Path, limit: int, progress: Progress) -> None:
+    from safetensors.numpy import save_file
+
+    itemsize = 2 if stored.dtype == "bfloat16" else 4
+    sizes = {n: itemsize * math.prod(s) for n, s in param_shapes(stored.config).items()}
+    shards = list(_shards(sizes, limit))
+    total, done = sum(sizes.values()), 0
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = "model.safetensors"
+        if len(shards) > 1:
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        tensors = {}
+        for name in names:
+            key, transposed = torch_key(name)
+            array = _parameter(stored, name)
+            tensors[key] = np.ascontiguousarray(array.T) if transposed else array
+            weight_map[key] = file
+            done += sizes[name]
+            progress(done, total, key)
+        save_file(tensors, into / file, metadata={"format": "pt"})
+        del tensors
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (into / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _shards(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
+    names: list[str] = []
+    nbytes = 0
+    for name, size in sizes.items():
+        if names and nbytes + size > limit:
+            yield names
+            names, nbytes = [], 0
+        names.append(name)
+        nbytes += size
+    yield names
+
+
+def _parameter(stored: StoredModel, name: str) -> np.ndarray:
+    shapes = param_shapes(stored.config)
+    flat = {
+        stored_name: _read(stored, stored_name) for stored_name in stored.format.stored_names(name)
+    }
+    found: Any = stored.format.assemble(flat, shapes)[name]
+    if not stored.format.quantizes(name):
+        return found
+    import jax
+    import jax.numpy as jnp
+
+    from flexgen_jax.models.quantization import Quantized, dequantize
+
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        codes, affine = jnp.asarray(found.codes), jnp.asarray(found.affine)
+        quantized = Quantized(codes, affine, found.bits, found.size)
+        return np.asarray(dequantize(quantized, jnp.dtype(stored.dtype)))
+
+
+def _read(stored: StoredModel, name: str) -> np.ndarray:
+    file = stored.arrays[name]
+    if not file.raw:
+        raise SourceError(f"{file.directory} is not one uncompressed chunk: convert anew")
+    return np.fromfile(file.chunk, file.dtype).reshape(file.shape)

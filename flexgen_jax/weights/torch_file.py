@@ -1,0 +1,54 @@
+"""PyTorch's own format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from flexgen_jax.weights.tensor_file import Entry, SourceError
+
+
+class TorchFile:
+    """A PyTorch state dict, mapped where its format (since PyTorch 1.6) allows that."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import torch
+        except ImportError as error:
+            raise SourceError(
+                f"{path} is in PyTorch's format, which needs PyTorch to be read: pip install "
+                "'flexgen-jax[torch-bin]', or get the model's safetensors files"
+            ) from error
+        self._torch = torch
+        try:
+            try:
+                state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            except RuntimeError as error:
+                if "mmap" not in str(error):
+                    raise
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            self._state = {k: v.detach() for k, v in state.items() if torch.is_tensor(v)}
+        except Exception as error:  # torch raises whatever its unpickler and unzipper do
+            reason = str(error).partition("\n")[0]
+            raise SourceError(
+                f"{path} is truncated, or no PyTorch weights ({reason}); download the model again"
+            ) from error
+        self.entries = {
+            key: Entry(tuple(t.shape), self._numpy(t[:0] if t.ndim else t).dtype, position)
+            for position, (key, t) in enumerate(self._state.items())
+        }
+
+    def _numpy(self, tensor: Any) -> np.ndarray:
+        if tensor.dtype == self._torch.bfloat16:
+            bits = tensor.contiguous().view(self._torch.int16).numpy()
+            return bits.view(ml_dtypes.bfloat16)
+        return tensor.numpy()
+
+    def array(self, key: str) -> np.ndarray:
+        return self._numpy(self._state[key])
+
+    def release(self) -> None:
+        pass  # the pages of a mapped file go when it does
