@@ -26,7 +26,7 @@ from flexgen_jax.jobs.results import FileResults
 from storage.store import StorageError
 from storage.wrappers import Faulty
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "flexgen_jax" / "demo_model")
 MODEL = str(ROOT / "tests" / "goldens" / "pre_norm")
 
@@ -49,7 +49,7 @@ class Killer:
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
         self._process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "kill_worker.py")],
+            [sys.executable, str(ROOT / "tests" / "jobs" / "kill_worker.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -54,7 +54,7 @@ def test_the_placement_is_what_a_run_places(tmp_path):
         cache=fg.Split(device=40, host=20, disk=40),
         hidden=fg.Split(device=50, host=50),
     )
-    config = Path(__file__).parent / "goldens" / "pre_norm" / "config.json"
+    config = Path(__file__).parents[1] / "goldens" / "pre_norm" / "config.json"
     found = fg.plan(
         str(config),
         policy,

@@ -8,7 +8,7 @@ import pytest
 
 from flexgen_jax.requests.tokenization import load_tokenizer
 
-DEMO = Path(__file__).parent.parent / "flexgen_jax" / "demo_model"
+DEMO = Path(__file__).parents[2] / "flexgen_jax" / "demo_model"
 TEXTS = ["To be, or not to be", " leading space", "naïve — 漢字 🙂", "", "line\nbreak\t</s> inside"]
 
 

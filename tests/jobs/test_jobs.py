@@ -24,7 +24,7 @@ from flexgen_jax.jobs.job import Completing, Job
 from flexgen_jax.jobs.job_input import MAX_LINE, JobError, JobInput
 from flexgen_jax.jobs.results import FileResults
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "flexgen_jax" / "demo_model")
 MODEL = str(ROOT / "tests" / "goldens" / "pre_norm")
 GREEDY = fg.SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)

@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
 ]
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "flexgen_jax" / "demo_model")
 BLOCKS = ["--device-batch-size", "4", "--num-device-batches", "2", "--window", "16"]
 WORDS = ["the", "tide", "comes", "in", "and", "out", "again", "my", "lord", "says", "nothing"]

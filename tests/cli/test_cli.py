@@ -18,7 +18,7 @@ import flexgen_jax as fg
 from flexgen_jax.cli.app import main
 from flexgen_jax.jobs.results import FileResults
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GOLDENS = ROOT / "tests" / "goldens"
 MODEL = str(GOLDENS / "pre_norm")
 EXPECTED = json.loads((GOLDENS / "expected.json").read_text())
@@ -591,7 +591,7 @@ def test_a_cache_that_does_not_fit_on_the_disk_is_refused_before_the_run(job, mo
 
 def test_a_weight_store_brings_its_dtype(tmp_path):
     """Asked for or not: what was converted once is not to be repeated."""
-    config = Path(__file__).parent / "goldens" / "pre_norm" / "config.json"
+    config = Path(__file__).parents[1] / "goldens" / "pre_norm" / "config.json"
     store, packed = tmp_path / "store", tmp_path / "packed"
     for arguments in (
         ["convert", "--dummy", config, store, "--dtype", "bfloat16"],

@@ -17,7 +17,7 @@ import storage.disk
 from storage.store import StorageError
 from storage.wrappers import Faulty
 
-MODEL = str(Path(__file__).parent / "goldens" / "pre_norm")
+MODEL = str(Path(__file__).parents[1] / "goldens" / "pre_norm")
 PROMPTS = [[5, 6, 7]] * 4
 PARAMS = fg.SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
 ALL_ON_DISK = fg.Policy(
@@ -137,7 +137,7 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path):
     program = (
         "import os, signal, sys, threading\n"
         "import flexgen_jax as fg\n"
-        "from tests.test_faults import ALL_ON_DISK, MODEL, PARAMS, PROMPTS\n"
+        "from tests.engine.test_faults import ALL_ON_DISK, MODEL, PARAMS, PROMPTS\n"
         "def stop(step, batch, logits):\n"
         "    if step == 5: os.kill(os.getpid(), signal.SIGINT)\n"
         "try:\n"
@@ -151,7 +151,7 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path):
         [sys.executable, "-c", program, str(tmp_path)],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
         check=False,
     )
     assert done.stdout == "interrupted []\n", done.stderr
@@ -162,7 +162,7 @@ def test_a_killed_run_is_cleaned_up_by_the_next(tmp_path):
     program = (
         "import os, signal, sys\n"
         "import flexgen_jax as fg\n"
-        "from tests.test_faults import ALL_ON_DISK, MODEL, PARAMS, PROMPTS\n"
+        "from tests.engine.test_faults import ALL_ON_DISK, MODEL, PARAMS, PROMPTS\n"
         "def stop(step, batch, logits):\n"
         "    if step == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
         "with fg.LLM(MODEL, policy=ALL_ON_DISK, offload_dir=sys.argv[1]) as llm:\n"
@@ -170,7 +170,7 @@ def test_a_killed_run_is_cleaned_up_by_the_next(tmp_path):
     )
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)],
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
         check=False,
         stderr=subprocess.DEVNULL,
     )

@@ -20,9 +20,9 @@ from flexgen_jax.models.params import unit_names
 from flexgen_jax.planning.stage_layout import layers_of
 from flexgen_jax.weights.checkpoint import resolve
 from scheduling.stages import hosts_of
-from tests.test_stages import DEMO, MIXED, generate, policy
+from tests.engine.test_stages import DEMO, MIXED, generate, policy
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # Shows what is wrong sooner than the default; a busy machine must not be taken for a lost one.
 TIMEOUT = "20"
 MIXED_PERCENT = ["34", "33", "34", "33", "34", "33"]
@@ -125,7 +125,7 @@ index, address, stages, path = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), 
 jax.config.update("jax_num_cpu_devices", -(-stages // 2))
 from flexgen_jax.distributed.processes import initialize
 import flexgen_jax as fg
-from tests.test_stages import PROMPTS, PARAMS, MIXED, policy
+from tests.engine.test_stages import PROMPTS, PARAMS, MIXED, policy
 
 initialize(address, 2, index, timeout=20)
 chosen = policy(stages, weights=MIXED, cache=MIXED, hidden=MIXED)
