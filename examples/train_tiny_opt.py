@@ -33,7 +33,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from flexgen_jax.models import opt
-from flexgen_jax.models.config import OPTConfig
+from flexgen_jax.models.opt import OPTConfig
 from flexgen_jax.models.params import flatten, nest, param_shapes
 
 # In OPT's order: their places are their ids. </s> opens a sequence and also ends one.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from flexgen_jax.distributed.processes import ProcessError, initialize
     from flexgen_jax.engine.executor import ExecutionError
     from flexgen_jax.llm import LLM
-    from flexgen_jax.models.config import OPTConfig
+    from flexgen_jax.models.opt import OPTConfig
     from flexgen_jax.planning.plans import Plan, plan
     from flexgen_jax.report import Report
     from flexgen_jax.requests.outputs import CompletionOutput, Logprob, RequestOutput
@@ -40,7 +40,7 @@ _HOME = {
     "export": "flexgen_jax.weights.exporting",
     "convert_dummy": "flexgen_jax.weights.checkpoint",
     "open_store": "flexgen_jax.weights.checkpoint",
-    "OPTConfig": "flexgen_jax.models.config",
+    "OPTConfig": "flexgen_jax.models.opt",
     "ExecutionError": "flexgen_jax.engine.executor",
     "LLM": "flexgen_jax.llm",
     "RequestError": "flexgen_jax.requests.prompts",

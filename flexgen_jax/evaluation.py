@@ -29,6 +29,7 @@ except ImportError as error:
 
 from flexgen_jax import progress
 from flexgen_jax.llm import LLM
+from flexgen_jax.models.family import eos_token_ids
 from flexgen_jax.requests.sampling_params import SamplingParams
 from flexgen_jax.scoring import run_scores, sequence_request
 from scheduling.policy import Policy
@@ -106,9 +107,7 @@ class FlexGenLM(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         """The end of text."""
-        eos = self.llm.config.eos_token_id
-        assert eos is not None
-        return eos
+        return eos_token_ids(self.llm.config)[0]
 
     @property
     def prefix_token_id(self) -> int:

@@ -27,7 +27,7 @@ from flexgen_jax.engine.pipeline import Rings, Stage
 from flexgen_jax.engine.snapshots import Snapshot
 from flexgen_jax.logs import LOGGER, event
 from flexgen_jax.machine.this_machine import this_machine
-from flexgen_jax.models.config import OPTConfig
+from flexgen_jax.models.family import Config
 from flexgen_jax.planning.auto import Auto, Demand, Model, Uniform, kind_of, limits_of_this_machine
 from flexgen_jax.planning.blocks import Block, make_blocks
 from flexgen_jax.planning.byte_sizes import parse_bytes
@@ -206,7 +206,7 @@ class LLM:
             **_weight_format(policy),
         )
 
-        def needed(config: OPTConfig, form: WeightFormat) -> set[str]:
+        def needed(config: Config, form: WeightFormat) -> set[str]:
             layers = layers_of(config, policy.num_stages)
             here = (i for i, device in enumerate(self._devices) if _is_here(device))
             return stored_names(config, form, (layer for i in here for layer in layers[i]))

@@ -17,7 +17,7 @@ import flexgen_jax.engine.unpacking
 from flexgen_jax.compare import compare, ways_to_compress
 from flexgen_jax.models import opt
 from flexgen_jax.models.kv_cache import CacheFormat, KeptCache, LayerCache
-from flexgen_jax.models.params import nest, param_shapes
+from flexgen_jax.models.params import nest
 from flexgen_jax.models.quantization import dense_tree, dequantize
 from flexgen_jax.weights.checkpoint import convert
 from scheduling.sizes import Link
@@ -69,7 +69,7 @@ def test_quantised_weights_compute_what_the_reference_does(offload, tmp_path, va
         assert llm.policy.weight_bits == bits
         config, form = llm.config, llm._model.format
         flat = {name: jnp.asarray(read(store, name)) for name in llm._model.arrays}
-        params = nest(form.assemble(flat, param_shapes(config)))
+        params = nest(form.assemble(config, flat))
         logits = []
         llm.generate([prompt], GREEDY, on_logits=lambda s, b, x: logits.append(np.asarray(x)))
     reference = opt.forward(params, jnp.asarray([prompt]), config)[0, -1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,7 +30,7 @@ class BatchState:
         self,
         batch: Batch,
         seed: int,
-        eos_token_id: int | None,
+        eos_token_ids: Sequence[int],
         decode: Decode | None = None,
         sampler: Any = None,
     ) -> None:
@@ -43,7 +43,7 @@ class BatchState:
         self._wanted = _wanted(batch)
         self._forced = _forced(batch)
         self.left = False
-        stops = [_stop_ids(r, eos_token_id) for r in batch.requests]
+        stops = [_stop_ids(r, eos_token_ids) for r in batch.requests]
         self.results = [Generated(r, s, decode) for r, s in zip(batch.requests, stops, strict=True)]
         params = [r.params for r in batch.requests]
         seeds = [seed_words(r.params, (seed, r.index), r.sample) for r in batch.requests]
@@ -175,10 +175,10 @@ def _forced(batch: Batch) -> np.ndarray | None:
     return tokens
 
 
-def _stop_ids(request: Request, eos_token_id: int | None) -> frozenset[int]:
+def _stop_ids(request: Request, eos_token_ids: Sequence[int]) -> frozenset[int]:
     ids = set(request.params.stop_token_ids)
-    if not request.params.ignore_eos and eos_token_id is not None:
-        ids.add(eos_token_id)
+    if not request.params.ignore_eos:
+        ids.update(eos_token_ids)
     return frozenset(ids)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from flexgen_jax.models.config import OPTConfig
+from flexgen_jax.models.family import Config
 from flexgen_jax.planning.blocks import Block
 from flexgen_jax.planning.cell_layout import cache_places, place_cache, place_hidden
 from flexgen_jax.planning.stage_layout import layers_of
@@ -46,7 +46,7 @@ class Cells:
     def __init__(
         self,
         blocks: Sequence[Block],
-        config: OPTConfig,
+        config: Config,
         dtype: Any,
         policy: Policy,
         devices: Mapping[int, Any],

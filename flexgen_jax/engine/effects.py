@@ -24,8 +24,9 @@ from flexgen_jax.engine.pipeline import Rings, Stage, fullest
 from flexgen_jax.engine.sampling import sample
 from flexgen_jax.engine.snapshots import Arrays
 from flexgen_jax.engine.unpacking import Dense
-from flexgen_jax.models.config import OPTConfig
+from flexgen_jax.models.family import Config, eos_token_ids
 from flexgen_jax.models.kv_cache import KeptCache, LayerCache
+from flexgen_jax.models.params import unit_kinds
 from flexgen_jax.planning.blocks import Block
 from flexgen_jax.planning.cell_layout import (
     cache_format,
@@ -94,7 +95,7 @@ class BlockEffects:
         cells: Cells,
         *,
         hand_over: HandOver,
-        config: OPTConfig,
+        config: Config,
         dtype: str,
         seed: int,
         decode: Decode | None = None,
@@ -102,6 +103,7 @@ class BlockEffects:
         on_logits: OnLogits | None = None,
     ) -> None:
         self._config = config
+        self._kinds = unit_kinds(config)
         self._stages = stages
         self._between = hand_over
         self._stage_of = [workload.stage_of(layer) for layer in range(workload.num_layers)]
@@ -113,7 +115,7 @@ class BlockEffects:
         last = stages.get(self._stage_of[self._head])
         sampler = None if last is None else last.device
         self._states = [
-            BatchState(b, seed, config.eos_token_id, decode, sampler) for b in block.batches
+            BatchState(b, seed, eos_token_ids(config), decode, sampler) for b in block.batches
         ]
         tier_of = {
             cell.name: cell.tier
@@ -417,7 +419,12 @@ class BlockEffects:
         padding = state.padding_on(stage.device)
         if step == 0:
             hidden, new, marker = kernels.prefill_layer(
-                weights.params, hidden, padding, config=config, form=self._form
+                weights.params,
+                hidden,
+                padding,
+                config=config,
+                kind=self._kinds[layer],
+                form=self._form,
             )
         else:
             cell = self._cache[layer, number]
@@ -426,7 +433,7 @@ class BlockEffects:
             cached = dense.of(self._form.unflatten(arrays, config.head_dim))
             if cell.hosted or cell.values is not None:
                 hidden, new, marker = self._layer_in_parts(
-                    cell, stage.device, weights, hidden, cached, position, state
+                    cell, stage.device, weights, hidden, cached, position, state, layer
                 )
             else:
                 hidden, new, marker = kernels.decode_layer(
@@ -436,6 +443,7 @@ class BlockEffects:
                     position,
                     padding,
                     config=config,
+                    kind=self._kinds[layer],
                     form=self._form,
                 )
         if step + 1 == batch.num_steps and step:
@@ -462,26 +470,33 @@ class BlockEffects:
         cached: tuple[jax.Array, ...],
         position: np.int32,
         state: BatchState,
+        layer: int,
     ) -> tuple[jax.Array, KeptCache, jax.Array]:
         """Where attention is computed on the host, or attends to a selection.
 
         On the host: the query goes there and the result comes back; the cache never moves. To a
         selection: only the values of the selected positions are fetched.
         """
-        config = self._config
+        config, kind = self._config, self._kinds[layer]
         query, new, kept = kernels.decode_qkv(
-            weights.params, hidden, config=config, form=self._form
+            weights.params,
+            hidden,
+            position,
+            state.padding_on(device),
+            config=config,
+            kind=kind,
+            form=self._form,
         )
         padding = state.padding_on(self._host if cell.hosted else device)
         if cell.hosted:
             query, new, kept = jax.device_put((query, new, kept), self._host)
         if cell.values is None:
             cache = LayerCache(*cached)
-            attended = kernels.attend_cached(query, cache, new, position, padding)
+            attended = kernels.attend_cached(query, cache, new, position, padding, kind=kind)
         else:
             (key,) = cached
             chosen = kernels.select_cached(
-                query, key, new, position, padding, sparsity=self._sparsity
+                query, key, new, position, padding, kind=kind, sparsity=self._sparsity
             )
             taken = cell.store.take(cell.values, chosen.positions)
             (value,) = self._form.unflatten(taken, config.head_dim)
@@ -489,7 +504,9 @@ class BlockEffects:
                 chosen, value, new, kept, self._value_sums[cell.name]
             )
         attended = jax.device_put(attended, device)
-        hidden, marker = kernels.decode_rest(weights.params, hidden, attended, config=config)
+        hidden, marker = kernels.decode_rest(
+            weights.params, hidden, attended, config=config, kind=kind
+        )
         return hidden, kept, marker
 
     def settle(self) -> None:

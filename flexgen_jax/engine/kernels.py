@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from flexgen_jax.engine import sampling
-from flexgen_jax.models import opt
-from flexgen_jax.models.config import OPTConfig
+from flexgen_jax.models import attention, decoding
+from flexgen_jax.models.family import Config, Kind
 from flexgen_jax.models.kv_cache import CacheFormat, KeptCache, LayerCache
 from flexgen_jax.models.pieces import rows_per_call
 from flexgen_jax.models.quantization import Quantized
@@ -33,20 +33,21 @@ def embed(
     first_position: Int[Array, ""],
     padding: Int[Array, "batch"],
     *,
-    config: OPTConfig,
+    config: Config,
 ) -> tuple[Float[Array, "batch seq hidden"], Float[Array, ""]]:
     """Token and position embeddings, of a prompt or of one new token; ``rows`` of the table."""
-    hidden = opt.embed_rows(params, rows, first_position, padding, config)
+    hidden = decoding.embed_rows(params, rows, first_position, padding, config)
     return hidden, _marker(hidden)
 
 
-@partial(jax.jit, static_argnames=("config", "form"))
+@partial(jax.jit, static_argnames=("config", "kind", "form"))
 def prefill_layer(
     params: Any,
     hidden: Float[Array, "batch seq hidden"],
     padding: Int[Array, "batch"],
     *,
-    config: OPTConfig,
+    config: Config,
+    kind: Kind,
     form: CacheFormat,
 ) -> tuple[Float[Array, "batch seq hidden"], KeptCache, Float[Array, ""]]:
     """A decoder layer over whole prompts, a few rows at a time; their keys and values as well."""
@@ -54,7 +55,7 @@ def prefill_layer(
     rows = rows_per_call(batch, seq)
 
     def some_rows(part: tuple[Array, Array]) -> tuple[Array, KeptCache]:
-        out, (k, v) = opt.prefill_layer(params, *part, config)
+        out, (k, v) = decoding.prefill_layer(params, *part, config, kind)
         return out, form.pack(LayerCache(k, v))
 
     if rows == batch:
@@ -67,7 +68,7 @@ def prefill_layer(
     return out, cache, _marker(out)
 
 
-@partial(jax.jit, static_argnames=("config", "form"))
+@partial(jax.jit, static_argnames=("config", "kind", "form"))
 def decode_layer(
     params: Any,
     hidden: Float[Array, "batch 1 hidden"],
@@ -75,88 +76,104 @@ def decode_layer(
     position: Int[Array, ""],
     padding: Int[Array, "batch"],
     *,
-    config: OPTConfig,
+    config: Config,
+    kind: Kind,
     form: CacheFormat,
 ) -> tuple[Float[Array, "batch 1 hidden"], KeptCache, Float[Array, ""]]:
     """A decoder layer for one new token per row, and the token's key and value."""
-    hidden, new = opt.decode_layer(params, hidden, cache, position, padding, config)
+    hidden, new = decoding.decode_layer(params, hidden, cache, position, padding, config, kind)
     return hidden, form.pack(new), _marker(hidden)
 
 
-@partial(jax.jit, static_argnames=("config", "form"))
+@partial(jax.jit, static_argnames=("config", "kind", "form"))
 def decode_qkv(
-    params: Any, hidden: Float[Array, "batch 1 hidden"], *, config: OPTConfig, form: CacheFormat
+    params: Any,
+    hidden: Float[Array, "batch 1 hidden"],
+    position: Int[Array, ""],
+    padding: Int[Array, "batch"],
+    *,
+    config: Config,
+    kind: Kind,
+    form: CacheFormat,
 ) -> tuple[Float[Array, "batch heads 1 head_dim"], LayerCache, KeptCache]:
     """The first part of a decoder layer taken apart: the query, and the token's key and value.
 
     The latter twice: as they are attended to, and as they are kept.
     """
-    query, new = opt.decode_qkv(params, hidden, config)
+    query, new = decoding.decode_qkv(params, hidden, position, padding, config, kind)
     return query, new, form.pack(new)
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="kind")
 def attend_cached(
     query: Float[Array, "batch heads 1 head_dim"],
     cache: LayerCache,
     new: LayerCache,
     position: Int[Array, ""],
     padding: Int[Array, "batch"],
+    *,
+    kind: Kind,
 ) -> Float[Array, "batch heads 1 head_dim"]:
     """The second part, next to the cache: it runs where its arguments lie."""
-    return opt.attend_cached(query, cache, new, position, padding)
+    return attention.attend_cached(
+        query, cache, new, position, padding, window=kind.window, soft_cap=kind.soft_cap
+    )
 
 
-@partial(jax.jit, static_argnames="sparsity")
+@partial(jax.jit, static_argnames=("kind", "sparsity"))
 def select_cached(
     query: Float[Array, "batch heads 1 head_dim"],
-    key: Float[Array, "batch heads seq head_dim"],
+    key: Float[Array, "batch kv_heads seq head_dim"],
     new: LayerCache,
     position: Int[Array, ""],
     padding: Int[Array, "batch"],
     *,
+    kind: Kind,
     sparsity: float,
-) -> opt.Selection:
+) -> attention.Selection:
     """Of sparse attention, the part before the values: it runs where the keys lie."""
-    return opt.select_cached(query, key, new, position, padding, sparsity)
+    return attention.select_cached(
+        query, key, new, position, padding, sparsity, soft_cap=kind.soft_cap
+    )
 
 
 @jax.jit
 def attend_selected(
-    selection: opt.Selection,
-    value: Float[Array, "batch heads selected head_dim"] | Quantized,
+    selection: attention.Selection,
+    value: Float[Array, "batch kv_heads selected head_dim"] | Quantized,
     new: LayerCache,
     kept: KeptCache,
-    value_sum: Float[Array, "batch heads head_dim"],
-) -> tuple[Float[Array, "batch heads 1 head_dim"], Float[Array, "batch heads head_dim"]]:
+    value_sum: Float[Array, "batch kv_heads head_dim"],
+) -> tuple[Float[Array, "batch heads 1 head_dim"], Float[Array, "batch kv_heads head_dim"]]:
     """Of sparse attention, the part that takes the selected values; and the next ``value_sum``.
 
     ``new`` is the token's key and value as they are attended to, ``kept`` as the cache has them.
     """
-    attended = opt.attend_selected(selection, value, new, value_sum)
-    return attended, value_sum + opt.sum_values(
+    attended = attention.attend_selected(selection, value, new, value_sum)
+    return attended, value_sum + attention.sum_values(
         kept.value, jnp.zeros(kept.value.shape[0], jnp.int32)
     )
 
 
 @jax.jit
 def sum_values(
-    value: Float[Array, "batch heads seq head_dim"] | Quantized, padding: Int[Array, "batch"]
-) -> Float[Array, "batch heads head_dim"]:
+    value: Float[Array, "batch kv_heads seq head_dim"] | Quantized, padding: Int[Array, "batch"]
+) -> Float[Array, "batch kv_heads head_dim"]:
     """Of a prompt."""
-    return opt.sum_values(value, padding)
+    return attention.sum_values(value, padding)
 
 
-@partial(jax.jit, static_argnames="config")
+@partial(jax.jit, static_argnames=("config", "kind"))
 def decode_rest(
     params: Any,
     hidden: Float[Array, "batch 1 hidden"],
     attended: Float[Array, "batch heads 1 head_dim"],
     *,
-    config: OPTConfig,
+    config: Config,
+    kind: Kind,
 ) -> tuple[Float[Array, "batch 1 hidden"], Float[Array, ""]]:
     """The last part."""
-    hidden = opt.decode_rest(params, hidden, attended, config)
+    hidden = decoding.decode_rest(params, hidden, attended, config, kind)
     return hidden, _marker(hidden)
 
 
@@ -166,10 +183,10 @@ def head(
     token_table: Float[Array, "vocab embed"] | Quantized,
     hidden: Float[Array, "batch seq hidden"],
     *,
-    config: OPTConfig,
+    config: Config,
 ) -> Float[Array, "batch vocab"]:
     """Logits (float32) of the last position."""
-    return opt.head(params, token_table, hidden[:, -1], config)
+    return decoding.head(params, token_table, hidden[:, -1], config)
 
 
 @partial(jax.jit, static_argnames=("config", "k"))
@@ -179,12 +196,12 @@ def score(
     hidden: Float[Array, "batch seq hidden"],
     wanted: Int[Array, "three scored"],
     *,
-    config: OPTConfig,
+    config: Config,
     k: int,
 ) -> sampling.Sampled:
     """Log-probabilities at some positions: ``wanted`` is their rows, positions, and next tokens."""
     row, position, token = wanted
-    logits = opt.head(params, token_table, hidden[row, position], config)
+    logits = decoding.head(params, token_table, hidden[row, position], config)
     return sampling.scores(logits, token, k)
 
 

@@ -10,8 +10,15 @@ import jax
 import numpy as np
 
 from flexgen_jax.engine.unpacking import Dense
-from flexgen_jax.models.config import OPTConfig
-from flexgen_jax.models.params import nest, param_shapes, unit_names
+from flexgen_jax.models.family import Config
+from flexgen_jax.models.params import (
+    TOKEN_TABLE,
+    head_table,
+    loaded_names,
+    nest,
+    param_shapes,
+    unit_kinds,
+)
 from flexgen_jax.models.quantization import Quantized, dequantize
 from scheduling.placement import Placement
 from scheduling.policy import Tier
@@ -24,9 +31,6 @@ from storage.store import Store
 
 if TYPE_CHECKING:
     from flexgen_jax.weights.checkpoint import StoredModel
-
-
-_EMBEDDING = ("embed", "embed.tokens")
 
 
 class LayerWeights(NamedTuple):
@@ -61,10 +65,9 @@ class LayerLoader:
         context: DiskContext | None = None,
         wrap: Any = None,
     ) -> None:
-        self.config: OPTConfig = model.config
+        self.config: Config = model.config
         self.dtype = model.dtype
         self.format = model.format
-        self._shapes = param_shapes(self.config)
         self.placement = placement
         tier_of = {cell.name: cell.tier for cell in placement.cells}
         disk = DiskStore(
@@ -81,18 +84,18 @@ class LayerLoader:
         self._parts: dict[int, list[tuple[Store, tuple[str, ...]]]] = {}
         for layer in layers:
             unit = self.config.units[layer]
-            # Of the token table an embedding needs a few rows only: see token_rows.
-            names = [n for n in unit_names(self.config, unit) if (unit, n) != _EMBEDDING]
-            names = list(self.format.order(names))
+            names = self.format.order(self.config, loaded_names(self.config, unit))
             by_tier = {t: tuple(n for n in names if tier_of[n] is t) for t in Tier}
             self._parts[layer] = [(stores[t], group) for t, group in by_tier.items() if group]
         no_slot = Slot(0)  # what is resident takes no transient room
         self._resident = {
-            layer: self._assemble(layer, here.load(parts[0][1], no_slot))
+            layer: self._assemble(
+                layer, here.load([name for _, names in parts for name in names], no_slot)
+            )
             for layer, parts in self._parts.items()
-            if [store for store, _ in parts] == [stores[Tier.DEVICE]]
+            if {id(store) for store, _ in parts} <= {id(stores[Tier.DEVICE])}
         }
-        table = self.format.stored_names(_EMBEDDING[1]) if 0 in self._parts else ()
+        table = self.format.stored_names(self.config, TOKEN_TABLE) if 0 in self._parts else ()
         self._table = [(stores[tier_of[name]], name) for name in table]
         self._dense = Dense(self.dtype)
 
@@ -140,7 +143,7 @@ class LayerLoader:
         if len(fields) == 1:
             return fields[0]
         codes, affine = fields
-        size = self._shapes[_EMBEDDING[1]][-1]
+        size = param_shapes(self.config)[TOKEN_TABLE][-1]
         return _dequantize(Quantized(codes, affine, self.format.bits or 0, size), self.dtype)
 
     def slot_nbytes(self, layer: int) -> int:
@@ -156,10 +159,10 @@ class LayerLoader:
 
     def _assemble(self, layer: int, arrays: dict[str, jax.Array]) -> LayerWeights:
         unit = self.config.units[layer]
-        flat = self.format.assemble(arrays, self._shapes)
+        flat = self.format.assemble(self.config, arrays)
         table = None
-        if unit == "head":
-            table = flat["embed.tokens" if self.config.tie_word_embeddings else "head.tokens"]
+        if unit_kinds(self.config)[layer].role == "head":
+            table = flat[head_table(self.config)]
         own = {name: array for name, array in flat.items() if name.startswith(unit + ".")}
         return LayerWeights(nest(own).get(unit, {}), table)
 

@@ -6,7 +6,7 @@ import dataclasses
 import resource
 from typing import Any, Literal
 
-from flexgen_jax.models.config import OPTConfig
+from flexgen_jax.models.family import Config
 from flexgen_jax.planning.plans import Plan, config_of, plan
 from flexgen_jax.weights.weight_format import WeightFormat
 from scheduling.hardware import Hardware
@@ -90,7 +90,7 @@ def outlook(
 
 
 def _planned(
-    config: OPTConfig,
+    config: Config,
     policy: Policy | Literal["auto"],
     hardware: Hardware,
     prompt_len: int,

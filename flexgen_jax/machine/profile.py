@@ -22,11 +22,12 @@ import numpy as np
 
 from flexgen_jax.engine import kernels
 from flexgen_jax.engine.unpacking import Dense
-from flexgen_jax.models import opt
-from flexgen_jax.models.config import OPTConfig
+from flexgen_jax.models.attention import attend_prompt
+from flexgen_jax.models.family import Kind
 from flexgen_jax.models.kv_cache import CacheFormat, LayerCache
-from flexgen_jax.models.params import nest, unit_shapes
+from flexgen_jax.models.params import nest, unit_kinds, unit_shapes
 from flexgen_jax.models.quantization import quantize
+from flexgen_jax.models.registry import MEASURED_WITH, preset
 from flexgen_jax.planning.byte_sizes import device_memory
 from scheduling.hardware import Hardware
 from storage.disk import DiskContext
@@ -247,10 +248,8 @@ def _layers(rows: int, dtype: str, repeats: int) -> float:
 
     Decode's kernel up to as many rows as a batch may have, prefill's beyond.
     """
-    config = OPTConfig(
-        hidden_size=_WIDTH, ffn_dim=_FFN, num_attention_heads=_HEADS, num_hidden_layers=1
-    )
-    shapes = unit_shapes(config, "layer_0")
+    config = preset(MEASURED_WITH)
+    shapes, kind = unit_shapes(config, "layer_0"), unit_kinds(config)[1]
     params = nest({name: _normal(*shape, dtype=dtype) for name, shape in shapes.items()})["layer_0"]
     flops = rows * sum(2.0 * math.prod(s) for n, s in shapes.items() if n.endswith(".kernel"))
     form = CacheFormat()
@@ -260,21 +259,22 @@ def _layers(rows: int, dtype: str, repeats: int) -> float:
         padding, position = jnp.zeros(rows, jnp.int32), np.int32(16)
         return flops / _seconds(
             lambda: kernels.decode_layer(
-                params, x, cache, position, padding, config=config, form=form
+                params, x, cache, position, padding, config=config, kind=kind, form=form
             ),
             repeats,
         )
     batch = rows // _PROMPT
     x, padding = _normal(batch, _PROMPT, _WIDTH, dtype=dtype), jnp.zeros(batch, jnp.int32)
     return flops / _seconds(
-        lambda: kernels.prefill_layer(params, x, padding, config=config, form=form), repeats
+        lambda: kernels.prefill_layer(params, x, padding, config=config, kind=kind, form=form),
+        repeats,
     )
 
 
 def _attention(dtype: str, repeats: int) -> float:
     batch, seq = 4, 256
     x = _normal(batch, _HEADS, seq, _HEAD_DIM, dtype=dtype)
-    attend = jax.jit(opt.attend_prompt)
+    attend = jax.jit(attend_prompt)
     padding = jnp.zeros(batch, jnp.int32)
     flops = 4 * batch * seq * seq * _HEADS * _HEAD_DIM
     return flops / _seconds(lambda: attend(x, x, x, padding), repeats)
@@ -286,8 +286,11 @@ def _cached_attention(dtype: str, repeats: int, device: Any) -> float:
     padding = jax.device_put(np.zeros(batch, np.int32), device)
     one = x[:, :, :1]
     cache, new = LayerCache(x, x), LayerCache(one, one)
+    kind = Kind("decoder")
     position = np.int32(seq)
-    seconds = _seconds(lambda: kernels.attend_cached(one, cache, new, position, padding), repeats)
+    seconds = _seconds(
+        lambda: kernels.attend_cached(one, cache, new, position, padding, kind=kind), repeats
+    )
     return 2 * x.nbytes / seconds
 
 

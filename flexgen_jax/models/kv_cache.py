@@ -14,17 +14,17 @@ from flexgen_jax.models.quantization import GROUP, Quantized, quantize, quantize
 
 
 class LayerCache(NamedTuple):
-    """Keys and values, ``(batch, heads, seq, head_dim)``: what decodes fastest on a CPU."""
+    """Keys and values, ``(batch, kv_heads, seq, head_dim)``: what decodes fastest on a CPU."""
 
-    key: Float[Array, "batch heads seq head_dim"]
-    value: Float[Array, "batch heads seq head_dim"]
+    key: Float[Array, "batch kv_heads seq head_dim"]
+    value: Float[Array, "batch kv_heads seq head_dim"]
 
 
 class KeptCache(NamedTuple):
     """Keys and values as a :class:`CacheFormat` keeps them."""
 
-    key: Float[Array, "batch heads seq head_dim"] | Quantized
-    value: Float[Array, "batch heads seq head_dim"] | Quantized
+    key: Float[Array, "batch kv_heads seq head_dim"] | Quantized
+    value: Float[Array, "batch kv_heads seq head_dim"] | Quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +56,8 @@ class CacheFormat:
 
 
 def write_prompt(
-    key: Float[Array, "batch heads seq head_dim"],
-    value: Float[Array, "batch heads seq head_dim"],
+    key: Float[Array, "batch kv_heads seq head_dim"],
+    value: Float[Array, "batch kv_heads seq head_dim"],
     cache_len: int,
 ) -> LayerCache:
     """A cache of ``cache_len`` positions whose first ``seq`` are the prompt's."""
@@ -70,8 +70,8 @@ def write_prompt(
 
 def write_token(
     cache: LayerCache,
-    key: Float[Array, "batch heads 1 head_dim"],
-    value: Float[Array, "batch heads 1 head_dim"],
+    key: Float[Array, "batch kv_heads 1 head_dim"],
+    value: Float[Array, "batch kv_heads 1 head_dim"],
     position: Int[Array, ""],
 ) -> LayerCache:
     """The cache with one more position filled; in place where the cache is donated."""

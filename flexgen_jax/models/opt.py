@@ -1,454 +1,402 @@
-"""OPT as pure functions: arrays in, arrays out.
+"""OPT, OPT-IML and Galactica (Zhang et al. 2022, arXiv 2205.01068).
 
-Knows no tier, no schedule and no file. ``forward`` is the unscheduled reference; ``prefill`` and
-``decode`` are the two entry points of generation, built of the same layer functions that the
-executor calls one at a time.
-
-Shapes: ``batch seq hidden`` for activations, ``batch heads seq head_dim`` for the KV cache.
-Sequences are padded on the left, and ``padding[b]`` says by how many positions, so no token id is
-special: a prompt may contain the pad token. Matrix products accumulate in float32; softmax and
-layer norm are computed in float32; activations keep the dtype of the parameters.
-Wherever a kernel or the token table is taken, it may be :class:`Quantized`.
+Learned positions that begin at index 2, biases, layer norm and a plain MLP. OPT-350m norms after
+the residual and projects its embeddings to the hidden size and back.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal, NamedTuple
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
-from flexgen_jax.models.config import OPTConfig
-from flexgen_jax.models.kv_cache import LayerCache, write_prompt, write_token
-from flexgen_jax.models.params import POSITION_OFFSET, nest, param_shapes
-from flexgen_jax.models.quantization import Quantized, dense
+from flexgen_jax.models.attention import (
+    Selection,
+    attend,
+    attend_cached,
+    attend_prompt,
+    attend_selected,
+    causal_visibility,
+    select_cached,
+    sum_values,
+)
+from flexgen_jax.models.decoding import decode, forward, init_params, prefill
+from flexgen_jax.models.family import (
+    Config,
+    ConfigError,
+    Family,
+    Kind,
+    Param,
+    Params,
+    Source,
+    Unit,
+    bias,
+    matrix,
+    norm,
+    positive,
+    read_token_ids,
+    stays_small,
+    table,
+)
+from flexgen_jax.models.layers import (
+    activate,
+    check_activation,
+    layer_norm,
+    linear,
+    logits,
+    merge_heads,
+    split_heads,
+)
+from flexgen_jax.models.positions import Positions
+from flexgen_jax.models.quantization import Quantized
+from flexgen_jax.models.registry import load_config
 
-Params = dict[str, Any]
+__all__ = [
+    "ACTIVATIONS",
+    "FAMILY",
+    "PRESETS",
+    "OPTConfig",
+    "Params",
+    "Selection",
+    "attend",
+    "attend_cached",
+    "attend_prompt",
+    "attend_selected",
+    "causal_visibility",
+    "decode",
+    "forward",
+    "head",
+    "init_params",
+    "layer_norm",
+    "linear",
+    "prefill",
+    "select_cached",
+    "sum_values",
+]
 
-LAYER_NORM_EPSILON = 1e-5
-# Finite, so that the rows of padding, which see no key at all, stay free of NaN.
-MASKED = float(np.finfo(np.float32).min)
+# Galactica and OPT-IML ship these names too.
+ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh")
 
-
-def init_params(key: Array, config: OPTConfig, dtype: Any = jnp.float32) -> Params:
-    """Random parameters as OPT was initialised: normal(0, 0.02), norms one, biases zero.
-
-    Returns:
-        Nested dict ``params[unit][module][leaf]``; see :mod:`flexgen_jax.models.params`.
-    """
-    shapes = param_shapes(config)
-    flat = {}
-    for subkey, (name, shape) in zip(
-        jax.random.split(key, len(shapes)), shapes.items(), strict=True
-    ):
-        if name.endswith(".scale"):
-            flat[name] = jnp.ones(shape, dtype)
-        elif name.endswith(".bias"):
-            flat[name] = jnp.zeros(shape, dtype)
-        else:
-            flat[name] = (0.02 * jax.random.normal(subkey, shape, jnp.float32)).astype(dtype)
-    return nest(flat)
-
-
-def layer_norm(params: Params, x: Float[Array, "*dims hidden"]) -> Float[Array, "*dims hidden"]:
-    """Layer norm over the last axis, in float32; ``params`` is empty where norms are not affine."""
-    x32 = x.astype(jnp.float32)
-    centred = x32 - x32.mean(axis=-1, keepdims=True)
-    variance = jnp.square(centred).mean(axis=-1, keepdims=True)
-    y = centred * jax.lax.rsqrt(variance + LAYER_NORM_EPSILON)
-    if params:
-        y = y * params["scale"].astype(jnp.float32) + params["bias"].astype(jnp.float32)
-    return y.astype(x.dtype)
-
-
-def linear(params: Params, x: Float[Array, "*dims n_in"]) -> Float[Array, "*dims n_out"]:
-    """``x @ kernel + bias``, accumulated in float32, returned in the dtype of ``x``."""
-    y = _matmul(x, dense(params["kernel"], x.dtype))
-    if "bias" in params:
-        y = y + params["bias"].astype(jnp.float32)
-    return y.astype(x.dtype)
-
-
-def _matmul(x: Array, kernel: Array) -> Array:
-    rows = x.reshape(-1, x.shape[-1])
-    # XLA's CPU backend has no fast bfloat16 kernel for one row (32 ms against 6 ms padded to two).
-    lonely = rows.shape[0] == 1 and rows.dtype == jnp.bfloat16
-    if lonely:
-        rows = jnp.concatenate([rows, rows])
-    y = jnp.matmul(rows, kernel, preferred_element_type=jnp.float32)
-    return (y[:1] if lonely else y).reshape(*x.shape[:-1], kernel.shape[-1])
-
-
-def _activation(name: str, x: Array) -> Array:
-    if name == "relu":
-        return jax.nn.relu(x)
-    return jax.nn.gelu(x, approximate=name != "gelu")
-
-
-def attend(
-    query: Float[Array, "batch heads queries head_dim"],
-    key: Float[Array, "batch heads keys head_dim"],
-    value: Float[Array, "batch heads keys head_dim"],
-    visible: Bool[Array, "batch #queries keys"],
-) -> Float[Array, "batch heads queries head_dim"]:
-    """Softmax attention. ``query`` comes scaled; ``visible`` says which key each query may see."""
-    queries = query.shape[2]
-    # One bfloat16 query row is 12 times slower than two on XLA's CPU backend.
-    if queries == 1 and query.dtype == jnp.bfloat16:
-        query = jnp.concatenate([query, query], axis=2)
-    scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible[:, None], scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    out = jnp.einsum("bhqk,bhkd->bhqd", weights, value, preferred_element_type=jnp.float32)
-    return out[:, :, :queries].astype(value.dtype)
+# Learned positions start at index 2: an inheritance of fairseq's padding index.
+POSITION_OFFSET = 2
 
 
-def attend_prompt(
-    query: Float[Array, "batch heads seq head_dim"],
-    key: Float[Array, "batch heads seq head_dim"],
-    value: Float[Array, "batch heads seq head_dim"],
-    padding: Int[Array, "batch"],
-    flash: Literal["cudnn", "xla"] | None = None,
-) -> Float[Array, "batch heads seq head_dim"]:
-    """Causal attention of whole prompts.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OPTConfig(Config):
+    """Hyper-parameters of OPT, OPT-IML and Galactica, named as in Hugging Face's ``OPTConfig``.
 
-    Args:
-        flash: How ``jax.nn.dot_product_attention`` is to compute it; None: ``cudnn``'s flash
-            attention on a GPU, in 16 bits, which is all it knows; elsewhere :func:`attend`.
-    """
-    visible = causal_visibility(padding, query.shape[2])
-    if flash is None and jax.default_backend() == "gpu" and query.dtype != jnp.float32:
-        flash = "cudnn"
-    if flash is None:
-        return attend(query, key, value, visible)
-    query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
-    out = jax.nn.dot_product_attention(
-        query, key, value, mask=visible[:, None], scale=1.0, is_causal=True, implementation=flash
-    )
-    return out.swapaxes(1, 2)
-
-
-def attend_cached(
-    query: Float[Array, "batch heads 1 head_dim"],
-    cache: LayerCache,
-    new: LayerCache,
-    position: Int[Array, ""],
-    padding: Int[Array, "batch"],
-) -> Float[Array, "batch heads 1 head_dim"]:
-    """Attention of one new token per row to the cache before ``position``, and to itself.
-
-    The cache is only read, wherever it lies; ``new`` holds the token's own key and value. Attending
-    everything under a mask beats slicing the filled prefix, which would copy it.
-    """
-    weights, own = _cached_weights(query, cache.key, new.key, position, padding)
-    value = cache.value
-    weights = weights.astype(value.dtype)
-    if query.dtype == jnp.bfloat16:
-        weights = jnp.concatenate([weights, weights], axis=2)
-    out = jnp.einsum("bhqk,bhkd->bhqd", weights, value, preferred_element_type=jnp.float32)
-    out = out[:, :, :1] + own * new.value.astype(jnp.float32)
-    return out.astype(query.dtype)
-
-
-def _cached_weights(
-    query: Array, key: Array, own_key: Array, position: Array, padding: Array
-) -> tuple[Float[Array, "batch heads 1 seq"], Float[Array, "batch heads 1 1"]]:
-    """The softmax of :func:`attend_cached`: over the cached keys, and of the token's own."""
-    index = jnp.arange(key.shape[2])
-    visible = (index[None, :] < position) & (index[None, :] >= padding[:, None])
-    twice = query
-    if query.dtype == jnp.bfloat16:  # as in attend
-        twice = jnp.concatenate([query, query], axis=2)
-    scores = jnp.einsum("bhqd,bhkd->bhqk", twice, key, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible[:, None, None], scores[:, :, :1], MASKED)
-    own = jnp.sum(query.astype(jnp.float32) * own_key.astype(jnp.float32), -1, keepdims=True)
-    top = jnp.maximum(scores.max(axis=-1, keepdims=True), own)
-    weights, own = jnp.exp(scores - top), jnp.exp(own - top)
-    total = weights.sum(axis=-1, keepdims=True) + own
-    return weights / total, own / total
-
-
-class Selection(NamedTuple):
-    """The cached positions that a new token attends to, per head.
-
-    ``kept`` says which of ``positions`` count: the share is of the visible positions, whose number
-    differs from row to row. ``weights`` are the positions' attention weights, and ``own`` the new
-    token's, which is always kept; ``rest`` is how many visible positions are left out.
+    Lengths are in tokens. ``word_embed_proj_dim`` differs from ``hidden_size`` in OPT-350m only,
+    which then has ``project_in`` and ``project_out``.
     """
 
-    positions: Int[Array, "batch heads selected"]
-    kept: Bool[Array, "batch heads selected"]
-    weights: Float[Array, "batch heads selected"]
-    own: Float[Array, "batch heads 1 1"]
-    rest: Float[Array, "batch"]
+    vocab_size: int = 50272
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    ffn_dim: int = 3072
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 2048
+    word_embed_proj_dim: int = 0  # 0: the same as hidden_size
+    do_layer_norm_before: bool = True
+    remove_final_layer_norm: bool = False
+    enable_bias: bool = True
+    layer_norm_elementwise_affine: bool = True
+    activation_function: str = "relu"
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = 1
+    bos_token_id: int | None = 2
+    eos_token_id: int | tuple[int, ...] | None = 2
+
+    def __post_init__(self) -> None:
+        if not self.word_embed_proj_dim:
+            object.__setattr__(self, "word_embed_proj_dim", self.hidden_size)
+        positive(
+            self,
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "ffn_dim",
+            "num_attention_heads",
+            "max_position_embeddings",
+            "word_embed_proj_dim",
+        )
+        stays_small(self)
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of "
+                f"num_attention_heads ({self.num_attention_heads})"
+            )
+        check_activation("activation_function", self.activation_function, ACTIVATIONS)
+
+    @property
+    def model_type(self) -> str:
+        """``opt``."""
+        return "opt"
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Each query head has its own key and value."""
+        return self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Elements of a head's query, key or value."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def has_projection(self) -> bool:
+        """Whether embeddings are projected to and from the hidden size (OPT-350m)."""
+        return self.word_embed_proj_dim != self.hidden_size
+
+    @property
+    def has_final_norm(self) -> bool:
+        """Post-layer-norm models (OPT-350m) end without a norm of their own."""
+        return self.do_layer_norm_before and not self.remove_final_layer_norm
+
+    @functools.cached_property
+    def units(self) -> tuple[str, ...]:
+        """The layers that a schedule sees: ``embed``, ``layer_0`` ..., ``head``."""
+        return tuple(unit.name for unit in FAMILY.units(self))
+
+    def to_json(self) -> dict[str, Any]:
+        """The Hugging Face form, which transformers' ``OPTConfig`` reads back."""
+        return FAMILY.write(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> OPTConfig:
+        """Reads the Hugging Face form; keys that do not change the computation are ignored.
+
+        Raises:
+            ConfigError: not an OPT model, or a value out of range.
+        """
+        return FAMILY.read(values)
+
+    @classmethod
+    def load(cls, path: str | Path) -> OPTConfig:
+        """Reads ``config.json`` at ``path`` (the file, or the directory that holds it).
+
+        Raises:
+            ConfigError: no such file, not JSON, or not an OPT model; the message names the file.
+        """
+        config = load_config(path)
+        if not isinstance(config, cls):
+            raise ConfigError(f"{path}: model_type is {config.model_type!r}, expected 'opt'")
+        return config
+
+    @classmethod
+    def preset(cls, name: str) -> OPTConfig:
+        """One of ``PRESETS``, by ``opt-1.3b``, ``facebook/opt-1.3b`` or ``1.3b``.
+
+        Raises:
+            ConfigError: an unknown name; the message lists the known ones.
+        """
+        config = FAMILY.named(name)
+        if config is None:
+            raise ConfigError(f"no preset {name!r}; presets: {', '.join(FAMILY.presets)}")
+        return config
 
 
-def select_cached(
-    query: Float[Array, "batch heads 1 head_dim"],
-    key: Float[Array, "batch heads seq head_dim"],
-    new: LayerCache,
-    position: Int[Array, ""],
-    padding: Int[Array, "batch"],
-    sparsity: float,
-) -> Selection:
-    """The share ``sparsity`` of the visible positions with the largest weights (paper, section 5).
-
-    The weights are those of the softmax over all positions.
-    """
-    weights, own = _cached_weights(query, key, new.key, position, padding)
-    top, index = jax.lax.top_k(weights[:, :, 0], math.ceil(sparsity * weights.shape[-1]))
-    visible = (position - padding).astype(jnp.float32)
-    count = jnp.ceil(sparsity * visible)
-    kept = jnp.arange(top.shape[-1], dtype=jnp.float32) < count[:, None, None]
-    kept = jnp.broadcast_to(kept, top.shape)
-    # What is not kept is read as well, since shapes are fixed: let it be what is there.
-    return Selection(
-        jnp.where(kept, index, index[..., :1]), kept, jnp.where(kept, top, 0), own, visible - count
-    )
-
-
-def attend_selected(
-    selection: Selection,
-    value: Float[Array, "batch heads selected head_dim"] | Quantized,
-    new: LayerCache,
-    value_sum: Float[Array, "batch heads head_dim"],
-) -> Float[Array, "batch heads 1 head_dim"]:
-    """Attention to the selected positions, whose values are ``value``, and to the token itself.
-
-    The weight of what is left out falls on the mean of its values (SparQ attention, Ribar et al.,
-    2023), for which ``value_sum``, over all visible positions, is enough. FlexGen drops it.
-    """
-    x = jnp.where(selection.kept[..., None], dense(value, jnp.float32).astype(jnp.float32), 0)
-    weights = selection.weights
-    out = jnp.sum(weights[..., None] * x, axis=2, keepdims=True)
-    rest = jnp.maximum(selection.rest, 1)[:, None, None]
-    mean = (value_sum - x.sum(axis=2)) / rest
-    dropped = 1 - weights.sum(axis=-1)[..., None, None] - selection.own
-    dropped = jnp.where(selection.rest[:, None, None, None] > 0, dropped, 0)
-    out = out + dropped * mean[:, :, None] + selection.own * new.value.astype(jnp.float32)
-    return out.astype(new.value.dtype)
-
-
-def sum_values(
-    value: Float[Array, "batch heads seq head_dim"] | Quantized, padding: Int[Array, "batch"]
-) -> Float[Array, "batch heads head_dim"]:
-    """Over the positions that are not padding, in float32: what :func:`attend_selected` needs."""
-    x = dense(value, jnp.float32).astype(jnp.float32)
-    visible = jnp.arange(x.shape[2])[None, :] >= padding[:, None]
-    return jnp.sum(jnp.where(visible[:, None, :, None], x, 0), axis=2)
-
-
-def _project_qkv(params: Params, x: Array, config: OPTConfig) -> tuple[Array, Array, Array]:
-    batch, seq, _ = x.shape
-
-    def heads(y: Array) -> Array:
-        y = y.reshape(batch, seq, config.num_attention_heads, config.head_dim)
-        return y.transpose(0, 2, 1, 3)
-
-    scale = jnp.asarray(config.head_dim**-0.5, x.dtype)
-    return (
-        heads(linear(params["q"], x) * scale),
-        heads(linear(params["k"], x)),
-        heads(linear(params["v"], x)),
+def _opt(layers: int, hidden: int, heads: int, **more: Any) -> OPTConfig:
+    return OPTConfig(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        ffn_dim=4 * hidden,
+        **more,
     )
 
 
-def _residual_attention(params: Params, hidden: Array, attended: Array, config: OPTConfig) -> Array:
-    batch, _, seq, _ = attended.shape
-    merged = attended.transpose(0, 2, 1, 3).reshape(batch, seq, config.hidden_size)
-    hidden = hidden + linear(params["out"], merged)
-    if not config.do_layer_norm_before:
-        hidden = layer_norm(params.get("attention_norm", {}), hidden)
-    return hidden
+# Zhang et al. 2022, table 1.
+PRESETS: dict[str, OPTConfig] = {
+    "125m": _opt(12, 768, 12),
+    "350m": _opt(24, 1024, 16, word_embed_proj_dim=512, do_layer_norm_before=False),
+    "1.3b": _opt(24, 2048, 32),
+    "2.7b": _opt(32, 2560, 32),
+    "6.7b": _opt(32, 4096, 32),
+    "13b": _opt(40, 5120, 40),
+    "30b": _opt(48, 7168, 56),
+    "66b": _opt(64, 9216, 72),
+    "175b": _opt(96, 12288, 96),
+}
+
+# Our names of a layer's modules -> Hugging Face's; the others have one name.
+_MODULES = {
+    "attention_norm": "self_attn_layer_norm",
+    "mlp_norm": "final_layer_norm",
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "out": "self_attn.out_proj",
+}
+
+
+class OPT(Family):
+    """See the module."""
+
+    model_types = ("opt",)
+    presets: Mapping[str, OPTConfig] = {f"facebook/opt-{k}": v for k, v in PRESETS.items()}
+    # Old checkpoints save the decoder alone, without the language model around it.
+    prefixes = ("model.decoder.", "decoder.")
+
+    def named(self, name: str) -> OPTConfig | None:
+        """Bare sizes, too: ``1.3b``."""
+        return PRESETS.get(name.lower().removeprefix("facebook/").removeprefix("opt-"))
+
+    def read(self, values: Mapping[str, Any]) -> OPTConfig:
+        model_type = values.get("model_type", "opt")
+        if model_type != "opt":
+            raise ConfigError(f"model_type is {model_type!r}; that of the OPT family is 'opt'")
+        values = {**values}
+        if "_remove_final_layer_norm" in values:
+            values["remove_final_layer_norm"] = values["_remove_final_layer_norm"]
+        known = {f.name for f in dataclasses.fields(OPTConfig)}
+        # Hugging Face leaves out what equals its own defaults, and those are OPT-125m's: ours too.
+        chosen = {k: v for k, v in values.items() if k in known and v is not None}
+        config = OPTConfig(**{**chosen, "eos_token_id": None})
+        ids = read_token_ids(values, "eos_token_id", 2, config.vocab_size)
+        return dataclasses.replace(config, eos_token_id=ids)
+
+    def write(self, config: OPTConfig) -> dict[str, Any]:
+        values = dataclasses.asdict(config)
+        values["_remove_final_layer_norm"] = values.pop("remove_final_layer_norm")
+        if isinstance(config.eos_token_id, tuple):
+            values["eos_token_id"] = list(config.eos_token_id)
+        return {"model_type": "opt", "architectures": ["OPTForCausalLM"], **values}
+
+    def params(self, config: OPTConfig, unit: Unit) -> dict[str, Param]:
+        hidden, embed, ffn = config.hidden_size, config.word_embed_proj_dim, config.ffn_dim
+
+        def normed(name: str) -> dict[str, Param]:
+            if not config.layer_norm_elementwise_affine:
+                return {}
+            return {f"{name}.scale": norm(hidden), f"{name}.bias": bias(hidden)}
+
+        def product(name: str, n_in: int, n_out: int) -> dict[str, Param]:
+            found = {f"{name}.kernel": matrix(n_in, n_out)}
+            return found | ({f"{name}.bias": bias(n_out)} if config.enable_bias else {})
+
+        if unit.kind.role == "embed":
+            found = {
+                "tokens": table(config.vocab_size, embed),
+                "positions": Param(
+                    (config.max_position_embeddings + POSITION_OFFSET, hidden), "positions"
+                ),
+            }
+            if config.has_projection:
+                found["project_in.kernel"] = matrix(embed, hidden)
+            return found
+        if unit.kind.role == "head":
+            found = normed("norm") if config.has_final_norm else {}
+            if config.has_projection:
+                found["project_out.kernel"] = matrix(hidden, embed)
+            if not config.tie_word_embeddings:
+                found["tokens"] = table(config.vocab_size, embed)
+            return found
+        return {
+            **normed("attention_norm"),
+            **product("q", hidden, hidden),
+            **product("k", hidden, hidden),
+            **product("v", hidden, hidden),
+            **product("out", hidden, hidden),
+            **normed("mlp_norm"),
+            **product("fc1", hidden, ffn),
+            **product("fc2", ffn, hidden),
+        }
+
+    def source(self, config: OPTConfig, name: str) -> Source:
+        prefix = self.prefixes[0]
+        if name == "head.tokens":
+            return Source("lm_head.weight")
+        unit, module, *leaf = name.split(".")
+        if not leaf:  # embed.tokens, embed.positions
+            return Source(f"{prefix}embed_{module}.weight")
+        kind = "bias" if leaf[0] == "bias" else "weight"
+        if unit == "head" and module == "norm":
+            return Source(f"{prefix}final_layer_norm.{kind}")
+        if unit.startswith("layer_"):
+            module = f"layers.{unit.removeprefix('layer_')}.{_MODULES.get(module, module)}"
+        return Source(f"{prefix}{module}.{kind}", transposed=leaf[0] == "kernel")
+
+    def ignored(self, config: OPTConfig, key: str) -> bool:
+        return key.rpartition(".")[2] == "version"  # saved by old versions
+
+    def embed(
+        self,
+        params: Params,
+        rows: Float[Array, "batch seq embed"],
+        at: Positions,
+        config: OPTConfig,
+    ) -> Float[Array, "batch seq hidden"]:
+        x = linear(params["project_in"], rows) if config.has_projection else rows
+        # Padding sits at -1, as Hugging Face counts it; what is computed there is never seen.
+        return x + params["positions"][jnp.maximum(at.index, -1) + POSITION_OFFSET]
+
+    def before_attention(
+        self,
+        params: Params,
+        hidden: Float[Array, "batch seq hidden"],
+        at: Positions,
+        config: OPTConfig,
+        kind: Kind,
+    ) -> tuple[Array, Array, Array]:
+        x = _pre_norm(params, "attention_norm", hidden, config)
+        scale = jnp.asarray(config.head_dim**-0.5, x.dtype)
+        heads, head_dim = config.num_attention_heads, config.head_dim
+        return (
+            split_heads(linear(params["q"], x) * scale, heads, head_dim),
+            split_heads(linear(params["k"], x), heads, head_dim),
+            split_heads(linear(params["v"], x), heads, head_dim),
+        )
+
+    def after_attention(
+        self,
+        params: Params,
+        hidden: Float[Array, "batch seq hidden"],
+        attended: Float[Array, "batch heads seq head_dim"],
+        config: OPTConfig,
+        kind: Kind,
+    ) -> Float[Array, "batch seq hidden"]:
+        hidden = hidden + linear(params["out"], merge_heads(attended))
+        hidden = _post_norm(params, "attention_norm", hidden, config)
+        x = linear(params["fc1"], _pre_norm(params, "mlp_norm", hidden, config))
+        hidden = hidden + linear(params["fc2"], activate(config.activation_function, x))
+        return _post_norm(params, "mlp_norm", hidden, config)
+
+    def head(
+        self,
+        params: Params,
+        table: Float[Array, "vocab embed"] | Quantized,
+        hidden: Float[Array, "*dims hidden"],
+        config: OPTConfig,
+    ) -> Float[Array, "*dims vocab"]:
+        if config.has_final_norm:
+            hidden = layer_norm(params.get("norm", {}), hidden)
+        if config.has_projection:
+            hidden = linear(params["project_out"], hidden)
+        return logits(table, hidden)
 
 
 def _pre_norm(params: Params, name: str, hidden: Array, config: OPTConfig) -> Array:
     return layer_norm(params.get(name, {}), hidden) if config.do_layer_norm_before else hidden
 
 
-def mlp(
-    params: Params, hidden: Float[Array, "batch seq hidden"], config: OPTConfig
-) -> Float[Array, "batch seq hidden"]:
-    """The feed-forward half of a decoder layer, residual and norms included."""
-    x = linear(params["fc1"], _pre_norm(params, "mlp_norm", hidden, config))
-    hidden = hidden + linear(params["fc2"], _activation(config.activation_function, x))
-    if not config.do_layer_norm_before:
-        hidden = layer_norm(params.get("mlp_norm", {}), hidden)
-    return hidden
+def _post_norm(params: Params, name: str, hidden: Array, config: OPTConfig) -> Array:
+    return hidden if config.do_layer_norm_before else layer_norm(params.get(name, {}), hidden)
 
 
-def causal_visibility(padding: Int[Array, "batch"], seq: int) -> Bool[Array, "batch seq seq"]:
-    """``[b, q, k]``: query ``q`` may see key ``k``: not after it, and not padding."""
-    index = jnp.arange(seq)
-    causal = index[None, :] <= index[:, None]
-    return causal[None] & (index[None, None, :] >= padding[:, None, None])
-
-
-def prefill_layer(
-    params: Params,
-    hidden: Float[Array, "batch seq hidden"],
-    padding: Int[Array, "batch"],
-    config: OPTConfig,
-) -> tuple[
-    Float[Array, "batch seq hidden"],
-    tuple[Float[Array, "batch heads seq head_dim"], Float[Array, "batch heads seq head_dim"]],
-]:
-    """One decoder layer over whole prompts; returns all positions' keys and values as well."""
-    q, k, v = _project_qkv(params, _pre_norm(params, "attention_norm", hidden, config), config)
-    attended = attend_prompt(q, k, v, padding)
-    return mlp(params, _residual_attention(params, hidden, attended, config), config), (k, v)
-
-
-def decode_qkv(
-    params: Params, hidden: Float[Array, "batch 1 hidden"], config: OPTConfig
-) -> tuple[Float[Array, "batch heads 1 head_dim"], LayerCache]:
-    """What attention needs of the new tokens: the scaled query, and their key and value."""
-    normed = _pre_norm(params, "attention_norm", hidden, config)
-    query, key, value = _project_qkv(params, normed, config)
-    return query, LayerCache(key, value)
-
-
-def decode_rest(
-    params: Params,
-    hidden: Float[Array, "batch 1 hidden"],
-    attended: Float[Array, "batch heads 1 head_dim"],
-    config: OPTConfig,
-) -> Float[Array, "batch 1 hidden"]:
-    """What comes after attention in a decoder layer."""
-    return mlp(params, _residual_attention(params, hidden, attended, config), config)
-
-
-def decode_layer(
-    params: Params,
-    hidden: Float[Array, "batch 1 hidden"],
-    cache: LayerCache,
-    position: Int[Array, ""],
-    padding: Int[Array, "batch"],
-    config: OPTConfig,
-) -> tuple[Float[Array, "batch 1 hidden"], LayerCache]:
-    """One decoder layer for one new token per sequence, whose index is ``position``.
-
-    Returns:
-        Hidden states, and the token's key and value ``(batch, heads, 1, head_dim)``, which belong
-        into the cache at ``position``; the cache itself is only read.
-    """
-    query, new = decode_qkv(params, hidden, config)
-    attended = attend_cached(query, cache, new, position, padding)
-    return decode_rest(params, hidden, attended, config), new
-
-
-def embed(
-    params: Params,
-    tokens: Int[Array, "batch seq"],
-    first_position: Int[Array, ""] | int,
-    padding: Int[Array, "batch"],
-    config: OPTConfig,
-) -> Float[Array, "batch seq hidden"]:
-    """Token and position embeddings; ``first_position`` is the index of ``tokens[:, 0]``."""
-    rows = dense(params["tokens"][tokens], params["positions"].dtype)
-    return embed_rows(params, rows, first_position, padding, config)
-
-
-def embed_rows(
-    params: Params,
-    rows: Float[Array, "batch seq embed"],
-    first_position: Int[Array, ""] | int,
-    padding: Int[Array, "batch"],
-    config: OPTConfig,
-) -> Float[Array, "batch seq hidden"]:
-    """:func:`embed` with the tokens' rows of the table looked up already."""
-    x = linear(params["project_in"], rows) if config.has_projection else rows
-    index = first_position + jnp.arange(rows.shape[1])[None, :] - padding[:, None]
-    # Padding sits at -1, as Hugging Face counts it; what is computed there is never seen.
-    return x + params["positions"][jnp.maximum(index, -1) + POSITION_OFFSET]
+FAMILY = OPT()
 
 
 def head(
     params: Params,
     token_table: Float[Array, "vocab embed"] | Quantized,
     hidden: Float[Array, "*dims hidden"],
-    config: OPTConfig,
+    config: Config,
 ) -> Float[Array, "*dims vocab"]:
     """Final norm, projection and logits (float32). A tied model passes its embedding table."""
-    if config.has_final_norm:
-        hidden = layer_norm(params.get("norm", {}), hidden)
-    if config.has_projection:
-        hidden = linear(params["project_out"], hidden)
-    token_table = dense(token_table, hidden.dtype)
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    lonely = rows.shape[0] == 1 and rows.dtype == jnp.bfloat16  # as in _matmul
-    if lonely:
-        rows = jnp.concatenate([rows, rows])
-    logits = jnp.einsum("rh,vh->rv", rows, token_table, preferred_element_type=jnp.float32)
-    return (logits[:1] if lonely else logits).reshape(*hidden.shape[:-1], token_table.shape[0])
-
-
-def _head_of(params: Params, hidden: Array, config: OPTConfig) -> Array:
-    own = params.get("head", {})
-    table = params["embed"]["tokens"] if config.tie_word_embeddings else own["tokens"]
-    return head(own, table, hidden, config)
-
-
-def _no_padding(tokens: Array) -> Array:
-    return jnp.zeros(tokens.shape[0], jnp.int32)
-
-
-def forward(
-    params: Params,
-    tokens: Int[Array, "batch seq"],
-    config: OPTConfig,
-    padding: Int[Array, "batch"] | None = None,
-) -> Float[Array, "batch seq vocab"]:
-    """Logits (float32) of every position: the unscheduled reference.
-
-    Works under ``jax.jit`` (``config`` is hashable: a static argument), ``vmap`` and ``grad``.
-
-    Args:
-        padding: How many positions at the left of each row are padding; None: none.
-    """
-    padding = _no_padding(tokens) if padding is None else padding
-    hidden = embed(params["embed"], tokens, 0, padding, config)
-    for unit in config.units[1:-1]:
-        hidden, _ = prefill_layer(params[unit], hidden, padding, config)
-    return _head_of(params, hidden, config)
-
-
-def prefill(
-    params: Params,
-    tokens: Int[Array, "batch seq"],
-    config: OPTConfig,
-    *,
-    cache_len: int,
-    padding: Int[Array, "batch"] | None = None,
-) -> tuple[Float[Array, "batch vocab"], tuple[LayerCache, ...]]:
-    """Logits (float32) of the last position, and a cache with room for ``cache_len`` positions."""
-    padding = _no_padding(tokens) if padding is None else padding
-    hidden = embed(params["embed"], tokens, 0, padding, config)
-    caches = []
-    for unit in config.units[1:-1]:
-        hidden, (k, v) = prefill_layer(params[unit], hidden, padding, config)
-        caches.append(write_prompt(k, v, cache_len))
-    return _head_of(params, hidden[:, -1], config), tuple(caches)
-
-
-def decode(
-    params: Params,
-    token: Int[Array, "batch"],
-    caches: tuple[LayerCache, ...],
-    position: Int[Array, ""] | int,
-    config: OPTConfig,
-    *,
-    padding: Int[Array, "batch"] | None = None,
-) -> tuple[Float[Array, "batch vocab"], tuple[LayerCache, ...]]:
-    """Logits (float32) after ``token``, which takes index ``position`` of the padded sequence."""
-    padding = _no_padding(token) if padding is None else padding
-    position = jnp.asarray(position, jnp.int32)
-    hidden = embed(params["embed"], token[:, None], position, padding, config)
-    updated = []
-    for unit, cache in zip(config.units[1:-1], caches, strict=True):
-        hidden, new = decode_layer(params[unit], hidden, cache, position, padding, config)
-        updated.append(write_token(cache, *new, position))
-    return _head_of(params, hidden[:, -1], config), tuple(updated)
+    assert isinstance(config, OPTConfig)
+    return FAMILY.head(params, token_table, hidden, config)

@@ -7,10 +7,9 @@ array may that is only multiplied with, looked up in, or attended to. Knows no t
 
 from __future__ import annotations
 
-import dataclasses
-from functools import partial
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,12 +22,7 @@ _LARGEST = float(2.0**126)
 _SMALLEST = float(np.finfo(np.float32).tiny)
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("codes", "affine"),
-    meta_fields=("bits", "size"),
-)
-@dataclasses.dataclass(frozen=True)
+@flax.struct.dataclass
 class Quantized:
     """An array in codes.
 
@@ -42,8 +36,8 @@ class Quantized:
 
     codes: UInt8[Array, "*dims packed"]
     affine: BFloat16[Array, "*dims two_groups"]
-    bits: int
-    size: int
+    bits: int = flax.struct.field(pytree_node=False)
+    size: int = flax.struct.field(pytree_node=False)
 
     @property
     def shape(self) -> tuple[int, ...]:

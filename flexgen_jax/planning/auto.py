@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from flexgen_jax.models.config import OPTConfig
+from flexgen_jax.models.family import Config
 from flexgen_jax.planning.block_sizes import block_sizes
 from flexgen_jax.planning.blocks import Block, make_blocks, padded_length
 from flexgen_jax.planning.byte_sizes import device_memory
@@ -42,7 +42,7 @@ class Uniform:
     prompt_len: int = PROMPT_LEN
     gen_len: int = GEN_LEN
 
-    def within(self, config: OPTConfig) -> Uniform:
+    def within(self, config: Config) -> Uniform:
         """The same, or as much of it as the model has positions for."""
         room = config.max_position_embeddings
         gen_len = min(self.gen_len, max(1, room // 4))
@@ -69,7 +69,7 @@ class Model:
         hosts: Of the stages, as a ``Workload`` has them.
     """
 
-    config: OPTConfig
+    config: Config
     dtype: str
     stored: WeightFormat | None = None
     slots: Mapping[str, int] = dataclasses.field(default_factory=dict)

@@ -9,8 +9,14 @@ from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
-from flexgen_jax.models.config import OPTConfig
-from flexgen_jax.models.params import matmul_flops, param_shapes, unit_names
+from flexgen_jax.models.family import Config
+from flexgen_jax.models.params import (
+    loaded_names,
+    matmul_flops,
+    param_shapes,
+    unit_kinds,
+    unit_records,
+)
 from flexgen_jax.models.pieces import rows_per_call
 from flexgen_jax.planning.blocks import Batch, Block
 from flexgen_jax.planning.cell_layout import (
@@ -32,7 +38,7 @@ if TYPE_CHECKING:
 
 def block_sizes(
     block: Block,
-    config: OPTConfig,
+    config: Config,
     form: WeightFormat,
     policy: Policy,
     weights: Sequence[Placement],
@@ -69,7 +75,7 @@ def block_sizes(
         cache=_cache(block, config, form, policy),
         resident=tuple({tier: stage.nbytes(tier) for tier in Tier} for stage in weights),
         matmul_flops=matmul_flops(config),
-        hidden_size=config.hidden_size,
+        hidden_size=config.num_attention_heads * config.head_dim,
         chunk_positions=chunk_positions,
         reads=reads,
         borders={
@@ -80,7 +86,7 @@ def block_sizes(
     )
 
 
-def _workspace(batch: Batch, config: OPTConfig, itemsize: int) -> int:
+def _workspace(batch: Batch, config: Config, itemsize: int) -> int:
     """Bytes that the largest computation takes beside its arguments: prefill's, or the head's.
 
     Of some rows what a layer makes of them, attention's weights and the MLP's width foremost, in
@@ -88,13 +94,24 @@ def _workspace(batch: Batch, config: OPTConfig, itemsize: int) -> int:
     """
     seq, hidden = batch.prompt_len, config.hidden_size
     rows = rows_per_call(batch.rows, seq)
-    some = rows * seq * (config.ffn_dim + 6 * hidden + config.num_attention_heads * seq) * 4
+    some = rows * seq * (_widths(config) + hidden + config.num_attention_heads * seq) * 4
     results = batch.rows * seq * 4 * hidden * itemsize
     return max(some + results, 3 * batch.rows * config.vocab_size * 4)
 
 
+@functools.lru_cache(maxsize=64)
+def _widths(config: Config) -> int:
+    """Of what the matrices of a decoder layer give, all together: of the widest layer."""
+    of_units = zip(config.units, unit_kinds(config), strict=True)
+    return max(
+        sum(r.shape[1] for r in unit_records(config, unit).values() if r.role == "matrix")
+        for unit, kind in of_units
+        if kind.role == "decoder"
+    )
+
+
 def _weights(
-    config: OPTConfig, form: WeightFormat, placements: Sequence[Placement]
+    config: Config, form: WeightFormat, placements: Sequence[Placement]
 ) -> tuple[tuple[Mapping[Tier, int], ...], tuple[int, ...], tuple[int, ...]]:
     shapes = param_shapes(config)
     itemsize = jnp.dtype(form.dtype).itemsize
@@ -107,15 +124,13 @@ def _weights(
     ):
         by_tier = dict.fromkeys(Tier, 0)
         unpacked = accesses = 0
-        for name in unit_names(config, unit):
-            if (unit, name) == ("embed", "embed.tokens"):
-                continue  # rows of it are looked up where it lies
-            for stored in form.stored_names(name):
+        for name in loaded_names(config, unit):
+            for stored in form.stored_names(config, name):
                 cell = cells[stored]
                 by_tier[cell.tier] += cell.nbytes
                 # Smaller ones stay in the page cache.
                 accesses += cell.tier is Tier.DISK and cell.nbytes >= DiskContext.small_nbytes
-            if form.quantizes(name):
+            if form.quantizes(config, name):
                 unpacked += itemsize * math.prod(shapes[name])
         moved.append(by_tier)
         dense.append(unpacked)
@@ -124,7 +139,7 @@ def _weights(
 
 
 def _cache(
-    block: Block, config: OPTConfig, form: WeightFormat, policy: Policy
+    block: Block, config: Config, form: WeightFormat, policy: Policy
 ) -> dict[tuple[int, int], CacheCell]:
     kept = cache_format(policy)
     per_head = sum(kept.position_nbytes(config.head_dim, form.dtype))
@@ -133,7 +148,7 @@ def _cache(
 
     @functools.cache
     def cell(rows: int, tier: Tier) -> CacheCell:
-        heads = 2 * rows * config.num_attention_heads
+        heads = 2 * rows * config.num_key_value_heads
         hosted = policy.host_attention and tier is not Tier.DEVICE
         # Keys as a whole; of the values the selected ones, which a disk reads whole as well.
         read = (1 + sparsity) / 2 if tier is Tier.HOST else 1.0

@@ -10,14 +10,14 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from flexgen_jax.models.config import OPTConfig
+from flexgen_jax.models.family import Config
 from flexgen_jax.models.kv_cache import CacheFormat
 from flexgen_jax.planning.blocks import Batch, Block
 from scheduling.placement import Placement, place
 from scheduling.policy import Policy, Split
 
 
-def cache_name(config: OPTConfig, layer: int, batch: int) -> str:
+def cache_name(config: Config, layer: int, batch: int) -> str:
     """What the cache of a layer (unit number) and batch is called in stores and errors."""
     return f"cache.{config.units[layer]}.batch_{batch}"
 
@@ -32,18 +32,18 @@ def cache_format(policy: Policy) -> CacheFormat:
     return CacheFormat(policy.cache_bits, policy.group_size)
 
 
-def cache_sizes(batch: Batch, config: OPTConfig, dtype: Any, form: CacheFormat) -> list[int]:
+def cache_sizes(batch: Batch, config: Config, dtype: Any, form: CacheFormat) -> list[int]:
     """Bytes of the arrays that one layer and ``batch`` keep: of its keys, then of its values."""
-    heads = batch.rows * batch.cache_len * config.num_attention_heads
+    heads = batch.rows * batch.cache_len * config.num_key_value_heads
     return [heads * n for n in form.position_nbytes(config.head_dim, dtype)] * 2
 
 
-def hidden_nbytes(batch: Batch, config: OPTConfig, dtype: Any) -> int:
+def hidden_nbytes(batch: Batch, config: Config, dtype: Any) -> int:
     """Bytes of the hidden states of ``batch`` in prefill, when they are largest."""
     return batch.rows * batch.prompt_len * config.hidden_size * jnp.dtype(dtype).itemsize
 
 
-def cache_places(block: Block, config: OPTConfig) -> Iterator[tuple[int, int]]:
+def cache_places(block: Block, config: Config) -> Iterator[tuple[int, int]]:
     """(layer, batch) of the cells of the cache, in the order in which they are dealt."""
     for layer in range(1, len(config.units) - 1):
         for number, batch in enumerate(block.batches):
@@ -51,7 +51,7 @@ def cache_places(block: Block, config: OPTConfig) -> Iterator[tuple[int, int]]:
                 yield layer, number
 
 
-def place_cache(block: Block, config: OPTConfig, dtype: Any, policy: Policy) -> Placement:
+def place_cache(block: Block, config: Config, dtype: Any, policy: Policy) -> Placement:
     """Deals the cells of the cache to tiers (DESIGN §4), layer after layer."""
     form = cache_format(policy)
     sizes = [sum(cache_sizes(batch, config, dtype, form)) for batch in block.batches]
@@ -62,7 +62,7 @@ def place_cache(block: Block, config: OPTConfig, dtype: Any, policy: Policy) -> 
     return _dealt(cells, policy.cache)
 
 
-def place_hidden(block: Block, config: OPTConfig, dtype: Any, split: Split) -> Placement:
+def place_hidden(block: Block, config: Config, dtype: Any, split: Split) -> Placement:
     """Deals the batches' hidden states to tiers."""
     cells = [
         (hidden_name(number), hidden_nbytes(batch, config, dtype))

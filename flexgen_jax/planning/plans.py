@@ -6,10 +6,10 @@ import dataclasses
 import functools
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
-from flexgen_jax.models.config import OPTConfig
+from flexgen_jax.models.family import Config
+from flexgen_jax.models.registry import load_config, preset
 from flexgen_jax.planning.auto import Auto, Model, Uniform
 from flexgen_jax.planning.blocks import make_blocks
 from flexgen_jax.planning.cell_layout import place_cache, place_hidden
@@ -143,7 +143,7 @@ class Plan:
 
 
 def plan(
-    model: str | OPTConfig,
+    model: str | Config,
     policy: Policy | Literal["auto"],
     hardware: Hardware,
     *,
@@ -178,7 +178,7 @@ def plan(
     """
     if policy != "auto" and (fixed or tuple(allow)):
         raise ValueError("fixed and allow are for policy='auto'; change the policy instead")
-    config = model if isinstance(model, OPTConfig) else config_of(model)
+    config = model if isinstance(model, Config) else config_of(model)
     room = config.max_position_embeddings
     if prompt_len < 1 or gen_len < 1 or prompt_len + gen_len > room:
         raise ValueError(
@@ -239,10 +239,10 @@ def _predicted(order: Schedule, workload: Workload, hardware: Hardware) -> tuple
     return estimate(order, w, hardware, decode_steps=3 if large else w.num_steps)
 
 
-def config_of(model: str) -> OPTConfig:
+def config_of(model: str) -> Config:
     """The config of a preset, a file or a directory.
 
     Raises:
         ConfigError: none of these.
     """
-    return OPTConfig.load(Path(model)) if os.path.exists(model) else OPTConfig.preset(model)
+    return load_config(model) if os.path.exists(model) else preset(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Sequence
 
-from flexgen_jax.models.config import OPTConfig
+from flexgen_jax.models.family import Config
 from flexgen_jax.models.params import matmul_flops, unit_names
 from flexgen_jax.planning.default_job import GEN_LEN, PROMPT_LEN
 from flexgen_jax.weights.weight_format import WeightFormat
@@ -19,7 +19,7 @@ _DECODE = 5
 
 
 @functools.lru_cache(maxsize=64)
-def stage_starts(config: OPTConfig, num_stages: int) -> tuple[int, ...]:
+def stage_starts(config: Config, num_stages: int) -> tuple[int, ...]:
     """The first layer of each stage, balanced by what the layers cost.
 
     Raises:
@@ -35,14 +35,14 @@ def stage_starts(config: OPTConfig, num_stages: int) -> tuple[int, ...]:
     return balanced(costs, num_stages)
 
 
-def layers_of(config: OPTConfig, num_stages: int) -> list[range]:
+def layers_of(config: Config, num_stages: int) -> list[range]:
     """The layers of each stage."""
     starts = stage_starts(config, num_stages)
     ends = *starts[1:], len(config.units)
     return [range(start, end) for start, end in zip(starts, ends, strict=True)]
 
 
-def place_stages(config: OPTConfig, form: WeightFormat, policy: Policy) -> list[Placement]:
+def place_stages(config: Config, form: WeightFormat, policy: Policy) -> list[Placement]:
     """Where the weights of each stage lie: dealt to tiers (DESIGN §4) in layer order.
 
     What two stages need, such as the token table of a tied head, each of them has.
@@ -59,13 +59,13 @@ def place_stages(config: OPTConfig, form: WeightFormat, policy: Policy) -> list[
     return placements
 
 
-def stored_names(config: OPTConfig, form: WeightFormat, layers: Iterable[int]) -> set[str]:
+def stored_names(config: Config, form: WeightFormat, layers: Iterable[int]) -> set[str]:
     """What of a weight store ``layers`` take."""
     return {
         stored
         for layer in layers
         for name in unit_names(config, config.units[layer])
-        for stored in form.stored_names(name)
+        for stored in form.stored_names(config, name)
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from flexgen_jax.models.registry import family_of
 from flexgen_jax.requests.generated import Generated
 from flexgen_jax.requests.outputs import CompletionOutput, Logprob, RequestOutput
 from flexgen_jax.requests.prompts import Prompt, RequestError, parse_prompt, shown
@@ -12,7 +13,7 @@ from flexgen_jax.requests.request import Request
 from flexgen_jax.requests.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from flexgen_jax.models.config import OPTConfig
+    from flexgen_jax.models.family import Config
     from flexgen_jax.requests.tokenization import Tokenizer
 
 
@@ -21,7 +22,7 @@ def make_request(
     prompt: Prompt,
     params: SamplingParams,
     *,
-    config: OPTConfig,
+    config: Config,
     tokenizer: Tokenizer | None,
     scoring: bool,
 ) -> Request:
@@ -41,7 +42,7 @@ def make_request(
     _check_vocabulary("token id", ids, config)
     _check_vocabulary("stop token id", params.stop_token_ids, config)
     _check_vocabulary("logit_bias token id", params.logit_bias, config)
-    room = config.max_position_embeddings
+    room = family_of(config).room(config, len(ids))
     if len(ids) + (0 if scoring else params.max_tokens) > room:
         raise RequestError(
             f"too long: {len(ids)} prompt tokens and max_tokens {params.max_tokens} "
@@ -85,7 +86,7 @@ def encode(text: str, tokenizer: Tokenizer | None) -> list[int]:
         raise RequestError(f"the prompt is no text: {error}") from error
 
 
-def _check_vocabulary(what: str, ids: Iterable[int], config: OPTConfig) -> None:
+def _check_vocabulary(what: str, ids: Iterable[int], config: Config) -> None:
     bad = next((i for i in ids if not 0 <= i < config.vocab_size), None)
     if bad is not None:
         raise RequestError(f"{what} {bad} is outside the vocabulary (0 to {config.vocab_size - 1})")

@@ -20,12 +20,14 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from statistics import NormalDist
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from flexgen_jax.models.config import OPTConfig
-from flexgen_jax.models.params import param_shapes
+from flexgen_jax.models.family import Config, Param
+from flexgen_jax.models.params import param_records
+from flexgen_jax.models.registry import load_config, preset, write_config
+from flexgen_jax.weights.element_blocks import read_array, transposed_blocks
 from flexgen_jax.weights.huggingface import (
     COMPANION_FILES,
     HuggingFaceModel,
@@ -77,7 +79,7 @@ class StoredModel:
     """
 
     path: Path
-    config: OPTConfig
+    config: Config
     manifest: Manifest
     arrays: Mapping[str, ArrayFile]
     format: WeightFormat
@@ -134,7 +136,7 @@ def convert(
 
 
 def convert_dummy(
-    model: str | Path | OPTConfig,
+    model: str | Path | Config,
     store: str | Path,
     *,
     dtype: str = "float32",
@@ -161,21 +163,21 @@ def convert_dummy(
     form = _format(dtype, weight_bits, group_size)
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}")
-    if isinstance(model, OPTConfig):
+    if isinstance(model, Config):
         name, config = "config", model
     elif os.path.exists(model):
-        name, config = Path(model).resolve().name, OPTConfig.load(model)
+        name, config = Path(model).resolve().name, load_config(model)
     else:
-        name, config = str(model), OPTConfig.preset(str(model))
-    text = json.dumps(config.to_json(), indent=1).encode()
+        name, config = str(model), preset(str(model))
+    text = json.dumps(write_config(config), indent=1).encode()
     identity = f"dummy {_DUMMY_VERSION} {DUMMY_SCALE} {seed} ".encode() + text
     source = Source(f"dummy:{name}", hashlib.sha256(identity).hexdigest())
-    shapes = param_shapes(config)
+    records = param_records(config)
     return write_store(
         Path(store),
         _manifest(config, form, source),
-        form.blocks(config, lambda name: _dummy_blocks(name, shapes[name], dtype_of(dtype), seed)),
-        order=form.order(tuple(shapes)),
+        form.pieces(config, lambda name: _dummy_blocks(name, records[name], dtype_of(dtype), seed)),
+        order=form.order(config, tuple(records)),
         files={"config.json": text + b"\n"},
         progress=progress,
         say=say,
@@ -199,7 +201,7 @@ def open_store(
     path: str | Path,
     *,
     dtype: str | None = None,
-    needed: Callable[[OPTConfig, WeightFormat], Collection[str]] | None = None,
+    needed: Callable[[Config, WeightFormat], Collection[str]] | None = None,
 ) -> StoredModel:
     """Checks a weight store without reading its weights.
 
@@ -220,9 +222,11 @@ def open_store(
             f"{path} holds {manifest.dtype} weights, asked for was {dtype}; convert the model "
             f"again with --dtype {dtype}, or pass dtype={manifest.dtype!r}"
         )
-    config = OPTConfig.load(path)
+    config = load_config(path)
     arrays = {}
-    form = WeightFormat(manifest.dtype, manifest.weight_bits, manifest.weight_group)
+    form = WeightFormat(
+        manifest.dtype, manifest.weight_bits, manifest.weight_group, manifest.layout
+    )
     entries = form.entries(config)
     names = entries if needed is None else needed(config, form)
     for name, expected in entries.items():
@@ -311,14 +315,18 @@ def cache_directory() -> Path:
 class _Source(Protocol):
     """What a store can be made from."""
 
-    config: OPTConfig
+    config: Config
     name: str
     directory: Path
     companions: tuple[Path, ...]
 
     def names(self) -> tuple[str, ...]: ...
 
-    def blocks(self, name: str, dtype: np.dtype) -> Iterator[np.ndarray]: ...
+    changed: Mapping[str, Any]
+
+    def blocks(
+        self, name: str, dtype: np.dtype, *, transposed: bool = False
+    ) -> Iterator[np.ndarray]: ...
 
     def fingerprint(self) -> str: ...
 
@@ -335,13 +343,20 @@ class _Stored:
         self.name = model.manifest.source.name
         files = (model.path / name for name in COMPANION_FILES)
         self.companions = tuple(file for file in files if file.is_file())
+        self.changed: Mapping[str, Any] = {}
         self._model = model
 
     def names(self) -> tuple[str, ...]:
-        return tuple(self._model.arrays)
+        return tuple(param_records(self.config))
 
-    def blocks(self, name: str, dtype: np.dtype) -> Iterator[np.ndarray]:
-        file = self._model.arrays[name]
+    def blocks(
+        self, name: str, dtype: np.dtype, *, transposed: bool = False
+    ) -> Iterator[np.ndarray]:
+        form = self._model.format
+        file = self._model.arrays[form.array_name(self.config, name)]
+        if form.transposes(self.config, name) != transposed:
+            yield from transposed_blocks(read_array(file), dtype)
+            return
         if not file.raw:
             raise SourceError(f"{file.directory} is not one uncompressed chunk: convert anew")
         for start in range(0, file.nbytes, _COPY_NBYTES):
@@ -359,13 +374,21 @@ def _convert(
     progress: Progress | None,
     say: Say | None,
 ) -> Path:
-    copied = (model.directory / "config.json", *model.companions)
+    files = {path.name: path.read_bytes() for path in model.companions}
+    files["config.json"] = (model.directory / "config.json").read_bytes()
+    if model.changed:
+        config = {**json.loads(files["config.json"]), **model.changed}
+        files["config.json"] = json.dumps(config, indent=2).encode() + b"\n"
+    config_of, dtype = model.config, dtype_of(form.dtype)
     return write_store(
         store,
         _manifest(model.config, form, Source(model.name, model.fingerprint())),
-        form.blocks(model.config, lambda name: model.blocks(name, dtype_of(form.dtype))),
-        order=form.order(model.names()),
-        files={path.name: path.read_bytes() for path in copied},
+        form.pieces(
+            config_of,
+            lambda name: model.blocks(name, dtype, transposed=form.transposes(config_of, name)),
+        ),
+        order=form.order(config_of, model.names()),
+        files=files,
         progress=progress,
         say=say,
     )
@@ -388,13 +411,14 @@ def _find(source: str) -> tuple[Path, str | None]:
     )
 
 
-def _manifest(config: OPTConfig, form: WeightFormat, source: Source) -> Manifest:
+def _manifest(config: Config, form: WeightFormat, source: Source) -> Manifest:
     return Manifest(
         dtype=form.dtype,
         source=source,
         tensors=form.entries(config),
         weight_bits=form.bits,
         weight_group=form.group,
+        layout=form.layout,
     )
 
 
@@ -421,13 +445,10 @@ def _brief(entry: TensorEntry | None) -> str:
     return f"{entry.dtype} {list(entry.shape)}" if entry else "no such tensor"
 
 
-def _dummy_blocks(
-    name: str, shape: tuple[int, ...], dtype: np.dtype, seed: int
-) -> Iterator[np.ndarray]:
-    count = math.prod(shape)
-    constant = {"scale": 1, "bias": 0}.get(name.rpartition(".")[2])
-    if constant is not None:
-        yield np.full(count, constant, dtype)
+def _dummy_blocks(name: str, record: Param, dtype: np.dtype, seed: int) -> Iterator[np.ndarray]:
+    count = math.prod(record.shape)
+    if record.role in ("norm", "bias"):
+        yield np.full(count, record.init, dtype)
         return
     digest = hashlib.sha256(name.encode()).digest()
     bits = np.random.SFC64(np.random.SeedSequence([seed, int.from_bytes(digest[:16], "little")]))

@@ -8,15 +8,16 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from flexgen_jax.models.family import Source
 from flexgen_jax.models.params import param_shapes
+from flexgen_jax.models.registry import family_of
 from flexgen_jax.weights.checkpoint import StoredModel, is_store, open_store, resolve
-from flexgen_jax.weights.huggingface import COMPANION_FILES, torch_key
+from flexgen_jax.weights.element_blocks import read_array
+from flexgen_jax.weights.huggingface import COMPANION_FILES
 from flexgen_jax.weights.store_writer import Progress
-from flexgen_jax.weights.tensor_file import SourceError
 from storage.array_file import StoreError
 
 MAX_SHARD_NBYTES = 5 * 10**9
@@ -85,21 +86,25 @@ def _write_weights(stored: StoredModel, into: Path, limit: int, progress: Progre
     from safetensors.numpy import save_file
 
     itemsize = 2 if stored.dtype == "bfloat16" else 4
-    sizes = {n: itemsize * math.prod(s) for n, s in param_shapes(stored.config).items()}
+    config, family, shapes = stored.config, family_of(stored.config), param_shapes(stored.config)
+    # Several parameters may be parts of one published tensor.
+    parts: dict[str, list[tuple[str, Source]]] = {}
+    for name in shapes:
+        source = family.source(config, name)
+        parts.setdefault(source.key, []).append((name, source))
+    sizes = {k: itemsize * sum(math.prod(shapes[n]) for n, _ in v) for k, v in parts.items()}
     shards = list(_shards(sizes, limit))
     total, done = sum(sizes.values()), 0
     weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
+    for number, keys in enumerate(shards, 1):
         file = "model.safetensors"
         if len(shards) > 1:
             file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {}
-        for name in names:
-            key, transposed = torch_key(name)
-            array = _parameter(stored, name)
-            tensors[key] = np.ascontiguousarray(array.T) if transposed else array
+        for key in keys:
+            tensors[key] = _published(stored, parts[key])
             weight_map[key] = file
-            done += sizes[name]
+            done += sizes[key]
             progress(done, total, key)
         save_file(tensors, into / file, metadata={"format": "pt"})
         del tensors
@@ -120,14 +125,24 @@ def _shards(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
     yield names
 
 
-def _parameter(stored: StoredModel, name: str) -> np.ndarray:
-    shapes = param_shapes(stored.config)
-    flat = {
-        stored_name: _read(stored, stored_name) for stored_name in stored.format.stored_names(name)
-    }
-    found: Any = stored.format.assemble(flat, shapes)[name]
-    if not stored.format.quantizes(name):
-        return found
+def _published(stored: StoredModel, parts: list[tuple[str, Source]]) -> np.ndarray:
+    """A tensor as the family's checkpoints have it."""
+    found = []
+    for name, source in sorted(parts, key=lambda part: part[1].rows or (0, 0)):
+        array = _array(stored, name)
+        swapped = source.transposed != stored.format.transposes(stored.config, name)
+        found.append(array.T if swapped else array)
+    return np.ascontiguousarray(found[0] if len(found) == 1 else np.concatenate(found))
+
+
+def _array(stored: StoredModel, name: str) -> np.ndarray:
+    """A parameter as it lies, dense."""
+    form, config = stored.format, stored.config
+    flat = {n: read_array(stored.arrays[n]) for n in form.stored_names(config, name)}
+    (found,) = form.assemble(config, flat).values()
+    if not form.quantizes(config, name):
+        whole: np.ndarray = found
+        return whole
     import jax
     import jax.numpy as jnp
 
@@ -137,10 +152,3 @@ def _parameter(stored: StoredModel, name: str) -> np.ndarray:
         codes, affine = jnp.asarray(found.codes), jnp.asarray(found.affine)
         quantized = Quantized(codes, affine, found.bits, found.size)
         return np.asarray(dequantize(quantized, jnp.dtype(stored.dtype)))
-
-
-def _read(stored: StoredModel, name: str) -> np.ndarray:
-    file = stored.arrays[name]
-    if not file.raw:
-        raise SourceError(f"{file.directory} is not one uncompressed chunk: convert anew")
-    return np.fromfile(file.chunk, file.dtype).reshape(file.shape)

@@ -1,4 +1,4 @@
-"""Reads an OPT model in Hugging Face's form: which files, which tensors, under which names.
+"""Reads a model in Hugging Face's form: which files, which tensors, under which names.
 
 Or an Orbax checkpoint of its params, with the ``config.json`` in or beside it.
 
@@ -10,20 +10,22 @@ Knows nothing of the weight store itself.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
-import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flexgen_jax.models.config import OPTConfig
-from flexgen_jax.models.params import param_shapes
+from flexgen_jax.models.params import TOKEN_TABLE, param_records
+from flexgen_jax.models.registry import family_of, load_config
 from flexgen_jax.weights import flax_files
+from flexgen_jax.weights.element_blocks import blocks_of, transposed_blocks
+from flexgen_jax.weights.naming import Naming, naming
 from flexgen_jax.weights.safetensors_file import SafetensorsFile
 from flexgen_jax.weights.tensor_file import (
     DTYPES,
@@ -57,29 +59,14 @@ WEIGHT_FILES = (
 )
 _ORBAX_FILE = "_METADATA"
 
-# Old checkpoints save the decoder alone, without the language model around it.
-_PREFIXES = ("model.decoder.", "decoder.")
-
-# Saved by old versions, needed by nobody.
-_HARMLESS = frozenset({"version"})
-
-_BLOCK_NBYTES = 8 << 20
-# A transposing block takes at least so many columns of the source: less than a page of each row
-# would read the same pages again for the next block.
-_MIN_COLUMNS = 512
-# Rows transposed at once: numpy's copy of a transposed array is bound by cache misses, and strips
-# of this height are 2-4 times faster than the whole.
-_STRIP = 16
-
 
 @dataclasses.dataclass(frozen=True)
 class _Located:
-    """Where a parameter lies: file, key, and whether it is stored transposed."""
+    """Where a parameter lies: file, place in it, and what of which tensor."""
 
     file: Path
-    key: str
     offset: int
-    transposed: bool
+    source: Source
 
 
 class HuggingFaceModel:
@@ -89,9 +76,13 @@ class HuggingFaceModel:
         directory: Where it lies.
         name: For people; by default the directory's name.
 
+    Attributes:
+        config: Of the weights.
+        changed: What in ``config.json`` is not what the weights are.
+
     Raises:
         ModelNotFoundError: no config or no weights there.
-        ConfigError: not an OPT model.
+        ConfigError: not a model that can be run.
         SourceError: a file is missing or damaged, a tensor is missing, unexpected or misshapen.
     """
 
@@ -101,9 +92,10 @@ class HuggingFaceModel:
         found = _weights_in(directory)
         if not (directory / "config.json").is_file() or not found:
             raise ModelNotFoundError(not_a_model(directory))
-        self.config = OPTConfig.load(directory)
+        self.config = load_config(directory)
         self.weight_files = _shards(found[0])
         self.companions = tuple(directory / n for n in COMPANION_FILES if (directory / n).is_file())
+        self.changed: Mapping[str, Any] = {}
         self._open_path: Path | None = None
         self._open_file: WeightFile | None = None
         self._located = self._locate(found[0])
@@ -114,13 +106,22 @@ class HuggingFaceModel:
         order = {n: (rank[at.file], at.offset) for n, at in self._located.items()}
         return tuple(sorted(order, key=order.__getitem__))
 
-    def blocks(self, name: str, dtype: np.dtype[Any]) -> Iterator[np.ndarray]:
-        """The parameter ``name`` in C order and ``dtype``, a few megabytes at a time."""
+    def blocks(
+        self, name: str, dtype: np.dtype[Any], *, transposed: bool = False
+    ) -> Iterator[np.ndarray]:
+        """The parameter ``name`` in C order and ``dtype``, a few megabytes at a time.
+
+        Args:
+            transposed: The other way round than its record has it.
+        """
         at = self._located[name]
         file = self._file(at.file)
-        source = file.array(at.key)
-        yield from (_transposed_blocks if at.transposed else _blocks)(source, dtype)
-        del source
+        whole = file.array(at.source.key)
+        part = whole if at.source.rows is None else whole[slice(*at.source.rows)]
+        yield from (transposed_blocks if at.source.transposed != transposed else blocks_of)(
+            part, dtype
+        )
+        del whole, part
         file.release()
 
     def fingerprint(self) -> str:
@@ -157,35 +158,27 @@ class HuggingFaceModel:
                     f"{listed_in} lists the tensor {lost[0]}{_more(lost)}, which its shard does "
                     "not contain; download the model again"
                 )
-        key_of, prefix = _naming(entries)
+        names = naming(self.config, entries)
+        if self.config.tie_word_embeddings and names.head in entries:
+            self._untie_if_different(names, entries)
         located: dict[str, _Located] = {}
         missing: list[str] = []
-        for name, shape in param_shapes(self.config).items():
-            key, transposed = key_of(name, prefix)
-            if key not in entries:
-                missing.append(key)
+        for name, record in param_records(self.config).items():
+            source = names.source(name)
+            if source.key not in entries:
+                missing.append(source.key)
                 continue
-            path, entry = entries.pop(key)
-            expected = shape[::-1] if transposed else shape
-            if entry.shape != expected:
-                raise SourceError(
-                    f"{path}: tensor {key} has shape {list(entry.shape)}, expected "
-                    f"{list(expected)} by {self.directory / 'config.json'}; the weights and the "
-                    "config are not of the same model"
-                )
-            if entry.dtype not in DTYPES.values():
-                raise SourceError(
-                    f"{path}: tensor {key} has dtype {entry.dtype}, which is no weights' dtype"
-                )
-            located[name] = _Located(path, key, entry.offset, transposed)
+            path, entry = entries[source.key]
+            self._check(path, entry, source, record)
+            located[name] = _Located(path, entry.offset, source)
         if missing:
             raise SourceError(
                 f"{listed_in}: the tensor {missing[0]}{_more(missing)} is missing, which "
                 f"{self.directory / 'config.json'} calls for; download the model again"
             )
-        if self.config.tie_word_embeddings:
-            entries.pop(key_of("head.tokens", prefix)[0], None)
-        unexpected = [k for k in entries if k.removeprefix(prefix) not in _HARMLESS]
+        used = {at.source.key for at in located.values()} | {names.head}
+        family = family_of(self.config)
+        unexpected = [k for k in entries if k not in used and not family.ignored(self.config, k)]
         if unexpected:
             raise SourceError(
                 f"{entries[unexpected[0]][0]}: unexpected tensor {unexpected[0]}"
@@ -193,6 +186,56 @@ class HuggingFaceModel:
                 "without it"
             )
         return located
+
+    def _check(self, path: Path, entry: Entry, source: Source, record: Param) -> None:
+        expected = record.shape[::-1] if source.transposed else record.shape
+        if source.rows is not None:
+            rows = self._fused[source.key]
+            expected = (rows, *expected[1:])
+        if entry.shape != expected:
+            raise SourceError(
+                f"{path}: tensor {source.key} has shape {list(entry.shape)}, expected "
+                f"{list(expected)} by {self.directory / 'config.json'}; the weights and the "
+                "config are not of the same model"
+            )
+        if entry.dtype not in DTYPES.values():
+            raise SourceError(
+                f"{path}: tensor {source.key} has dtype {entry.dtype}, which is no weights' dtype"
+            )
+
+    @functools.cached_property
+    def _fused(self) -> dict[str, int]:
+        """Rows of the tensors that several parameters are parts of."""
+        found: dict[str, int] = {}
+        family = family_of(self.config)
+        for name in param_records(self.config):
+            source = family.source(self.config, name)
+            if source.rows is not None:
+                found[source.key] = max(found.get(source.key, 0), source.rows[1])
+        return found
+
+    def _untie_if_different(self, names: Naming, entries: dict[str, tuple[Path, Entry]]) -> None:
+        """A head of its own counts, whatever the config says, if it differs: transformers' rule."""
+        table = names.source(TOKEN_TABLE)
+        if table.key in entries:
+            first, second = entries[table.key], entries[names.head]
+            if first[1].shape == second[1].shape and self._same(first, table.key, second, names):
+                return
+        untied: Any = dataclasses.replace(self.config, tie_word_embeddings=False)  # type: ignore[type-var]
+        self.config = untied
+        self.changed = {"tie_word_embeddings": False}
+
+    def _same(
+        self, first: tuple[Path, Entry], key: str, second: tuple[Path, Entry], names: Naming
+    ) -> bool:
+        dtype = np.dtype(np.float32)
+        # Both are held: of a loaded format, only one file is open at a time.
+        left = self._file(first[0]).array(key)
+        right = self._file(second[0]).array(names.head)
+        return all(
+            np.array_equal(a, b)
+            for a, b in zip(blocks_of(left, dtype), blocks_of(right, dtype), strict=True)
+        )
 
 
 def is_model_directory(directory: Path) -> bool:
@@ -307,74 +350,3 @@ def _shards(listed_in: Path) -> tuple[Path, ...]:
 
 def _more(items: list[str]) -> str:
     return f" (and {len(items) - 1} more)" if len(items) > 1 else ""
-
-
-_MODULES = {
-    "attention_norm": "self_attn_layer_norm",
-    "mlp_norm": "final_layer_norm",
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "out": "self_attn.out_proj",
-}
-
-
-def torch_key(name: str, prefix: str = _PREFIXES[0]) -> tuple[str, bool]:
-    """Hugging Face's name of a parameter, and whether it holds the transpose."""
-    if name == "head.tokens":
-        return "lm_head.weight", False
-    unit, module, *leaf = name.split(".")
-    if not leaf:  # embed.tokens, embed.positions
-        return f"{prefix}embed_{module}.weight", False
-    kind = "bias" if leaf[0] == "bias" else "weight"
-    if unit == "head" and module == "norm":
-        return f"{prefix}final_layer_norm.{kind}", False
-    if unit.startswith("layer_"):
-        module = f"layers.{unit.removeprefix('layer_')}.{_MODULES.get(module, module)}"
-    return f"{prefix}{module}.{kind}", leaf[0] == "kernel"
-
-
-def _flax_key(name: str, prefix: str) -> tuple[str, bool]:
-    """Likewise, Flax's: its kernels lie as ours do, but for the head's."""
-    if name == "head.tokens":
-        return f"{prefix.removesuffix('model.decoder.')}lm_head.kernel", True
-    key, _ = torch_key(name, prefix)
-    whole, _, kind = key.rpartition(".")
-    if kind == "weight":
-        leaf = name.rpartition(".")[2]
-        kind = leaf if leaf in ("kernel", "scale") else "embedding"
-    return f"{whole}.{kind}", False
-
-
-def _own_key(name: str, prefix: str) -> tuple[str, bool]:
-    """Likewise, of a tree of our own params."""
-    return prefix + name, False
-
-
-def _naming(entries: Iterable[str]) -> tuple[Callable[[str, str], tuple[str, bool]], str]:
-    """Whose names these are, and what stands before them."""
-    for key in entries:
-        if key.endswith("embed_tokens.embedding"):
-            return _flax_key, key.removesuffix("embed_tokens.embedding")
-        if key in ("embed.tokens", "params.embed.tokens"):
-            return _own_key, key.removesuffix("embed.tokens")
-    known = (p for p in _PREFIXES if any(k.startswith(p) for k in entries))
-    return torch_key, next(known, _PREFIXES[0])
-
-
-def _blocks(source: np.ndarray, dtype: np.dtype[Any]) -> Iterator[np.ndarray]:
-    rows = max(1, _BLOCK_NBYTES // max(1, math.prod(source.shape[1:]) * dtype.itemsize))
-    for start in range(0, len(source), rows):
-        yield np.ascontiguousarray(source[start : start + rows], dtype)
-
-
-def _transposed_blocks(source: np.ndarray, dtype: np.dtype[Any]) -> Iterator[np.ndarray]:
-    n_out, n_in = source.shape
-    columns = max(_MIN_COLUMNS, _BLOCK_NBYTES // (n_out * dtype.itemsize))
-    for start in range(0, n_in, columns):
-        stop = min(n_in, start + columns)
-        block = np.empty((stop - start, n_out), dtype)
-        for row in range(0, n_out, _STRIP):
-            strip = source[row : row + _STRIP, start:stop].astype(dtype, copy=False)
-            block[:, row : row + _STRIP] = strip.T
-        yield block

@@ -16,7 +16,9 @@ from typing import Any
 
 from storage.array_file import StoreError, dtype_of
 
-FORMAT_VERSION = 1
+# Version 1 had no layout: its matrices are (in, out).
+FORMAT_VERSION = 2
+_READ = (1, 2)
 MANIFEST_NAME = "flexgen_manifest.json"
 
 
@@ -54,6 +56,7 @@ class Manifest:
         dtype: Of the weights as they are computed with.
         weight_bits: 4 or 8 if the weights are quantised, None if they are stored in ``dtype``.
         weight_group: Then the most elements that share a scale.
+        layout: Of the matrices: ``in_out`` or ``out_in``.
         source: Where they came from.
         tensors: Flat name -> what is stored, in layer order.
         format_version: Of the directory's layout.
@@ -64,6 +67,7 @@ class Manifest:
     tensors: Mapping[str, TensorEntry]
     weight_bits: int | None = None
     weight_group: int | None = None
+    layout: str = "in_out"
     format_version: int = FORMAT_VERSION
 
     @property
@@ -78,6 +82,7 @@ class Manifest:
             "dtype": self.dtype,
             "weight_bits": self.weight_bits,
             "weight_group": self.weight_group,
+            "layout": self.layout,
             "source": dataclasses.asdict(self.source),
             "tensors": {name: dataclasses.asdict(e) for name, e in self.tensors.items()},
         }
@@ -104,7 +109,7 @@ class Manifest:
                 "the model again"
             ) from error
         version = values.get("format_version") if isinstance(values, dict) else None
-        if version != FORMAT_VERSION:
+        if version not in _READ:
             newer = isinstance(version, int) and version > FORMAT_VERSION
             cure = "upgrade flexgen-jax, or convert" if newer else "convert"
             raise StoreError(
@@ -129,6 +134,9 @@ class Manifest:
         bits, group = values["weight_bits"], values.get("weight_group")
         if not (bits is None or (bits in (4, 8) and isinstance(group, int) and group >= 2)):
             raise ValueError(f"weight_bits {bits!r} in groups of {group!r}")
+        layout = values.get("layout", "in_out")
+        if layout not in ("in_out", "out_in"):
+            raise ValueError(f"layout {layout!r}")
         source = Source(str(values["source"]["name"]), str(values["source"]["fingerprint"]))
         return cls(
             dtype=dtype_of(values["dtype"]).name,
@@ -136,6 +144,7 @@ class Manifest:
             tensors=tensors,
             weight_bits=bits,
             weight_group=group,
+            layout=layout,
         )
 
 

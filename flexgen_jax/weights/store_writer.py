@@ -197,7 +197,6 @@ def _described(manifest: Manifest) -> str:
 
 def _identity(manifest: Manifest) -> dict[str, Any]:
     return {
-        "format_version": manifest.format_version,
         "fingerprint": manifest.source.fingerprint,
         "dtype": manifest.dtype,
         "weight_bits": manifest.weight_bits,
@@ -211,7 +210,8 @@ class _Journal:
     def __init__(self, partial: Path, manifest: Manifest) -> None:
         self._path = partial / _JOURNAL
         self.done: set[str] = set()
-        recorded = self._read(_identity(manifest))
+        identity = {**_identity(manifest), "layout": manifest.layout}
+        recorded = self._read(identity)
         if recorded is None:
             others = [p.name for p in partial.iterdir() if p.name != _LOCK]
             if others and not self._path.exists():
@@ -221,7 +221,7 @@ class _Journal:
                 )
             _clear(partial)
             with open(self._path, "w", encoding="utf-8") as file:
-                file.write(json.dumps(_identity(manifest)) + "\n")
+                file.write(json.dumps(identity) + "\n")
             return
         for name, entry in manifest.tensors.items():
             if name in recorded and _is_complete(partial / name, entry):

@@ -1,8 +1,12 @@
-"""How a parameter is stored: as it is, or as codes and scales.
+"""How a parameter is stored: which way a matrix lies, and as it is or as codes and scales.
 
-The rule: matrices that are multiplied with, and the token table, are quantised; norms, biases and
-positions, which are a thousandth of the bytes, keep the store's dtype. A quantised parameter
-``NAME`` is stored as ``NAME.codes`` and ``NAME.affine`` (:class:`quantization.Quantized`).
+The rule: what its record calls quantised (matrices that are multiplied with, and the token table)
+is stored in codes where weights are quantised; norms, biases and positions, which are a thousandth
+of the bytes, keep the store's dtype. A quantised parameter ``NAME`` is stored as ``NAME.codes`` and
+``NAME.affine`` (:class:`~flexgen_jax.models.quantization.Quantized`).
+
+A matrix is stored as ``....kernel`` (n_in, n_out) or as ``....weight`` (n_out, n_in): see
+:data:`LAYOUTS`.
 """
 
 from __future__ import annotations
@@ -15,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flexgen_jax.models.config import OPTConfig
-from flexgen_jax.models.params import param_shapes
+from flexgen_jax.models.family import Config
+from flexgen_jax.models.params import param_records
 from flexgen_jax.weights.manifest import TensorEntry
 from storage.array_file import StoreError
 
@@ -24,6 +28,9 @@ if TYPE_CHECKING:
     from flexgen_jax.models.quantization import Quantized
 
 Pieces = Callable[[str], Iterator[np.ndarray]]
+
+# Layout of matrices -> the last part of their stored names.
+LAYOUTS = {"in_out": "kernel", "out_in": "weight"}
 
 _BLOCK = 1 << 20  # elements that are quantised at a time
 
@@ -36,34 +43,60 @@ class WeightFormat:
         dtype: That they are computed with, and stored in unless quantised.
         bits: 4 or 8: quantised; None: not.
         group: The most elements that share a scale.
+        layout: Of matrices, a key of :data:`LAYOUTS`.
     """
 
     dtype: str
     bits: int | None = None
     group: int | None = None
+    layout: str = "in_out"
 
     def __str__(self) -> str:
         return self.dtype if self.bits is None else f"{self.dtype}-{self.bits}bit-g{self.group}"
 
-    def quantizes(self, name: str) -> bool:
+    def quantizes(self, config: Config, name: str) -> bool:
         """Whether parameter ``name`` is stored in codes."""
-        return self.bits is not None and name.endswith((".kernel", ".tokens"))
+        return self.bits is not None and param_records(config)[name].quantized
+
+    def transposes(self, config: Config, name: str) -> bool:
+        """Whether parameter ``name`` is stored the other way round than its record has it."""
+        return self.layout == "out_in" and param_records(config)[name].role == "matrix"
+
+    def array_name(self, config: Config, name: str) -> str:
+        """What parameter ``name`` is called as it lies."""
+        if not self.transposes(config, name):
+            return name
+        return f"{name.rpartition('.')[0]}.{LAYOUTS[self.layout]}"
+
+    def array_shape(self, config: Config, name: str) -> tuple[int, ...]:
+        """The shape of parameter ``name`` as it lies."""
+        shape = param_records(config)[name].shape
+        return shape[::-1] if self.transposes(config, name) else shape
 
     @functools.lru_cache(maxsize=16)  # noqa: B019 # formats are few and small
-    def entries(self, config: OPTConfig) -> dict[str, TensorEntry]:
+    def entries(self, config: Config) -> dict[str, TensorEntry]:
         """What is stored of a model: name -> entry, in layer order."""
         found = {}
-        for name, shape in param_shapes(config).items():
-            for stored in self.stored_names(name):
-                if stored == name:
-                    found[stored] = TensorEntry.of(shape, self.dtype)
-                else:
+        for name in param_records(config):
+            shape = self.array_shape(config, name)
+            for stored in self.stored_names(config, name):
+                if self.quantizes(config, name):
                     found[stored] = TensorEntry.of(*self._fields(shape)[stored.rpartition(".")[2]])
+                else:
+                    found[stored] = TensorEntry.of(shape, self.dtype)
         return found
 
-    def stored_names(self, name: str) -> tuple[str, ...]:
+    def stored_names(self, config: Config, name: str) -> tuple[str, ...]:
         """Of parameter ``name``."""
-        return (f"{name}.codes", f"{name}.affine") if self.quantizes(name) else (name,)
+        array = self.array_name(config, name)
+        if self.quantizes(config, name):
+            return (f"{array}.codes", f"{array}.affine")
+        return (array,)
+
+    @functools.lru_cache(maxsize=16)  # noqa: B019 # as above
+    def _parameters(self, config: Config) -> dict[str, str]:
+        """Stored name -> parameter."""
+        return {s: name for name in param_records(config) for s in self.stored_names(config, name)}
 
     def _fields(self, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], str]]:
         from flexgen_jax.models.quantization import quantized_shapes
@@ -72,47 +105,55 @@ class WeightFormat:
         assert self.group is not None
         return quantized_shapes(shape, self.bits, self.group)
 
-    def order(self, names: Sequence[str]) -> tuple[str, ...]:
+    def order(self, config: Config, names: Sequence[str]) -> tuple[str, ...]:
         """The stored names of parameters ``names``, in the order that costs least to write."""
-        return tuple(stored for name in names for stored in self.stored_names(name))
+        return tuple(stored for name in names for stored in self.stored_names(config, name))
 
-    def blocks(self, config: OPTConfig, dense: Pieces) -> Pieces:
-        """The stored elements, from the parameters' (``dense``: name -> pieces in C order)."""
-        if self.bits is None:
-            return dense
-        shapes, kept = param_shapes(config), _Kept()
+    def pieces(self, config: Config, dense: Pieces) -> Pieces:
+        """The stored elements, from the parameters'.
+
+        Args:
+            dense: Parameter -> pieces of it in C order, the way round that they are stored.
+        """
+        parameters, kept = self._parameters(config), _Kept()
 
         def stored(name: str) -> Iterator[np.ndarray]:
-            parameter, _, field = name.rpartition(".")
-            if field not in ("codes", "affine") or not self.quantizes(parameter):
-                yield from dense(name)
-            elif field == "affine" and kept.name == parameter:
+            parameter = parameters[name]
+            if not self.quantizes(config, parameter):
+                yield from dense(parameter)
+                return
+            field = name.rpartition(".")[2]
+            if field == "affine" and kept.name == parameter:
                 yield from kept.affine
-            else:
-                kept.begin(parameter)
-                for rows in _rows(dense(parameter), shapes[parameter][-1]):
-                    quantized = _quantize(rows, self.bits or 0, self.group or 0, parameter)
-                    kept.affine.append(np.asarray(quantized.affine))
-                    if field == "codes":
-                        yield np.asarray(quantized.codes)
-                kept.name = parameter
-                if field == "affine":  # the codes were written by a run that was interrupted
-                    yield from kept.affine
+                return
+            kept.begin(parameter)
+            width = self.array_shape(config, parameter)[-1]
+            for rows in _rows(dense(parameter), width):
+                quantized = _quantize(rows, self.bits or 0, self.group or 0, parameter)
+                kept.affine.append(np.asarray(quantized.affine))
+                if field == "codes":
+                    yield np.asarray(quantized.codes)
+            kept.name = parameter
+            if field == "affine":  # the codes were written by a run that was interrupted
+                yield from kept.affine
 
         return stored
 
-    def assemble(self, flat: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict:
-        """Stored arrays -> parameters, by name; quantised ones as :class:`Quantized`."""
+    def assemble(self, config: Config, flat: Mapping[str, Any]) -> dict[str, Any]:
+        """Stored arrays -> arrays by the names they are computed with; codes as ``Quantized``."""
         from flexgen_jax.models.quantization import Quantized
 
         found: dict[str, Any] = {}
+        parameters = self._parameters(config)
         for name, array in flat.items():
-            parameter, _, field = name.rpartition(".")
-            if field == "codes":
-                affine, bits = flat[f"{parameter}.affine"], self.bits or 0
-                found[parameter] = Quantized(array, affine, bits, shapes[parameter][-1])
-            elif field != "affine":
+            parameter = parameters[name]
+            if not self.quantizes(config, parameter):
                 found[name] = array
+                continue
+            plain, _, field = name.rpartition(".")
+            if field == "codes":
+                width = self.array_shape(config, parameter)[-1]
+                found[plain] = Quantized(array, flat[f"{plain}.affine"], self.bits or 0, width)
         return found
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import flexgen_jax as fg
 from flexgen_jax.engine.pipeline import fullest
-from flexgen_jax.models.config import OPTConfig
+from flexgen_jax.models.opt import OPTConfig
 from flexgen_jax.models.params import unit_names
 from flexgen_jax.planning.stage_layout import layers_of, stage_starts
 from scheduling import peak_nbytes

@@ -19,7 +19,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from flexgen_jax.models import opt
-from flexgen_jax.models.config import OPTConfig
+from flexgen_jax.models.opt import OPTConfig
 from flexgen_jax.models.params import nest, param_shapes
 
 GOLDENS = Path(__file__).parents[1] / "goldens"

@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from flexgen_jax.models.config import ACTIVATIONS, PRESETS, ConfigError, OPTConfig
+from flexgen_jax.models.family import ConfigError
+from flexgen_jax.models.opt import ACTIVATIONS, PRESETS, OPTConfig
 from flexgen_jax.models.params import param_shapes, unit_names, unit_shapes
 
 # Zhang et al. 2022; 350m and the digits below the round names from the published checkpoints.

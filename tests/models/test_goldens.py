@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from flexgen_jax.models.config import OPTConfig
+from flexgen_jax.models.opt import OPTConfig
 
 NEW_TOKENS = 24
 # float32 on both sides; logits are of the order of ten.

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from flexgen_jax.models import opt
-from flexgen_jax.models.config import OPTConfig
 from flexgen_jax.models.kv_cache import write_prompt
+from flexgen_jax.models.opt import OPTConfig
 from flexgen_jax.models.params import flatten, nest, param_shapes
 
 TINY = OPTConfig(

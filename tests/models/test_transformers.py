@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from flexgen_jax.models.config import PRESETS, OPTConfig
+from flexgen_jax.models.opt import PRESETS, OPTConfig
 from flexgen_jax.models.params import param_shapes
 
 torch = pytest.importorskip("torch")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flexgen_jax.models.config import ConfigError
+from flexgen_jax.models.family import ConfigError
 from flexgen_jax.models.params import param_shapes
 from flexgen_jax.weights.checkpoint import StoreError, convert, is_store, open_store
 from flexgen_jax.weights.manifest import Manifest

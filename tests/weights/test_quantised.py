@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from flexgen_jax.models.config import OPTConfig
+from flexgen_jax.models.opt import OPTConfig
 from flexgen_jax.models.params import flatten
 from flexgen_jax.models.quantization import Quantized, dequantize, quantize
 from flexgen_jax.weights.checkpoint import (

@@ -1,0 +1,233 @@
+"""A whole model from its family's functions: prefill and decode, layer by layer or at once.
+
+Knows no tier, no schedule and no file. :func:`forward` is the unscheduled reference;
+:func:`prefill` and :func:`decode` are the two entry points of generation, built of the same layer
+functions that the executor calls one at a time.
+
+Shapes: ``batch seq hidden`` for activations, ``batch heads seq head_dim`` for the KV cache.
+Sequences are padded on the left, and ``padding[b]`` says by how many positions, so no token id is
+special: a prompt may contain the pad token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from flexgen_jax.models.attention import attend_cached, attend_prompt
+from flexgen_jax.models.family import Config, Kind, Params
+from flexgen_jax.models.kv_cache import LayerCache, write_prompt, write_token
+from flexgen_jax.models.params import head_table, nest, param_records, unit_kinds
+from flexgen_jax.models.positions import positions
+from flexgen_jax.models.quantization import Quantized, dense
+from flexgen_jax.models.registry import family_of
+
+
+def init_params(key: Array, config: Config, dtype: Any = jnp.float32) -> Params:
+    """Random parameters as their records say: matrices and tables normal, the others constant.
+
+    Returns:
+        Nested dict ``params[unit][module][leaf]``; see :mod:`flexgen_jax.models.params`.
+    """
+    records = param_records(config)
+    flat = {}
+    for subkey, (name, record) in zip(
+        jax.random.split(key, len(records)), records.items(), strict=True
+    ):
+        if record.role in ("norm", "bias"):
+            flat[name] = jnp.full(record.shape, record.init, dtype)
+        else:
+            drawn = jax.random.normal(subkey, record.shape, jnp.float32)
+            flat[name] = (record.init * drawn).astype(dtype)
+    return nest(flat)
+
+
+def embed_rows(
+    params: Params,
+    rows: Float[Array, "batch seq embed"],
+    first_position: Int[Array, ""] | int,
+    padding: Int[Array, "batch"],
+    config: Config,
+) -> Float[Array, "batch seq hidden"]:
+    """Hidden states of tokens whose rows of the table are looked up already.
+
+    Args:
+        first_position: The column of ``rows[:, 0]`` in the padded sequence.
+    """
+    at = positions(first_position, rows.shape[1], padding)
+    return family_of(config).embed(params, rows, at, config)
+
+
+def embed(
+    params: Params,
+    tokens: Int[Array, "batch seq"],
+    first_position: Int[Array, ""] | int,
+    padding: Int[Array, "batch"],
+    config: Config,
+    dtype: Any = None,
+) -> Float[Array, "batch seq hidden"]:
+    """Hidden states of ``tokens``.
+
+    Args:
+        first_position: The column of ``tokens[:, 0]`` in the padded sequence.
+        dtype: That rows of a table in codes become; None: that of the other parameters.
+    """
+    rows = dense(params["tokens"][tokens], _dtype_of(params) if dtype is None else dtype)
+    return embed_rows(params, rows, first_position, padding, config)
+
+
+def _dtype_of(params: Params) -> Any:
+    """What is computed with: of the first parameter that is not in codes."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Quantized))
+    plain = (leaf.dtype for leaf in leaves if not isinstance(leaf, Quantized))
+    return next(plain, jnp.float32)
+
+
+def prefill_layer(
+    params: Params,
+    hidden: Float[Array, "batch seq hidden"],
+    padding: Int[Array, "batch"],
+    config: Config,
+    kind: Kind,
+) -> tuple[
+    Float[Array, "batch seq hidden"],
+    tuple[Float[Array, "batch kv_heads seq head_dim"], Float[Array, "batch kv_heads seq head_dim"]],
+]:
+    """One decoder layer over whole prompts; returns all positions' keys and values as well."""
+    family = family_of(config)
+    at = positions(0, hidden.shape[1], padding)
+    query, key, value = family.before_attention(params, hidden, at, config, kind)
+    attended = attend_prompt(query, key, value, padding, window=kind.window, soft_cap=kind.soft_cap)
+    return family.after_attention(params, hidden, attended, config, kind), (key, value)
+
+
+def decode_qkv(
+    params: Params,
+    hidden: Float[Array, "batch 1 hidden"],
+    position: Int[Array, ""],
+    padding: Int[Array, "batch"],
+    config: Config,
+    kind: Kind,
+) -> tuple[Float[Array, "batch heads 1 head_dim"], LayerCache]:
+    """What attention needs of the new tokens: the scaled query, and their key and value."""
+    at = positions(position, 1, padding)
+    query, key, value = family_of(config).before_attention(params, hidden, at, config, kind)
+    return query, LayerCache(key, value)
+
+
+def decode_rest(
+    params: Params,
+    hidden: Float[Array, "batch 1 hidden"],
+    attended: Float[Array, "batch heads 1 head_dim"],
+    config: Config,
+    kind: Kind,
+) -> Float[Array, "batch 1 hidden"]:
+    """What comes after attention in a decoder layer."""
+    return family_of(config).after_attention(params, hidden, attended, config, kind)
+
+
+def decode_layer(
+    params: Params,
+    hidden: Float[Array, "batch 1 hidden"],
+    cache: LayerCache,
+    position: Int[Array, ""],
+    padding: Int[Array, "batch"],
+    config: Config,
+    kind: Kind,
+) -> tuple[Float[Array, "batch 1 hidden"], LayerCache]:
+    """One decoder layer for one new token per sequence, whose index is ``position``.
+
+    Returns:
+        Hidden states, and the token's key and value ``(batch, kv_heads, 1, head_dim)``, which
+        belong into the cache at ``position``; the cache itself is only read.
+    """
+    query, new = decode_qkv(params, hidden, position, padding, config, kind)
+    attended = attend_cached(
+        query, cache, new, position, padding, window=kind.window, soft_cap=kind.soft_cap
+    )
+    return decode_rest(params, hidden, attended, config, kind), new
+
+
+def head(
+    params: Params,
+    table: Float[Array, "vocab embed"] | Quantized,
+    hidden: Float[Array, "*dims hidden"],
+    config: Config,
+) -> Float[Array, "*dims vocab"]:
+    """Final norm, projection and logits (float32). A tied model passes its embedding table."""
+    return family_of(config).head(params, table, hidden, config)
+
+
+def _head_of(params: Params, hidden: Array, config: Config) -> Array:
+    unit, _, leaf = head_table(config).partition(".")
+    return head(params.get("head", {}), params[unit][leaf], hidden, config)
+
+
+def _decoders(params: Params, config: Config) -> list[tuple[Params, Kind]]:
+    of_units = zip(config.units, unit_kinds(config), strict=True)
+    return [(params[unit], kind) for unit, kind in of_units if kind.role == "decoder"]
+
+
+def _no_padding(tokens: Array) -> Array:
+    return jnp.zeros(tokens.shape[0], jnp.int32)
+
+
+def forward(
+    params: Params,
+    tokens: Int[Array, "batch seq"],
+    config: Config,
+    padding: Int[Array, "batch"] | None = None,
+) -> Float[Array, "batch seq vocab"]:
+    """Logits (float32) of every position: the unscheduled reference.
+
+    Works under ``jax.jit`` (``config`` is hashable: a static argument), ``vmap`` and ``grad``.
+
+    Args:
+        padding: How many positions at the left of each row are padding; None: none.
+    """
+    padding = _no_padding(tokens) if padding is None else padding
+    hidden = embed(params["embed"], tokens, 0, padding, config, _dtype_of(params))
+    for layer, kind in _decoders(params, config):
+        hidden, _ = prefill_layer(layer, hidden, padding, config, kind)
+    return _head_of(params, hidden, config)
+
+
+def prefill(
+    params: Params,
+    tokens: Int[Array, "batch seq"],
+    config: Config,
+    *,
+    cache_len: int,
+    padding: Int[Array, "batch"] | None = None,
+) -> tuple[Float[Array, "batch vocab"], tuple[LayerCache, ...]]:
+    """Logits (float32) of the last position, and a cache with room for ``cache_len`` positions."""
+    padding = _no_padding(tokens) if padding is None else padding
+    hidden = embed(params["embed"], tokens, 0, padding, config)
+    caches = []
+    for layer, kind in _decoders(params, config):
+        hidden, (k, v) = prefill_layer(layer, hidden, padding, config, kind)
+        caches.append(write_prompt(k, v, cache_len))
+    return _head_of(params, hidden[:, -1], config), tuple(caches)
+
+
+def decode(
+    params: Params,
+    token: Int[Array, "batch"],
+    caches: tuple[LayerCache, ...],
+    position: Int[Array, ""] | int,
+    config: Config,
+    *,
+    padding: Int[Array, "batch"] | None = None,
+) -> tuple[Float[Array, "batch vocab"], tuple[LayerCache, ...]]:
+    """Logits (float32) after ``token``, which takes index ``position`` of the padded sequence."""
+    padding = _no_padding(token) if padding is None else padding
+    position = jnp.asarray(position, jnp.int32)
+    hidden = embed(params["embed"], token[:, None], position, padding, config, _dtype_of(params))
+    updated = []
+    for (layer, kind), cache in zip(_decoders(params, config), caches, strict=True):
+        hidden, new = decode_layer(layer, hidden, cache, position, padding, config, kind)
+        updated.append(write_token(cache, *new, position))
+    return _head_of(params, hidden[:, -1], config), tuple(updated)

@@ -1,0 +1,51 @@
+"""The elements of a tensor a few megabytes at a time, as they lie or transposed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from flexgen_jax.weights.tensor_file import SourceError
+from storage.array_file import ArrayFile
+
+_BLOCK_NBYTES = 8 << 20
+# A transposing block takes at least so many columns of the source: less than a page of each row
+# would read the same pages again for the next block.
+_MIN_COLUMNS = 512
+# Rows transposed at once: numpy's copy of a transposed array is bound by cache misses, and strips
+# of this height are 2-4 times faster than the whole.
+_STRIP = 16
+
+
+def blocks_of(source: np.ndarray, dtype: np.dtype[Any]) -> Iterator[np.ndarray]:
+    """``source`` in C order and ``dtype``."""
+    rows = max(1, _BLOCK_NBYTES // max(1, math.prod(source.shape[1:]) * dtype.itemsize))
+    for start in range(0, len(source), rows):
+        yield np.ascontiguousarray(source[start : start + rows], dtype)
+
+
+def transposed_blocks(source: np.ndarray, dtype: np.dtype[Any]) -> Iterator[np.ndarray]:
+    """The transpose of the matrix ``source`` in C order and ``dtype``."""
+    n_out, n_in = source.shape
+    columns = max(_MIN_COLUMNS, _BLOCK_NBYTES // (n_out * dtype.itemsize))
+    for start in range(0, n_in, columns):
+        stop = min(n_in, start + columns)
+        block = np.empty((stop - start, n_out), dtype)
+        for row in range(0, n_out, _STRIP):
+            strip = source[row : row + _STRIP, start:stop].astype(dtype, copy=False)
+            block[:, row : row + _STRIP] = strip.T
+        yield block
+
+
+def read_array(file: ArrayFile) -> np.ndarray:
+    """All of a stored array.
+
+    Raises:
+        SourceError: it is not one uncompressed chunk.
+    """
+    if not file.raw:
+        raise SourceError(f"{file.directory} is not one uncompressed chunk: convert anew")
+    return np.fromfile(file.chunk, file.dtype).reshape(file.shape)
