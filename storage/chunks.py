@@ -61,11 +61,14 @@ class Chunks(Protocol):
     """Where the full chunks of a group lie."""
 
     def write(self, name: str, first: int, count: int, layout: Layout, views: Views) -> None:
-        """Stores ``count`` chunks from the arrays ``views``, (rows, positions, dim) each."""
+        """Stores ``count`` chunks from the arrays ``views``, (rows, positions, dim) each.
+
+        The last chunk of a ring may have fewer positions than the layout says.
+        """
         ...
 
     def read(self, name: str, count: int, layout: Layout, views: Views) -> None:
-        """Fills the beginning of ``views`` with the first ``count`` chunks."""
+        """Fills the beginning of ``views`` with the first ``count`` chunks, as far as they go."""
         ...
 
     def discard(self, name: str) -> None: ...
@@ -100,7 +103,8 @@ class RawChunks:
                     at = (start - first + i) * layout.positions
                     chunk = block[i * layout.nbytes : (i + 1) * layout.nbytes]
                     for part, view in zip(layout.parts(chunk), views, strict=True):
-                        part[...] = view[:, at : at + layout.positions]
+                        new = view[:, at : at + layout.positions]
+                        part[:, : new.shape[1]] = new
                 self._all(os.pwritev, file, block, start * layout.nbytes)
         finally:
             os.close(file)
@@ -180,7 +184,8 @@ def _spread(block: np.ndarray, start: int, chunks: int, layout: Layout, views: V
         at = (start + i) * layout.positions
         chunk = block[i * layout.nbytes : (i + 1) * layout.nbytes]
         for part, view in zip(layout.parts(chunk), views, strict=True):
-            view[:, at : at + layout.positions] = part
+            room = view[:, at : at + layout.positions]
+            room[...] = part[:, : room.shape[1]]
 
 
 class ZarrChunks:
@@ -192,9 +197,10 @@ class ZarrChunks:
 
     def write(self, name: str, first: int, count: int, layout: Layout, views: Views) -> None:
         arrays = self._arrays(name, layout)
-        begin, end = first * layout.positions, (first + count) * layout.positions
+        begin = first * layout.positions
         futures = []
         for i, view in enumerate(views):
+            end = begin + view.shape[1]
             if end > arrays[i].shape[1]:
                 arrays[i] = arrays[i].resize(exclusive_max=[None, end, None]).result()
             futures.append(arrays[i][:, begin:end].write(np.ascontiguousarray(view)))
@@ -234,7 +240,7 @@ class ZarrChunks:
     def read(self, name: str, count: int, layout: Layout, views: Views) -> None:
         import tensorstore as ts
 
-        end = count * layout.positions
+        end = min(count * layout.positions, views[0].shape[1])
         futures = [
             ts.array(view[:, :end], write=True, copy=False).write(array[:, :end])
             for array, view in zip(self._open[name], views, strict=True)

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from storage.ring_index import spans
 from storage.slots import Slot
-from storage.store import check_capacity
+from storage.store import check_capacity, sequence_length
 
 
 class DeviceStore:
@@ -53,6 +54,7 @@ class _Group:
     arrays: tuple[jax.Array, ...]
     length: int
     capacity: int
+    ring: bool
 
 
 class DeviceSequences:
@@ -74,18 +76,36 @@ class DeviceSequences:
     def slot_nbytes(self, sizes: Sequence[int]) -> int:
         return 0
 
-    def put(self, name: str, arrays: Sequence[jax.Array], capacity: int) -> None:
-        length = arrays[0].shape[-2]
-        check_capacity(name, 0, length, capacity)
+    def put(
+        self,
+        name: str,
+        arrays: Sequence[jax.Array],
+        capacity: int,
+        *,
+        length: int | None = None,
+        ring: bool = False,
+    ) -> None:
+        length = sequence_length(name, arrays, capacity, length, ring)
         if self._device not in arrays[0].devices():
             arrays = jax.device_put(tuple(arrays), self._device)
-        whole = tuple(arrays) if length == capacity else grow(tuple(arrays), capacity)
-        self._groups[name] = _Group(whole, length, capacity)
+        if length < capacity:
+            whole = grow(tuple(arrays), capacity)
+        elif ring:
+            # A full ring is still written to, in place: the caller's arrays stay what they are.
+            whole = tuple(array.copy() for array in arrays)
+        else:
+            whole = tuple(arrays)
+        self._groups[name] = _Group(whole, length, capacity, ring)
 
     def append(self, name: str, arrays: Sequence[jax.Array]) -> None:
         group, more = self._groups[name], arrays[0].shape[-2]
-        check_capacity(name, group.length, more, group.capacity)
-        group.arrays = _write(group.arrays, tuple(arrays), np.int32(group.length))
+        if not group.ring:
+            check_capacity(name, group.length, more, group.capacity)
+        for start, source, size in spans(group.length, more, group.capacity):
+            part = tuple(arrays)
+            if size < more:
+                part = tuple(array[..., source : source + size, :] for array in arrays)
+            group.arrays = _write(group.arrays, part, np.int32(start))
         group.length += more
 
     def load(self, name: str, slot: Slot) -> tuple[jax.Array, ...]:

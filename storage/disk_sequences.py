@@ -3,6 +3,9 @@
 Writing token by token would rewrite a chunk for every token, so a chunk is written once, when it
 is full; the positions after the last full chunk (the tail) are few and stay in host memory. Loading
 reads the filled chunks only and brings them, with the tail, into the layout that is computed with.
+
+A ring's chunks are written over, once a lap. Until that is done with the chunk that the newest
+positions belong to, its older ones are read from the file and the tail is laid over them.
 """
 
 from __future__ import annotations
@@ -20,8 +23,9 @@ from storage.chunks import Chunks, Layout, RawChunks, Views, ZarrChunks
 from storage.device import take_positions
 from storage.disk import DiskContext
 from storage.memory import available_memory, round_up
+from storage.ring_index import even_pieces
 from storage.slots import Slot
-from storage.store import StorageError, check_capacity
+from storage.store import StorageError, check_capacity, sequence_length
 
 
 @dataclasses.dataclass
@@ -29,9 +33,32 @@ class _Group:
     shapes: tuple[tuple[int, ...], ...]  # at full capacity
     layout: Layout
     capacity: int
-    length: int
-    chunks: int  # written
+    ring: bool
     tail: list[np.ndarray]  # (rows, positions, dim)
+    length: int = 0
+    chunks: int = 0  # written
+
+    @property
+    def form(self) -> tuple[Layout, tuple[tuple[int, ...], ...], int]:
+        """What must be the same for another group to be kept in its place."""
+        return self.layout, self.shapes, self.tail[0].shape[1]
+
+    @property
+    def index(self) -> int:
+        """Where the next position goes."""
+        return self.length % self.capacity if self.ring else self.length
+
+    def chunk_size(self, chunk: int) -> int:
+        """Positions that fill a chunk; what ends a ring may be shorter."""
+        positions = self.layout.positions
+        return min(positions, self.capacity - chunk * positions) if self.ring else positions
+
+    def whole_chunks(self, first: int, count: int) -> int:
+        """Chunks from ``first`` on, up to the ring's end, that ``count`` positions fill."""
+        positions = self.layout.positions
+        if self.ring and first * positions + count >= self.capacity:
+            return -(-self.capacity // positions) - first
+        return count // positions
 
     @property
     def sizes(self) -> list[int]:
@@ -83,62 +110,90 @@ class DiskSequences:
     def slot_nbytes(self, sizes: Sequence[int]) -> int:
         return sum(map(round_up, sizes))
 
-    def put(self, name: str, arrays: Sequence[jax.Array], capacity: int) -> None:
-        length = arrays[0].shape[-2]
-        check_capacity(name, 0, length, capacity)
+    def put(
+        self,
+        name: str,
+        arrays: Sequence[jax.Array],
+        capacity: int,
+        *,
+        length: int | None = None,
+        ring: bool = False,
+    ) -> None:
+        length = sequence_length(name, arrays, capacity, length, ring)
         # What cannot grow is one chunk: nothing of it needs to wait in host memory.
-        positions = capacity if length == capacity else self._positions
+        fixed = length == capacity and not ring
+        if ring:
+            positions = even_pieces(capacity, self._positions)
+        else:
+            positions = capacity if fixed else self._positions
         shapes = tuple((*a.shape[:-2], capacity, a.shape[-1]) for a in arrays)
         layout = Layout(
             tuple((math.prod(s[:-2]), positions, s[-1]) for s in shapes),
             tuple(np.dtype(a.dtype) for a in arrays),
         )
+        waiting = 0 if fixed else positions
         group = self._groups.get(name)
-        if group is None or (group.layout, group.shapes) != (layout, shapes):
+        if group is None or group.form != (layout, shapes, waiting):
             self._chunks.discard(name)
             tail = [
-                np.zeros((s[0], 0 if length == capacity else positions, s[2]), d)
+                np.zeros((s[0], waiting, s[2]), d)
                 for s, d in zip(layout.shapes, layout.dtypes, strict=True)
             ]
-            group = _Group(shapes, layout, capacity, 0, 0, tail)
+            group = _Group(shapes, layout, capacity, ring, tail)
+        group.ring = ring
         group.length = group.chunks = 0
         self._groups[name] = group
-        self._add(name, group, arrays)
+        more = self._flat(group, arrays)
+        self._add(name, group, more)
+        if length > capacity:
+            # All of it is written; what is newer in the chunk to be written next waits as well.
+            group.length = length
+            filled = group.index % positions
+            for kept, array in zip(group.tail, more, strict=True):
+                kept[:, :filled] = array[:, group.index - filled : group.index]
 
     def append(self, name: str, arrays: Sequence[jax.Array]) -> None:
         group = self._groups[name]
-        check_capacity(name, group.length, arrays[0].shape[-2], group.capacity)
-        self._add(name, group, arrays)
+        if not group.ring:
+            check_capacity(name, group.length, arrays[0].shape[-2], group.capacity)
+        self._add(name, group, self._flat(group, arrays))
 
-    def _add(self, name: str, group: _Group, arrays: Sequence[jax.Array]) -> None:
-        positions = group.layout.positions
-        more = [
+    @staticmethod
+    def _flat(group: _Group, arrays: Sequence[jax.Array]) -> list[np.ndarray]:
+        return [
             np.asarray(a).reshape(s[0], -1, s[2])
             for a, s in zip(arrays, group.layout.shapes, strict=True)
         ]
-        count, taken = more[0].shape[1], 0
+
+    def _add(self, name: str, group: _Group, more: Views) -> None:
+        positions, count = group.layout.positions, more[0].shape[1]
+        # Of more than a ring holds, the last ones. If they begin amid a chunk, they end amid it,
+        # too: what the tail has before them is written and then overlaid.
+        taken = max(0, count - group.capacity)
+        group.length += taken
         while taken < count:
-            filled = group.length - group.chunks * positions
-            if filled == 0 and count - taken >= positions:
-                whole = (count - taken) // positions
-                self._write(name, group, whole, [m[:, taken:] for m in more])
-                step = whole * positions
+            chunk, filled = divmod(group.index, positions)
+            size = group.chunk_size(chunk)
+            if filled == 0 and count - taken >= size:
+                whole = group.whole_chunks(chunk, count - taken)
+                step = min(whole * positions, group.capacity - group.index)
+                views = [m[:, taken : taken + step] for m in more]
+                self._write(name, group, chunk, whole, views)
             else:
-                step = min(positions - filled, count - taken)
+                step = min(size - filled, count - taken)
                 for kept, array in zip(group.tail, more, strict=True):
                     kept[:, filled : filled + step] = array[:, taken : taken + step]
-                if filled + step == positions:
-                    self._write(name, group, 1, group.tail)
+                if filled + step == size:
+                    self._write(name, group, chunk, 1, [kept[:, :size] for kept in group.tail])
             taken += step
             group.length += step
 
-    def _write(self, name: str, group: _Group, count: int, views: Views) -> None:
-        views = [view[:, : count * group.layout.positions] for view in views]
+    def _write(self, name: str, group: _Group, first: int, count: int, views: Views) -> None:
         try:
-            self._chunks.write(name, group.chunks, count, group.layout, views)
+            self._chunks.write(name, first, count, group.layout, views)
         except (OSError, ValueError) as error:
             raise self._failed("write", name, error) from error
-        group.chunks += count
+        group.chunks = max(group.chunks, first + count)
         self.bytes_written += count * group.layout.nbytes
 
     def load(self, name: str, slot: Slot) -> tuple[jax.Array, ...]:
@@ -155,9 +210,9 @@ class DiskSequences:
             except (OSError, ValueError) as error:
                 raise self._failed("read", name, error) from error
             self.bytes_read += group.chunks * layout.nbytes
-        start = group.chunks * layout.positions
+        filled = group.index % layout.positions
         for view, tail in zip(views, group.tail, strict=True):
-            view[:, start : group.length] = tail[:, : group.length - start]
+            view[:, group.index - filled : group.index] = tail[:, :filled]
             view[:, group.length :] = 0  # what an earlier load left may be of another dtype
         return tuple(jax.block_until_ready(jax.device_put(whole, self._device)))
 

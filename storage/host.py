@@ -18,8 +18,10 @@ import numpy as np
 
 from storage.device import grow, take_positions, take_rows
 from storage.memory import aligned_bytes
+from storage.pinned_ring import PinnedRing
+from storage.ring_index import spans
 from storage.slots import Slot
-from storage.store import check_capacity, full_nbytes
+from storage.store import check_capacity, full_nbytes, sequence_length
 
 
 class HostStore:
@@ -64,6 +66,7 @@ class _Group:
 
     arrays: list[np.ndarray]
     length: int
+    ring: bool
 
     @property
     def capacity(self) -> int:
@@ -93,9 +96,16 @@ class HostSequences:
     def slot_nbytes(self, sizes: Sequence[int]) -> int:
         return 0
 
-    def put(self, name: str, arrays: Sequence[jax.Array], capacity: int) -> None:
-        length = arrays[0].shape[-2]
-        check_capacity(name, 0, length, capacity)
+    def put(
+        self,
+        name: str,
+        arrays: Sequence[jax.Array],
+        capacity: int,
+        *,
+        length: int | None = None,
+        ring: bool = False,
+    ) -> None:
+        length = sequence_length(name, arrays, capacity, length, ring)
         group = self._groups.get(name)
         shapes = [(*a.shape[:-2], capacity, a.shape[-1]) for a in arrays]
         # Touched memory is used again: fresh pages cost six times the copy.
@@ -110,22 +120,27 @@ class HostSequences:
                     )
                 ],
                 0,
+                ring,
             )
         group.length = 0
         self._write(group, arrays)
+        group.length, group.ring = length, ring
         self._groups[name] = group
 
     def append(self, name: str, arrays: Sequence[jax.Array]) -> None:
         group = self._groups[name]
-        check_capacity(name, group.length, arrays[0].shape[-2], group.capacity)
+        if not group.ring:
+            check_capacity(name, group.length, arrays[0].shape[-2], group.capacity)
         self._write(group, arrays)
 
     @staticmethod
     def _write(group: _Group, arrays: Sequence[jax.Array]) -> None:
-        end = group.length + arrays[0].shape[-2]
-        for kept, array in zip(group.arrays, arrays, strict=True):
-            kept[..., group.length : end, :] = np.asarray(array)
-        group.length = end
+        more = arrays[0].shape[-2]
+        host = [np.asarray(array) for array in arrays]
+        for start, source, size in spans(group.length, more, group.capacity):
+            for kept, array in zip(group.arrays, host, strict=True):
+                kept[..., start : start + size, :] = array[..., source : source + size, :]
+        group.length += more
 
     def load(self, name: str, slot: Slot) -> tuple[jax.Array, ...]:
         return tuple(jax.device_put(self._groups[name].arrays, self._device))
@@ -153,12 +168,17 @@ class _Pieces:
     length: int
     capacity: int
 
+    @property
+    def nbytes(self) -> int:
+        return sum(full_nbytes(self.pieces[0], self.capacity))
+
 
 class PinnedSequences:
     """Sequences in pinned host memory beside an accelerator.
 
     Pinned arrays are immutable, so a sequence is kept in pieces: what came first, then pieces of
     ``piece`` positions; the newest positions are collected in plain memory until they fill one.
+    A ring is cut into pieces from the beginning (:class:`storage.pinned_ring.PinnedRing`).
     """
 
     free_load = free_store = False
@@ -168,21 +188,28 @@ class PinnedSequences:
         self._pinned = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
         self._on_device = jax.sharding.SingleDeviceSharding(device)
         self._piece = piece
-        self._groups: dict[str, _Pieces] = {}
+        self._groups: dict[str, _Pieces | PinnedRing] = {}
 
     @property
     def nbytes(self) -> int:
-        return sum(
-            sum(full_nbytes(group.pieces[0], group.capacity))
-            for group in list(self._groups.values())
-        )
+        return sum(group.nbytes for group in list(self._groups.values()))
 
     def slot_nbytes(self, sizes: Sequence[int]) -> int:
         return 0
 
-    def put(self, name: str, arrays: Sequence[jax.Array], capacity: int) -> None:
-        length = arrays[0].shape[-2]
-        check_capacity(name, 0, length, capacity)
+    def put(
+        self,
+        name: str,
+        arrays: Sequence[jax.Array],
+        capacity: int,
+        *,
+        length: int | None = None,
+        ring: bool = False,
+    ) -> None:
+        length = sequence_length(name, arrays, capacity, length, ring)
+        if ring:
+            self._groups[name] = PinnedRing(arrays, capacity, length, self._piece, self._pinned)
+            return
         first = jax.block_until_ready(jax.device_put(tuple(arrays), self._pinned))
         room = min(self._piece, capacity - length)
         tail = [np.zeros((*a.shape[:-2], room, a.shape[-1]), a.dtype) for a in arrays]
@@ -190,6 +217,9 @@ class PinnedSequences:
 
     def append(self, name: str, arrays: Sequence[jax.Array]) -> None:
         group, more = self._groups[name], arrays[0].shape[-2]
+        if isinstance(group, PinnedRing):
+            group.append(arrays)
+            return
         check_capacity(name, group.length, more, group.capacity)
         host = [np.asarray(array) for array in arrays]
         taken = 0
@@ -212,6 +242,8 @@ class PinnedSequences:
 
     def load(self, name: str, slot: Slot) -> tuple[jax.Array, ...]:
         group = self._groups[name]
+        if isinstance(group, PinnedRing):
+            return group.load(self._on_device)
         tail = [tuple(group.tail)] if group.filled else []
         # One call for all pieces: every transfer pays a fixed price.
         pieces = jax.device_put([*group.pieces, *tail], self._on_device)

@@ -56,6 +56,9 @@ class SequenceStore(Protocol):
     as long as they do not touch the same name; what is loaded is read until the slot is begun again
     or the name is stored to again, whose new arrays are computed from it.
 
+    A group may be a *ring*, which keeps the last ``capacity`` positions and forgets the older ones:
+    position p of the sequence lies at index p % capacity.
+
     Attributes:
         free_load: Loading is no work: the arrays are read where they lie.
         free_store: Storing is no work: it is dispatched and waits for nothing.
@@ -73,18 +76,36 @@ class SequenceStore(Protocol):
         """Bytes of slot memory that loading arrays of these full ``sizes`` may take (0: none)."""
         ...
 
-    def put(self, name: str, arrays: Sequence[jax.Array], capacity: int) -> None:
+    def put(
+        self,
+        name: str,
+        arrays: Sequence[jax.Array],
+        capacity: int,
+        *,
+        length: int | None = None,
+        ring: bool = False,
+    ) -> None:
         """Keeps ``arrays`` as the beginning of sequences of ``capacity`` positions.
 
         What the name stood for before is gone.
 
+        Args:
+            length: How many positions the sequences have so far; None: as many as the arrays. Only
+                in a ring it may be more than the capacity: then the arrays have exactly
+                ``capacity`` positions, the last ones, in ring order.
+            ring: Whether appending beyond the capacity overwrites the oldest positions.
+
         Raises:
-            StorageError: the tier did not take them.
+            StorageError: more than the capacity, or the tier did not take them.
+            ValueError: the arrays have not the positions that ``length`` says.
         """
         ...
 
     def append(self, name: str, arrays: Sequence[jax.Array]) -> None:
         """Adds positions at the end.
+
+        In a ring they take the places of the oldest ones, which no computation may still need; of
+        more than the capacity, the last ones are kept.
 
         Raises:
             KeyError: no such name.
@@ -93,7 +114,7 @@ class SequenceStore(Protocol):
         ...
 
     def load(self, name: str, slot: Slot) -> tuple[jax.Array, ...]:
-        """The group on the device, ready, each array of ``capacity`` positions.
+        """The group on the device, ready, each array of ``capacity`` positions, by index.
 
         Positions that are not filled yet hold some finite values. Transient copies lie in
         ``slot``, already begun.
@@ -108,7 +129,8 @@ class SequenceStore(Protocol):
         """Some positions, of each array: ``array[..., index[..., i], :]`` at position ``i``.
 
         Args:
-            index: Integers, shaped as the arrays' leading axes and one more.
+            index: Integers, shaped as the arrays' leading axes and one more; of a ring, indices in
+                the ring.
 
         Raises:
             As :meth:`load`.
@@ -124,7 +146,7 @@ class SequenceStore(Protocol):
         ...
 
 
-def full_nbytes(arrays: Sequence[jax.Array], capacity: int) -> list[int]:
+def full_nbytes(arrays: Sequence[jax.Array | np.ndarray], capacity: int) -> list[int]:
     """Bytes of each array once it has ``capacity`` positions."""
     return [array.nbytes // array.shape[-2] * capacity for array in arrays]
 
@@ -139,3 +161,30 @@ def check_capacity(name: str, have: int, more: int, capacity: int) -> None:
         raise StorageError(
             f"{name} has room for {capacity} positions: {have} are filled and {more} more came"
         )
+
+
+def sequence_length(
+    name: str, arrays: Sequence[jax.Array], capacity: int, length: int | None, ring: bool
+) -> int:
+    """How many positions sequences have that are put so.
+
+    Raises:
+        StorageError: more than the capacity, and it is no ring.
+        ValueError: the arrays have not the positions that ``length`` says.
+    """
+    have = arrays[0].shape[-2]
+    if not ring:
+        if length not in (None, have):
+            raise ValueError(
+                f"{name} has arrays of {have} positions and a length of {length}: only those of a "
+                f"ring may differ"
+            )
+        check_capacity(name, 0, have, capacity)
+        return have
+    length = have if length is None else length
+    if capacity < 1 or have != min(length, capacity):
+        raise ValueError(
+            f"{name} is a ring of {capacity} positions, of a sequence of {length}: expected arrays "
+            f"of {max(0, min(length, capacity))} positions in ring order, got {have}"
+        )
+    return length

@@ -27,6 +27,15 @@ def _values(seed: int, positions: int, dtype: Any = jnp.float32) -> tuple[jax.Ar
     )
 
 
+def in_ring_order(sequence: np.ndarray, capacity: int) -> np.ndarray:
+    """The last ``capacity`` positions of a whole sequence, position p at index p % capacity."""
+    length = sequence.shape[-2]
+    positions = np.arange(max(0, length - capacity), length)
+    ring = np.empty((*sequence.shape[:-2], len(positions), sequence.shape[-1]), sequence.dtype)
+    ring[..., positions % capacity, :] = sequence[..., positions, :]
+    return ring
+
+
 class SequenceStoreContract:
     """What a :class:`SequenceStore` must do."""
 
@@ -43,6 +52,17 @@ class SequenceStoreContract:
             assert got.shape == (*want.shape[:-2], capacity, want.shape[-1])
             np.testing.assert_array_equal(got[..., : want.shape[-2], :], np.asarray(want))
             assert np.isfinite(got.astype(np.float32)).all()
+
+    def put_ring(self, store: Any, name: str, whole: Any, length: int, capacity: int) -> None:
+        ring = [in_ring_order(np.asarray(w)[..., :length, :], capacity) for w in whole]
+        store.put(name, [jnp.asarray(r) for r in ring], capacity, length=length, ring=True)
+
+    def append(self, store: Any, name: str, whole: Any, start: int, end: int) -> None:
+        store.append(name, [jnp.asarray(np.asarray(w)[..., start:end, :]) for w in whole])
+
+    def check_ring(self, store: Any, name: str, whole: Any, length: int, capacity: int) -> None:
+        ring = tuple(in_ring_order(np.asarray(w)[..., :length, :], capacity) for w in whole)
+        self.check(store, name, ring, capacity)
 
     def test_it_keeps_the_contract(self, store: Any) -> None:
         assert isinstance(store, SequenceStore)
@@ -86,6 +106,9 @@ class SequenceStoreContract:
         self.check(store, "a", _values(3, 5), 5)
         with pytest.raises(StorageError, match="room for 5"):
             store.append("a", _values(4, 1))
+        for first in (8, 3, 8):
+            store.put("a", _values(5, first), 8)
+            self.check(store, "a", _values(5, first), 8)
 
     def test_more_than_the_capacity_is_refused_by_name(self, store: Any) -> None:
         with pytest.raises(StorageError, match="cell has room for 4 positions: 0 are filled and 5"):
@@ -107,3 +130,113 @@ class SequenceStoreContract:
             store.append("a", _values(0, 1))
         store.put("a", _values(5, 4), 16)
         self.check(store, "a", _values(5, 4), 16)
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("capacity", [1, 5, 8, 20])
+    def test_a_ring_keeps_the_last_positions(self, store: Any, capacity: int, dtype: str) -> None:
+        whole = _values(0, 2 * capacity + 3, dtype)
+        first = min(3, capacity)
+        self.put_ring(store, "a", whole, first, capacity)
+        self.check_ring(store, "a", whole, first, capacity)
+        for end in range(first + 1, 2 * capacity + 4):
+            self.append(store, "a", whole, end - 1, end)
+            self.check_ring(store, "a", whole, end, capacity)
+
+    @pytest.mark.parametrize("capacity", [1, 7, 16, 20])
+    def test_many_positions_may_cross_the_end_of_a_ring(self, store: Any, capacity: int) -> None:
+        whole = _values(1, 12 * capacity + 12)
+        steps = [1, 2, capacity - 1, capacity, 5, capacity + 1, 2, 2 * capacity + 3, capacity, 4]
+        self.put_ring(store, "a", whole, 1, capacity)
+        length = 1
+        for step in steps:
+            self.append(store, "a", whole, length, length + step)
+            length += step
+            self.check_ring(store, "a", whole, length, capacity)
+
+    def test_a_ring_that_is_not_full_may_be_overrun_at_once(self, store: Any) -> None:
+        whole = _values(2, 60)
+        self.put_ring(store, "a", whole, 2, 20)
+        self.append(store, "a", whole, 2, 57)
+        self.check_ring(store, "a", whole, 57, 20)
+        self.append(store, "a", whole, 57, 60)
+        self.check_ring(store, "a", whole, 60, 20)
+
+    @pytest.mark.parametrize("capacity", [1, 8, 11, 20])
+    def test_a_ring_may_begin_with_more_than_it_holds(self, store: Any, capacity: int) -> None:
+        whole = _values(3, 2 * capacity + 10)
+        for length in range(capacity, 2 * capacity + 1):
+            self.put_ring(store, "a", whole, length, capacity)
+            self.check_ring(store, "a", whole, length, capacity)
+            self.append(store, "a", whole, length, length + 1)
+            self.check_ring(store, "a", whole, length + 1, capacity)
+            self.append(store, "a", whole, length + 1, length + 10)
+            self.check_ring(store, "a", whole, length + 10, capacity)
+
+    @pytest.mark.parametrize("capacity", [16, 20])
+    def test_a_name_may_become_a_ring_and_no_ring_again(self, store: Any, capacity: int) -> None:
+        whole = _values(4, 3 * capacity)
+        for length in (2 * capacity + 3, 5, capacity):
+            self.put_ring(store, "a", whole, length, capacity)
+            self.append(store, "a", whole, length, length + 4)
+            self.check_ring(store, "a", whole, length + 4, capacity)
+            line = _values(length, capacity)
+            store.put("a", [x[..., :3, :] for x in line], capacity)
+            self.append(store, "a", line, 3, capacity)
+            self.check(store, "a", line, capacity)
+            with pytest.raises(StorageError, match=f"room for {capacity}"):
+                self.append(store, "a", line, 0, 1)
+            store.put("a", line, capacity)
+            self.check(store, "a", line, capacity)
+
+    def test_what_is_taken_lies_at_these_indices(self, store: Any) -> None:
+        whole = _values(5, 50)
+        index = np.random.default_rng(0).integers(0, 20, (2, 3, 6)).astype(np.int32)
+
+        def check(kept: list[np.ndarray]) -> None:
+            taken = store.take("a", jnp.asarray(index))
+            for got, array in zip(taken, kept, strict=True):
+                want = np.take_along_axis(array, index[..., None], axis=-2)
+                np.testing.assert_array_equal(np.array(got), want)
+
+        store.put("a", [w[..., :20, :] for w in whole], 24)
+        check([np.asarray(w) for w in whole])
+        self.put_ring(store, "a", whole, 18, 20)
+        for start, end in itertools.pairwise([18, 20, 21, 33, 50]):
+            self.append(store, "a", whole, start, end)
+            check([in_ring_order(np.asarray(w)[..., :end, :], 20) for w in whole])
+
+    @pytest.mark.parametrize("length", [5, 8, 11])
+    def test_what_a_ring_was_put_from_stays_as_it_is(self, store: Any, length: int) -> None:
+        given = _values(6, min(length, 8))
+        store.put("a", given, 8, length=length, ring=True)
+        for seed in range(9):
+            store.append("a", _values(seed, 1))
+        for array, want in zip(given, _values(6, min(length, 8)), strict=True):
+            np.testing.assert_array_equal(np.asarray(array), np.asarray(want))
+
+    def test_rings_count_their_capacity_and_mix_with_nothing(self, store: Any) -> None:
+        whole = _values(7, 40)
+        self.put_ring(store, "a", whole, 33, 16)
+        store.put("b", _values(8, 3), 16)
+        self.put_ring(store, "c", whole, 2, 16)
+        assert store.nbytes == 3 * 6 * 16 * (4 + 5) * 4
+        self.append(store, "a", whole, 33, 40)
+        self.check_ring(store, "a", whole, 40, 16)
+        self.check(store, "b", _values(8, 3), 16)
+        self.check_ring(store, "c", whole, 2, 16)
+        store.discard("a")
+        assert store.nbytes == 2 * 6 * 16 * (4 + 5) * 4
+        with pytest.raises(KeyError):
+            self.append(store, "a", whole, 0, 1)
+
+    def test_arrays_that_do_not_have_the_length_are_refused(self, store: Any) -> None:
+        with pytest.raises(ValueError, match="cell has arrays of 5 positions and a length of 6"):
+            store.put("cell", _values(0, 5), 8, length=6)
+        with pytest.raises(ValueError, match=r"expected arrays of 6 positions .* got 5"):
+            store.put("cell", _values(0, 5), 8, length=6, ring=True)
+        with pytest.raises(ValueError, match=r"expected arrays of 4 positions .* got 5"):
+            store.put("cell", _values(0, 5), 4, ring=True)
+        with pytest.raises(ValueError, match="ring of 0 positions"):
+            store.put("cell", _values(0, 5), 0, ring=True)
+        store.put("cell", _values(0, 5), 8, length=5)
+        self.check(store, "cell", _values(0, 5), 8)

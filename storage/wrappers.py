@@ -45,8 +45,8 @@ class _Wrapper:
     def take(self, name: str, rows: Any) -> Any:
         return self._move("take", name, lambda: self._store.take(name, rows))
 
-    def put(self, name: str, arrays: Any, *capacity: int) -> None:
-        self._move("put", name, lambda: self._store.put(name, arrays, *capacity), arrays)
+    def put(self, name: str, arrays: Any, *capacity: int, **how: Any) -> None:
+        self._move("put", name, lambda: self._store.put(name, arrays, *capacity, **how), arrays)
 
     def append(self, name: str, arrays: Any) -> None:
         self._move("append", name, lambda: self._store.append(name, arrays), arrays)

@@ -1,13 +1,14 @@
 """Sequences in every tier, by one contract; and what is particular to the disk."""
 
 import errno
+import json
 import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
@@ -18,7 +19,7 @@ from storage.disk_sequences import DiskSequences
 from storage.host import HostSequences, PinnedSequences, host_sequences
 from storage.slots import Slot
 from storage.store import StorageError
-from storage.testing import SequenceStoreContract
+from storage.testing import SequenceStoreContract, in_ring_order
 from storage.wrappers import Faulty, Logged, Throttled
 
 DISKS = {
@@ -63,24 +64,33 @@ def test_any_order_of_calls_agrees_with_a_dictionary(kind, tmp_path_factory):
         def fresh(self, positions):
             self.count += 1
             values = np.arange(2 * positions * 3, dtype=np.float32) + 1000 * self.count
-            return jnp.asarray(values.reshape(2, positions, 3))
+            return values.reshape(2, positions, 3)
 
         @rule(name=st.sampled_from("abc"), positions=st.integers(1, 20), more=st.integers(0, 20))
         def put(self, name, positions, more):
             array = self.fresh(positions)
-            self.store.put(name, [array], positions + more)
-            self.model[name] = (np.asarray(array), positions + more)
+            self.store.put(name, [jnp.asarray(array)], positions + more)
+            self.model[name] = (array, positions + more, False)
+
+        @rule(
+            name=st.sampled_from("abc"), positions=st.integers(1, 40), capacity=st.integers(1, 30)
+        )
+        def put_ring(self, name, positions, capacity):
+            array = self.fresh(positions)
+            ring = jnp.asarray(in_ring_order(array, capacity))
+            self.store.put(name, [ring], capacity, length=positions, ring=True)
+            self.model[name] = (array, capacity, True)
 
         @precondition(lambda self: self.model)
         @rule(data=st.data())
         def append(self, data):
             name = data.draw(st.sampled_from(sorted(self.model)))
-            array, capacity = self.model[name]
-            room = capacity - array.shape[1]
+            array, capacity, ring = self.model[name]
+            room = 2 * capacity if ring else capacity - array.shape[1]
             if room:
                 more = self.fresh(data.draw(st.integers(1, room)))
-                self.store.append(name, [more])
-                self.model[name] = (np.concatenate([array, more], axis=1), capacity)
+                self.store.append(name, [jnp.asarray(more)])
+                self.model[name] = (np.concatenate([array, more], axis=1), capacity, ring)
 
         @rule(name=st.sampled_from("abc"))
         def discard(self, name):
@@ -91,18 +101,58 @@ def test_any_order_of_calls_agrees_with_a_dictionary(kind, tmp_path_factory):
         @rule(data=st.data())
         def load(self, data):
             name = data.draw(st.sampled_from(sorted(self.model)))
-            array, capacity = self.model[name]
+            array, capacity, ring = self.model[name]
             slot = Slot(max(1, self.store.slot_nbytes([capacity * 24])))
             slot.begin()
             (got,) = self.store.load(name, slot)
             assert got.shape == (2, capacity, 3)
-            np.testing.assert_array_equal(np.asarray(got)[:, : array.shape[1]], array)
+            want = in_ring_order(array, capacity) if ring else array
+            np.testing.assert_array_equal(np.asarray(got)[:, : want.shape[1]], want)
 
         def teardown(self):
             self.store.close()
 
     Machine.TestCase.settings = settings(max_examples=15, stateful_step_count=20, deadline=None)
     Machine.TestCase("runTest").runTest()
+
+
+def cut_by(positions, kind, directory):
+    """A store that cuts its sequences so, if it cuts them."""
+    if kind == "pinned":
+        return PinnedSequences(piece=positions)
+    if kind in DISKS:
+        return DiskSequences(directory, DiskContext(mode=kind, chunk_positions=positions))
+    return OTHERS[kind]()
+
+
+@pytest.mark.parametrize("kind", ["device", "host", "pinned", "mapped", "direct", "tensorstore"])
+def test_any_ring_holds_its_last_positions(kind, tmp_path_factory):
+    @settings(max_examples=25)
+    @given(
+        capacity=st.integers(1, 24),
+        cut=st.integers(1, 26),
+        first=st.integers(1, 60),
+        steps=st.lists(st.integers(1, 50) | st.just(1), max_size=8),
+    )
+    def check(capacity, cut, first, steps):
+        store = cut_by(cut, kind, tmp_path_factory.mktemp("ring"))
+        whole = np.arange(2 * 3 * (first + sum(steps)), dtype=np.float32).reshape(2, -1, 3)
+        end = first
+        given = in_ring_order(whole[:, :end], capacity)
+        store.put("a", [jnp.asarray(given)], capacity, length=end, ring=True)
+        for step in [0, *steps]:
+            if step:
+                store.append("a", [jnp.asarray(whole[:, end : end + step])])
+            end += step
+            slot = Slot(max(1, store.slot_nbytes([capacity * 24])))
+            slot.begin()
+            (got,) = store.load("a", slot)
+            want = in_ring_order(whole[:, :end], capacity)
+            assert got.shape == (2, capacity, 3)
+            np.testing.assert_array_equal(np.asarray(got)[:, : want.shape[1]], want)
+        store.close()
+
+    check()
 
 
 def cell(positions, seed=0):
@@ -140,9 +190,46 @@ def test_what_cannot_grow_lies_on_the_disk_at_once(tmp_path):
     store.close()
 
 
-@pytest.mark.parametrize("mode", ["mapped", "direct", "tensorstore"])
-def test_a_full_disk_is_named(tmp_path, monkeypatch, mode):
-    store = DiskSequences(tmp_path, DiskContext(mode=mode, chunk_positions=8))
+def test_a_ring_on_disk_is_written_a_chunk_a_time_and_once_a_lap(tmp_path):
+    store = DiskSequences(tmp_path, DiskContext(mode="direct", chunk_positions=8))
+    chunk = 4096  # 8 rows x 8 positions x 16 floats: one page
+    store.put("a", cell(22), 22, length=22, ring=True)  # chunks of 8, 8 and 6
+    assert store.bytes_written == 3 * chunk
+    assert store.buffered_nbytes == chunk
+    written = [3] * 8 + [4] * 8 + [5] * 6 + [6] * 8
+    for i, count in enumerate(written):
+        assert store.bytes_written == count * chunk, i
+        store.append("a", cell(1, i))
+    assert (tmp_path / "a").stat().st_size == 3 * chunk
+    assert store.buffered_nbytes == chunk
+    store.append("a", cell(60))  # the last 22, from a position that begins no chunk
+    assert store.bytes_written == (7 + 3) * chunk
+    assert store.bytes_read == 0
+    load(store, "a")
+    assert store.bytes_read == 3 * chunk
+    store.put("a", cell(22), 22, length=49, ring=True)  # five of the first chunk are newer
+    assert store.bytes_written == (10 + 3) * chunk
+    store.append("a", cell(2))
+    assert store.bytes_written == (10 + 3) * chunk
+    store.append("a", cell(1))
+    assert store.bytes_written == (10 + 4) * chunk
+    store.put("a", cell(12), 22, ring=True)
+    assert store.bytes_written == (14 + 1) * chunk
+    load(store, "a")
+    assert store.bytes_read == (3 + 1) * chunk
+    store.close()
+
+
+def test_any_zarr_reader_finds_a_ring_of_its_capacity(tmp_path):
+    store = DiskSequences(tmp_path, DiskContext(mode="tensorstore", chunk_positions=8))
+    store.put("a", cell(22), 22, length=22 * 3, ring=True)
+    metadata = json.loads((tmp_path / "a" / "0" / "zarr.json").read_text())
+    assert metadata["shape"] == [8, 22, 16]
+    store.close()
+
+
+def fill(monkeypatch, store, mode):
+    """From now on the disk is full."""
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -151,6 +238,29 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch, mode):
         monkeypatch.setattr(store._chunks, "_arrays", full)
     else:
         monkeypatch.setattr(storage.chunks.os, "pwritev", full)
+
+
+@pytest.mark.parametrize("mode", ["mapped", "direct", "tensorstore"])
+def test_a_disk_that_is_full_when_a_ring_goes_round_is_named(tmp_path, monkeypatch, mode):
+    store = DiskSequences(tmp_path, DiskContext(mode=mode, chunk_positions=8))
+    store.put("cell", cell(22), 22, length=27, ring=True)  # five are in the chunk already
+    with monkeypatch.context() as disk:
+        fill(disk, store, mode)
+        store.append("cell", cell(2))
+        before = np.array(load(store, "cell")[0])
+        with pytest.raises(StorageError, match=r"cannot write .*cell: No space left on device"):
+            store.append("cell", cell(1, 9))
+        np.testing.assert_array_equal(np.array(load(store, "cell")[0]), before)
+    store.append("cell", cell(1, 9))
+    (after,) = load(store, "cell")
+    np.testing.assert_array_equal(np.asarray(after)[..., 7:8, :], cell(1, 9)[0])
+    store.close()
+
+
+@pytest.mark.parametrize("mode", ["mapped", "direct", "tensorstore"])
+def test_a_full_disk_is_named(tmp_path, monkeypatch, mode):
+    store = DiskSequences(tmp_path, DiskContext(mode=mode, chunk_positions=8))
+    fill(monkeypatch, store, mode)
     with pytest.raises(StorageError, match=r"cannot write .*cell: No space left on device"):
         store.put("cell", cell(8), 16)
     store.close()
@@ -202,6 +312,30 @@ def test_the_host_tier_is_read_where_it_lies():
     np.testing.assert_array_equal(np.asarray(array)[..., 64:65, :], cell(1, 7)[0])
 
 
+@pytest.mark.parametrize("first", [5, 16, 37])
+def test_a_ring_on_the_device_is_written_in_place(first):
+    store = DeviceSequences()
+    store.put("a", cell(min(first, 16)), 16, length=first, ring=True)
+    (where,) = (array.unsafe_buffer_pointer() for array in store.load("a", Slot()))
+    for i in range(20):
+        store.append("a", cell(1, i))
+        (array,) = store.load("a", Slot())
+        assert array.unsafe_buffer_pointer() == where
+    store.append("a", cell(7))
+    (array,) = store.load("a", Slot())
+    assert array.unsafe_buffer_pointer() == where
+
+
+def test_a_ring_in_pinned_memory_takes_its_capacity_and_no_more():
+    store = PinnedSequences(piece=8)
+    store.put("a", cell(22), 22, length=45, ring=True)
+    for i in range(50):
+        store.append("a", cell(1, i))
+        pinned = store._groups["a"]._pieces.values()
+        assert sum(array.nbytes for piece in pinned for array in piece) == store.nbytes
+        assert {a.sharding.memory_kind for piece in pinned for a in piece} == {"pinned_host"}
+
+
 class TestWrappers:
     def test_a_log(self):
         lines = []
@@ -210,6 +344,15 @@ class TestWrappers:
         store.append("a", cell(1))
         store.load("a", Slot())
         assert lines == [("put", "a", 1024), ("append", "a", 512), ("load", "a", 2048)]
+
+    def test_a_ring_is_passed_on(self):
+        lines = []
+        store = Faulty(Logged(HostSequences(), lambda *line: lines.append(line)), lambda *_: None)
+        store.put("a", cell(4), 4, length=6, ring=True)
+        store.append("a", cell(1, 1))
+        (array,) = store.load("a", Slot())
+        np.testing.assert_array_equal(np.asarray(array)[..., 2:3, :], cell(1, 1)[0])
+        assert lines[:2] == [("put", "a", 2048), ("append", "a", 512)]
 
     def test_a_throttle_takes_the_time_of_its_link(self, monkeypatch):
         slept = []

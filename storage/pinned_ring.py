@@ -1,0 +1,118 @@
+"""A ring in pinned host memory beside an accelerator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from storage.device import grow
+from storage.ring_index import even_pieces
+from storage.store import full_nbytes
+
+
+class PinnedRing:
+    """The last ``capacity`` positions of a group.
+
+    Pinned arrays are immutable, so the ring is cut into pieces, each replaced as a whole once a
+    lap; the newest positions, less than a piece, are collected in plain memory.
+
+    Args:
+        arrays: As :meth:`storage.store.SequenceStore.put` takes them for a ring.
+        length: How many positions the sequence has.
+        piece: Positions of a piece at most.
+        pinned: The sharding of pinned memory.
+    """
+
+    def __init__(
+        self, arrays: Sequence[jax.Array], capacity: int, length: int, piece: int, pinned: Any
+    ) -> None:
+        self._capacity, self._length = capacity, length
+        self._piece = even_pieces(capacity, piece)
+        self._pinned = pinned
+        self._pieces: dict[int, tuple[jax.Array, ...]] = {}
+        have = arrays[0].shape[-2]
+        for number, start in enumerate(range(0, have, self._piece)):
+            size = self._size(number)
+            if start + size <= have:
+                # One after the other: cut all at once, the group would lie on the device twice.
+                self._pin(number, _cut(tuple(arrays), np.int32(start), size))
+        self._tail = [np.zeros((*a.shape[:-2], self._piece, a.shape[-1]), a.dtype) for a in arrays]
+        number, filled = self._next()
+        if filled:
+            newest = _cut(tuple(arrays), np.int32(number * self._piece), filled)
+            for kept, array in zip(self._tail, newest, strict=True):
+                kept[..., :filled, :] = np.asarray(array)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(full_nbytes(self._tail, self._capacity))
+
+    def _size(self, number: int) -> int:
+        return min(self._piece, self._capacity - number * self._piece)
+
+    def _next(self) -> tuple[int, int]:
+        """The piece that the next position belongs to, and how many of its positions are newer."""
+        return divmod(self._length % self._capacity, self._piece)
+
+    def _pin(self, number: int, arrays: tuple[Any, ...]) -> None:
+        self._pieces[number] = jax.block_until_ready(jax.device_put(arrays, self._pinned))
+
+    def append(self, arrays: Sequence[jax.Array]) -> None:
+        host = [np.asarray(array) for array in arrays]
+        more = host[0].shape[-2]
+        taken = max(0, more - self._capacity)
+        self._length += taken
+        while taken < more:
+            number, filled = self._next()
+            size = self._size(number)
+            count = min(more - taken, size - filled)
+            for kept, array in zip(self._tail, host, strict=True):
+                kept[..., filled : filled + count, :] = array[..., taken : taken + count, :]
+            if filled + count == size:
+                # Copied: a transfer may read it later.
+                self._pin(number, tuple(kept[..., :size, :].copy() for kept in self._tail))
+            taken += count
+            self._length += count
+
+    def load(self, on_device: Any) -> tuple[jax.Array, ...]:
+        """The whole ring on the device, in ring order, ready."""
+        number, filled = self._next()
+        tail = tuple(kept[..., : self._size(number), :] for kept in self._tail)
+        pinned = tuple(self._pieces[number] for number in sorted(self._pieces))
+        # One call for all pieces: every transfer pays a fixed price. The tail goes along even if
+        # nothing is in it: the program that joins them stays the same.
+        pieces, tail = jax.device_put((pinned, tail), on_device)
+        start = np.int32(number * self._piece)
+        return jax.block_until_ready(_joined(pieces, tail, start, np.int32(filled), self._capacity))
+
+
+@partial(jax.jit, static_argnums=2)
+def _cut(arrays: tuple[jax.Array, ...], start: jax.Array, count: int) -> tuple[jax.Array, ...]:
+    return tuple(jax.lax.dynamic_slice_in_dim(a, start, count, axis=a.ndim - 2) for a in arrays)
+
+
+@partial(jax.jit, static_argnums=4)
+def _joined(
+    pieces: tuple[tuple[jax.Array, ...], ...],
+    tail: tuple[jax.Array, ...],
+    start: jax.Array,
+    filled: jax.Array,
+    capacity: int,
+) -> tuple[jax.Array, ...]:
+    """The pieces one after the other, and over them, from ``start``, what the tail has newer."""
+
+    def joined(newest: jax.Array, *parts: jax.Array) -> jax.Array:
+        axis, size = newest.ndim - 2, newest.shape[-2]
+        none = newest[..., :0, :]
+        (whole,) = grow((jnp.concatenate([*parts, none], axis=axis),), capacity)
+        older = jax.lax.dynamic_slice_in_dim(whole, start, size, axis=axis)
+        newer = jnp.arange(size, dtype=jnp.int32)[:, None] < filled
+        merged = jnp.where(newer, newest, older)
+        return jax.lax.dynamic_update_slice_in_dim(whole, merged, start, axis=axis)
+
+    return tuple(map(joined, tail, *pieces))
