@@ -18,16 +18,17 @@ from flexgen_jax._version import __version__
 from flexgen_jax.distributed.process_hand_over import ProcessHandOver
 from flexgen_jax.distributed.processes import Processes, process_count
 from flexgen_jax.distributed.stage_devices import stage_devices
+from flexgen_jax.engine.batch_state import batch_states
 from flexgen_jax.engine.block_run import Counts, run_block
 from flexgen_jax.engine.cells import Cells, WrapStore
-from flexgen_jax.engine.effects import BlockEffects, OnLogits
+from flexgen_jax.engine.effects import BlockEffects, OnLogits, Watch
 from flexgen_jax.engine.hand_over import HandOver
 from flexgen_jax.engine.layer_loading import LayerLoader
 from flexgen_jax.engine.pipeline import Rings, Stage
 from flexgen_jax.engine.snapshots import Snapshot
 from flexgen_jax.logs import LOGGER, event
 from flexgen_jax.machine.this_machine import this_machine
-from flexgen_jax.models.family import Config
+from flexgen_jax.models.family import Config, eos_token_ids
 from flexgen_jax.planning.auto import Auto, Demand, Model, Uniform, kind_of, limits_of_this_machine
 from flexgen_jax.planning.blocks import Block, make_blocks
 from flexgen_jax.planning.byte_sizes import parse_bytes
@@ -763,19 +764,16 @@ class LLM:
         }
         for stage in self._stages.values():
             stage.rings = None
-        effects = BlockEffects(
+        last = stages.get(workload.num_stages - 1)
+        states = batch_states(
             block,
-            number,
-            workload,
-            stages,
-            cells,
-            hand_over=self._hand_over,
-            config=self.config,
-            dtype=self._model.dtype,
-            seed=self.seed,
-            decode=None if self.tokenizer is None else self.tokenizer.decode,
-            on_tokens=progress,
-            on_logits=on_logits,
+            self.seed,
+            eos_token_ids(self.config),
+            None if self.tokenizer is None else self.tokenizer.decode,
+            None if last is None else last.device,
+        )
+        effects = BlockEffects(
+            states, number, workload, stages, cells, self._hand_over, Watch(progress, on_logits)
         )
         timeline = run_block(self._order(), workload, effects, counts, snapshot)
         self._stages = stages

@@ -27,7 +27,8 @@ def alike(workload: Workload) -> dict[tuple[int, int | None], int]:
     for layer, by_tier in enumerate(sizes.weights):
         stage = workload.stage_of(layer)
         edge = layer if layer in (0, last) or layer in sizes.borders else -1
-        kind = sizes.matmul_flops[layer], sizes.dense[layer], edge, stage
+        window = sizes.windows.get(layer)
+        kind = sizes.matmul_flops[layer], sizes.dense[layer], edge, stage, window
         reads = sizes.reads[layer] if sizes.reads else 0
         weights = *by_tier.items(), kind, reads
         counts[layers.setdefault(weights, layer), None] += 1

@@ -149,12 +149,12 @@ class CostModel:
         if not self.workload.has_cache(op.layer):
             return found
         if op.step == 0:
-            pairs = batch.rows * positions * positions
+            pairs = batch.rows * positions * min(positions, sizes.windows.get(op.layer, positions))
             seconds = 4.0 * pairs * sizes.hidden_size / h.attention
             found.append(Term("attention", DEVICE, seconds))
             return found
         cell = sizes.cache[op.layer, op.batch]
-        read = batch.cached(op.step) * (cell.dense_nbytes or cell.position_nbytes)
+        read = cell.kept(batch.cached(op.step)) * (cell.dense_nbytes or cell.position_nbytes)
         where = HOST if cell.hosted else DEVICE
         name = "host_attention" if cell.hosted else "cached_attention"
         found.append(Term(name, where, read / getattr(h, name)))

@@ -62,7 +62,7 @@ class Program:
         self.nbytes = {
             "weights": sum(sum(stage.values()) for stage in _sizes(pure[Tier.DEVICE]).resident),
             "cache": sum(
-                cell.position_nbytes * _sizes(pure[Tier.DEVICE]).batches[number].capacity
+                cell.position_nbytes * cell.kept(_sizes(pure[Tier.DEVICE]).batches[number].capacity)
                 for (_, number), cell in _sizes(pure[Tier.DEVICE]).cache.items()
             ),
             "hidden": pure[Tier.DEVICE].num_stages

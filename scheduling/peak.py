@@ -64,6 +64,7 @@ def peak_nbytes(
             before, after = batch.cached(op.step), batch.cached(op.step) + batch.positions(op.step)
             if not filled:
                 before, after = (batch.capacity if op.step else 0), batch.capacity
+            before, after = cell.kept(before), cell.kept(after)
             where = _place(w, stage, cell.tier, shared)
             held[where] += cell.position_nbytes * (after - before)
             held[host] += sizes.buffered(cell) if op.step == 0 else 0
@@ -120,7 +121,7 @@ def room_nbytes(workload: Workload, *, shared: bool) -> dict[Tier, int]:
             room[_place(w, stage, batch.hidden_tier, shared)] += hidden
     for (layer, number), cell in sizes.cache.items():
         stage = w.stage_of(layer)
-        nbytes = cell.position_nbytes * sizes.batches[number].capacity
+        nbytes = cell.position_nbytes * cell.kept(sizes.batches[number].capacity)
         room[_place(w, stage, cell.tier, shared)] += nbytes
         room[_place(w, stage, Tier.HOST, shared)] += sizes.buffered(cell)
     return _fullest(room)
@@ -132,7 +133,7 @@ def transient_nbytes(workload: Workload, stage: int, *, shared: bool) -> int:
     layers = w.layers_of(stage)
     own = [(key[1], cell) for key, cell in sizes.cache.items() if key[0] in layers]
     cells = [
-        cell.position_nbytes * sizes.batches[number].capacity
+        cell.position_nbytes * cell.kept(sizes.batches[number].capacity)
         for number, cell in own
         if cell.tier is Tier.DISK or (cell.tier is Tier.HOST and not shared and cell.sent > 0)
     ]
@@ -145,7 +146,9 @@ def transient_nbytes(workload: Workload, stage: int, *, shared: bool) -> int:
         by.get(Tier.DISK, 0) + (0 if shared else by.get(Tier.HOST, 0))
         for by in (sizes.weights[layer] for layer in layers)
     )
-    unpacked = [cell.dense_nbytes * sizes.batches[number].capacity for number, cell in own]
+    unpacked = [
+        cell.dense_nbytes * cell.kept(sizes.batches[number].capacity) for number, cell in own
+    ]
     head = w.num_layers - 1
     return (
         w.weight_slots * weights

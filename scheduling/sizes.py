@@ -46,6 +46,7 @@ class CacheCell:
         loaded: The share of the filled positions' bytes that a load brings to the host's memory.
         sent: The share that goes on to the device: 0 where attention is computed on the host.
         dense_nbytes: Per position: what attending unpacks; 0 if it is kept as it is computed with.
+        positions: The most that it keeps, of a layer with a window; None: all of its batch.
     """
 
     tier: Tier
@@ -54,6 +55,11 @@ class CacheCell:
     sent: float = 1.0
     dense_nbytes: int = 0
     hosted: bool = False
+    positions: int | None = None
+
+    def kept(self, positions: int) -> int:
+        """How many of so many positions it keeps."""
+        return positions if self.positions is None else min(positions, self.positions)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,6 +112,7 @@ class Sizes:
             host memory.
         reads: Per layer, how many accesses of the disk a load is; empty: none.
         borders: Layers whose hidden states the next stage takes: whether on another host.
+        windows: Layer -> positions that each position of it attends to; no entry: all before it.
     """
 
     weights: tuple[Mapping[Tier, int], ...]
@@ -118,6 +125,7 @@ class Sizes:
     chunk_positions: int = 1
     reads: tuple[int, ...] = ()
     borders: Mapping[int, bool] = dataclasses.field(default_factory=dict)
+    windows: Mapping[int, int] = dataclasses.field(default_factory=dict)
 
     def accesses(self, op: Op) -> int:
         """How often ``op`` accesses the disk: a cell is one file."""
@@ -133,7 +141,7 @@ class Sizes:
                 return _inward(self.weights[op.layer])
             case LoadCache() if op.step and (op.layer, op.batch) in self.cache:
                 cell, batch = self.cache[op.layer, op.batch], self.batches[op.batch]
-                filled = batch.cached(op.step)
+                filled = cell.kept(batch.cached(op.step))
                 whole = self._whole(filled) if cell.tier is Tier.DISK else filled
                 return _links(
                     {
@@ -147,7 +155,7 @@ class Sizes:
                 cell, batch = self.cache[op.layer, op.batch], self.batches[op.batch]
                 if op.step + 1 >= batch.num_steps:
                     return {}  # nobody will read it
-                new, filled = batch.positions(op.step), batch.cached(op.step)
+                new, filled = cell.kept(batch.positions(op.step)), batch.cached(op.step)
                 if batch.stride > 1 and op.step:
                     whole = new  # on average
                 else:
@@ -191,7 +199,9 @@ class Sizes:
         if not isinstance(op, Compute) or not op.step:
             return 0
         cell = self.cache.get((op.layer, op.batch))
-        return cell.dense_nbytes * self.batches[op.batch].cached(op.step) if cell else 0
+        if cell is None:
+            return 0
+        return cell.dense_nbytes * cell.kept(self.batches[op.batch].cached(op.step))
 
     def total(self, ops: Iterable[Op]) -> Moved:
         """Bytes that ``ops`` move in all, by link; an op of a batch that has left moves none."""

@@ -10,13 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexgen_jax.engine.sampling import History, Sampled, batch_arrays, seed_words
-from flexgen_jax.planning.blocks import Batch
+from flexgen_jax.planning.blocks import Batch, Block
 from flexgen_jax.requests.generated import Generated
 from flexgen_jax.requests.outputs import Logprob
 from flexgen_jax.requests.request import Request
 from flexgen_jax.requests.stops import Decode
 
 SCORE_CHUNK = 256  # positions scored at a time: their logits are (positions, vocab)
+
+
+def batch_states(
+    block: Block,
+    seed: int,
+    eos_token_ids: Sequence[int],
+    decode: Decode | None = None,
+    sampler: Any = None,
+) -> list[BatchState]:
+    """Of each batch of ``block``; the arguments are :class:`BatchState`'s."""
+    return [BatchState(batch, seed, eos_token_ids, decode, sampler) for batch in block.batches]
 
 
 class BatchState:
@@ -143,6 +154,21 @@ class BatchState:
         self.left = values["left"]
         for result, kept in zip(self.results, values["results"], strict=True):
             result.restore(kept)
+
+    def position(self, step: int) -> np.int32:
+        """The column of the token that decode step ``step`` computes."""
+        return np.int32(self.batch.prompt_len + step - 1)
+
+    @property
+    def begun(self) -> bool:
+        """Whether its prompts are in the cache."""
+        return any(result.token_ids for result in self.results)
+
+    @property
+    def length(self) -> int:
+        """Positions in the cache at a step's border: the last token has none yet."""
+        steps = max(len(result.token_ids) for result in self.results)
+        return self.batch.prompt_len + max(steps - 1, 0)
 
     @property
     def finished(self) -> bool:

@@ -89,6 +89,6 @@ def run_block(
             return timeline
         peak = {tier.value: nbytes for tier, nbytes in effects.peak_bytes.items()}
         state = State(cut.done, effects.batches(), counts(), timeline, peak)
-        snapshot.save(state, effects.cells(cut.done))
+        snapshot.save(state, effects.cells())
         parts = [(0.0, timeline)]
         workload = dataclasses.replace(workload, done=cut.done)

@@ -55,7 +55,7 @@ class Cells:
         context: DiskContext | None = None,
         wrap: WrapStore | None = None,
     ) -> None:
-        self.policy = policy
+        self.config, self.dtype, self.policy = config, dtype, policy
         self.cache_of = [place_cache(b, config, dtype, policy) for b in blocks]
         self.hidden_of = [place_hidden(b, config, dtype, policy.hidden) for b in blocks]
         self._stack = contextlib.ExitStack()

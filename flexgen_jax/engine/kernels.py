@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from flexgen_jax.engine import sampling
 from flexgen_jax.models import attention, decoding
 from flexgen_jax.models.family import Config, Kind
-from flexgen_jax.models.kv_cache import CacheFormat, KeptCache, LayerCache
+from flexgen_jax.models.kv_cache import CacheFormat, KeptCache, LayerCache, last_positions
 from flexgen_jax.models.pieces import rows_per_call
 from flexgen_jax.models.quantization import Quantized
 
@@ -40,7 +40,7 @@ def embed(
     return hidden, _marker(hidden)
 
 
-@partial(jax.jit, static_argnames=("config", "kind", "form"))
+@partial(jax.jit, static_argnames=("config", "kind", "form", "keep"))
 def prefill_layer(
     params: Any,
     hidden: Float[Array, "batch seq hidden"],
@@ -49,14 +49,19 @@ def prefill_layer(
     config: Config,
     kind: Kind,
     form: CacheFormat,
+    keep: int | None = None,
 ) -> tuple[Float[Array, "batch seq hidden"], KeptCache, Float[Array, ""]]:
-    """A decoder layer over whole prompts, a few rows at a time; their keys and values as well."""
+    """A decoder layer over whole prompts, a few rows at a time; their keys and values as well.
+
+    Args:
+        keep: At most so many positions of these, the last ones, as a ring; None: all.
+    """
     batch, seq, _ = hidden.shape
     rows = rows_per_call(batch, seq)
 
     def some_rows(part: tuple[Array, Array]) -> tuple[Array, KeptCache]:
         out, (k, v) = decoding.prefill_layer(params, *part, config, kind)
-        return out, form.pack(LayerCache(k, v))
+        return out, form.pack(last_positions(LayerCache(k, v), keep))
 
     if rows == batch:
         out, cache = some_rows((hidden, padding))

@@ -27,7 +27,7 @@ class GemmaConfig(RotaryConfig):
             None: they are as they are.
     """
 
-    query_pre_attn_scalar: float = 256
+    query_pre_attn_scalar: float = 256.0
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
 
@@ -138,7 +138,7 @@ def _gemma2(
         bos_token_id=2,
         eos_token_id=1,
         pad_token_id=0,
-        query_pre_attn_scalar=scalar,
+        query_pre_attn_scalar=float(scalar),
         attn_logit_softcapping=50.0,
         final_logit_softcapping=30.0,
     )

@@ -148,7 +148,7 @@ PRESETS: Mapping[str, Gemma3Config] = {
     ),
     "google/gemma-3-4b-pt": _gemma3(34, 2560, 10240, 8, 4, 256),
     "google/gemma-3-12b-pt": _gemma3(48, 3840, 15360, 16, 8, 256),
-    "google/gemma-3-27b-pt": _gemma3(62, 5376, 21504, 32, 16, 128, query_pre_attn_scalar=168),
+    "google/gemma-3-27b-pt": _gemma3(62, 5376, 21504, 32, 16, 128, query_pre_attn_scalar=168.0),
 }
 
 FAMILY = Gemma3(PRESETS)

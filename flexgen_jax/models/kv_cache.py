@@ -68,6 +68,15 @@ def write_prompt(
     return LayerCache(jnp.pad(key, widths), jnp.pad(value, widths))
 
 
+def last_positions(cache: LayerCache, keep: int | None) -> LayerCache:
+    """The last ``keep`` positions as a ring, position ``p`` at ``p % keep``; all if they fit."""
+    seq = cache.key.shape[2]
+    if keep is None or seq <= keep:
+        return cache
+    shift = (seq - keep) % keep
+    return LayerCache(*(jnp.roll(x[:, :, seq - keep :], shift, axis=2) for x in cache))
+
+
 def write_token(
     cache: LayerCache,
     key: Float[Array, "batch kv_heads 1 head_dim"],

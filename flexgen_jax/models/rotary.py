@@ -185,9 +185,9 @@ class RotaryDecoder(Family):
                     "or head_dim be given"
                 )
             found["head_dim"] = width // heads
-        for name in ("rms_norm_eps",):
-            if not isinstance(found[name], (int, float)) or isinstance(found[name], bool):
-                raise ConfigError(f"{name} must be a number, got {found[name]!r}")
+        for field in dataclasses.fields(self.config_class):
+            if field.name in found:
+                found[field.name] = _checked(field, found[field.name])
         vocab = found["vocab_size"]
         if isinstance(vocab, int):
             for name in ("bos_token_id", "pad_token_id"):
@@ -361,6 +361,20 @@ class RotaryDecoder(Family):
         config: Any,
     ) -> Float[Array, "*dims vocab"]:
         return logits(table, self.normed(params, "norm", hidden, config))
+
+
+def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
+    """A value of ``config.json`` for a field that is a number or a flag."""
+    kind = str(field.type).removesuffix(" | None")
+    if value is None and kind != str(field.type):
+        return None
+    if kind == "float":
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise ConfigError(f"{field.name} must be a number, got {value!r}")
+        return float(value)
+    if kind == "bool" and not isinstance(value, bool):
+        raise ConfigError(f"{field.name} must be true or false, got {value!r}")
+    return value
 
 
 # What transformers takes where a config.json is silent, in most families.

@@ -20,8 +20,10 @@ from flexgen_jax.models.params import (
 from flexgen_jax.models.pieces import rows_per_call
 from flexgen_jax.planning.blocks import Batch, Block
 from flexgen_jax.planning.cell_layout import (
+    CellRoom,
     cache_format,
     cache_places,
+    cell_room,
     hidden_name,
     place_cache,
     place_hidden,
@@ -82,6 +84,11 @@ def block_sizes(
             first - 1: bool(hosts) and hosts[stage] != hosts[stage - 1]
             for stage, first in enumerate(starts)
             if stage
+        },
+        windows={
+            layer: kind.window
+            for layer, kind in enumerate(unit_kinds(config))
+            if kind.window is not None
         },
     )
 
@@ -144,10 +151,11 @@ def _cache(
     kept = cache_format(policy)
     per_head = sum(kept.position_nbytes(config.head_dim, form.dtype))
     itemsize = jnp.dtype(form.dtype).itemsize
-    sparsity = policy.attention_sparsity
+    kinds = unit_kinds(config)
 
     @functools.cache
-    def cell(rows: int, tier: Tier) -> CacheCell:
+    def cell(rows: int, tier: Tier, room: CellRoom) -> CacheCell:
+        sparsity = 1.0 if room.windowed else policy.attention_sparsity
         heads = 2 * rows * config.num_key_value_heads
         hosted = policy.host_attention and tier is not Tier.DEVICE
         # Keys as a whole; of the values the selected ones, which a disk reads whole as well.
@@ -159,11 +167,16 @@ def _cache(
             hosted=hosted,
             sent=0.0 if hosted else (1 + sparsity) / 2 if sparsity < 1 else 1.0,
             dense_nbytes=heads * config.head_dim * itemsize if kept.bits else 0,
+            positions=room.capacity if room.ring else None,
         )
 
     places = list(cache_places(block, config))
     dealt = place_cache(block, config, form.dtype, policy).cells  # in the same order
     return {
-        (layer, number): cell(block.batches[number].rows, placed.tier)
+        (layer, number): cell(
+            block.batches[number].rows,
+            placed.tier,
+            cell_room(block.batches[number], kinds[layer]),
+        )
         for (layer, number), placed in zip(places, dealt, strict=True)
     }

@@ -6,13 +6,14 @@ A cell is what moves at once: the cache of one layer and batch, the hidden state
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from flexgen_jax.models.family import Config
+from flexgen_jax.models.family import Config, Kind
 from flexgen_jax.models.kv_cache import CacheFormat
-from flexgen_jax.planning.blocks import Batch, Block
+from flexgen_jax.models.params import unit_kinds
+from flexgen_jax.planning.blocks import CACHE_MULTIPLE, Batch, Block
 from scheduling.placement import Placement, place
 from scheduling.policy import Policy, Split
 
@@ -32,9 +33,34 @@ def cache_format(policy: Policy) -> CacheFormat:
     return CacheFormat(policy.cache_bits, policy.group_size)
 
 
-def cache_sizes(batch: Batch, config: Config, dtype: Any, form: CacheFormat) -> list[int]:
+class CellRoom(NamedTuple):
+    """The positions of a cell of the cache.
+
+    Attributes:
+        capacity: That it keeps.
+        windowed: Attention sees fewer positions than the batch has.
+        ring: The batch has more than it keeps: the newest take the place of the oldest.
+    """
+
+    capacity: int
+    windowed: bool
+    ring: bool
+
+
+def cell_room(batch: Batch, kind: Kind) -> CellRoom:
+    """Of a layer's kind: one with a window keeps no more than the window."""
+    needed = batch.prompt_len + batch.num_steps - 1
+    if kind.window is None or kind.window >= needed:
+        return CellRoom(batch.cache_len, False, False)
+    capacity = min(batch.cache_len, -(-kind.window // CACHE_MULTIPLE) * CACHE_MULTIPLE)
+    return CellRoom(capacity, True, capacity < needed)
+
+
+def cache_sizes(
+    batch: Batch, config: Config, dtype: Any, form: CacheFormat, kind: Kind
+) -> list[int]:
     """Bytes of the arrays that one layer and ``batch`` keep: of its keys, then of its values."""
-    heads = batch.rows * batch.cache_len * config.num_key_value_heads
+    heads = batch.rows * cell_room(batch, kind).capacity * config.num_key_value_heads
     return [heads * n for n in form.position_nbytes(config.head_dim, dtype)] * 2
 
 
@@ -45,7 +71,9 @@ def hidden_nbytes(batch: Batch, config: Config, dtype: Any) -> int:
 
 def cache_places(block: Block, config: Config) -> Iterator[tuple[int, int]]:
     """(layer, batch) of the cells of the cache, in the order in which they are dealt."""
-    for layer in range(1, len(config.units) - 1):
+    for layer, kind in enumerate(unit_kinds(config)):
+        if kind.role != "decoder":
+            continue
         for number, batch in enumerate(block.batches):
             if batch.num_steps > 1:  # one new token needs no cache
                 yield layer, number
@@ -54,9 +82,14 @@ def cache_places(block: Block, config: Config) -> Iterator[tuple[int, int]]:
 def place_cache(block: Block, config: Config, dtype: Any, policy: Policy) -> Placement:
     """Deals the cells of the cache to tiers (DESIGN §4), layer after layer."""
     form = cache_format(policy)
-    sizes = [sum(cache_sizes(batch, config, dtype, form)) for batch in block.batches]
+    kinds = unit_kinds(config)
+    sizes = {
+        (kind, number): sum(cache_sizes(batch, config, dtype, form, kind))
+        for kind in set(kinds)
+        for number, batch in enumerate(block.batches)
+    }
     cells = [
-        (cache_name(config, layer, number), sizes[number])
+        (cache_name(config, layer, number), sizes[kinds[layer], number])
         for layer, number in cache_places(block, config)
     ]
     return _dealt(cells, policy.cache)

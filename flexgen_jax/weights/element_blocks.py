@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from flexgen_jax.models.family import Config
 from flexgen_jax.weights.tensor_file import SourceError
+from flexgen_jax.weights.weight_format import WeightFormat
 from storage.array_file import ArrayFile
 
 _BLOCK_NBYTES = 8 << 20
@@ -49,3 +51,30 @@ def read_array(file: ArrayFile) -> np.ndarray:
     if not file.raw:
         raise SourceError(f"{file.directory} is not one uncompressed chunk: convert anew")
     return np.fromfile(file.chunk, file.dtype).reshape(file.shape)
+
+
+def dense_array(
+    form: WeightFormat, config: Config, arrays: Mapping[str, ArrayFile], name: str
+) -> np.ndarray:
+    """A parameter the way round that it is stored; codes as what they stand for.
+
+    Args:
+        arrays: Of the store, by their stored names.
+
+    Raises:
+        SourceError: an array is not one uncompressed chunk.
+    """
+    flat = {n: read_array(arrays[n]) for n in form.stored_names(config, name)}
+    (found,) = form.assemble(config, flat).values()
+    if not form.quantizes(config, name):
+        whole: np.ndarray = found
+        return whole
+    import jax
+    import jax.numpy as jnp
+
+    from flexgen_jax.models.quantization import Quantized, dequantize
+
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        codes, affine = jnp.asarray(found.codes), jnp.asarray(found.affine)
+        quantized = Quantized(codes, affine, found.bits, found.size)
+        return np.asarray(dequantize(quantized, jnp.dtype(form.dtype)))

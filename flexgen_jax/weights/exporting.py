@@ -15,7 +15,7 @@ from flexgen_jax.models.family import Source
 from flexgen_jax.models.params import param_shapes
 from flexgen_jax.models.registry import family_of
 from flexgen_jax.weights.checkpoint import StoredModel, is_store, open_store, resolve
-from flexgen_jax.weights.element_blocks import read_array
+from flexgen_jax.weights.element_blocks import dense_array
 from flexgen_jax.weights.huggingface import COMPANION_FILES
 from flexgen_jax.weights.store_writer import Progress
 from storage.array_file import StoreError
@@ -129,26 +129,7 @@ def _published(stored: StoredModel, parts: list[tuple[str, Source]]) -> np.ndarr
     """A tensor as the family's checkpoints have it."""
     found = []
     for name, source in sorted(parts, key=lambda part: part[1].rows or (0, 0)):
-        array = _array(stored, name)
+        array = dense_array(stored.format, stored.config, stored.arrays, name)
         swapped = source.transposed != stored.format.transposes(stored.config, name)
         found.append(array.T if swapped else array)
     return np.ascontiguousarray(found[0] if len(found) == 1 else np.concatenate(found))
-
-
-def _array(stored: StoredModel, name: str) -> np.ndarray:
-    """A parameter as it lies, dense."""
-    form, config = stored.format, stored.config
-    flat = {n: read_array(stored.arrays[n]) for n in form.stored_names(config, name)}
-    (found,) = form.assemble(config, flat).values()
-    if not form.quantizes(config, name):
-        whole: np.ndarray = found
-        return whole
-    import jax
-    import jax.numpy as jnp
-
-    from flexgen_jax.models.quantization import Quantized, dequantize
-
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        codes, affine = jnp.asarray(found.codes), jnp.asarray(found.affine)
-        quantized = Quantized(codes, affine, found.bits, found.size)
-        return np.asarray(dequantize(quantized, jnp.dtype(stored.dtype)))

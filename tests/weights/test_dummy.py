@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flexgen_jax.models.family import ConfigError, OPTConfig
+from flexgen_jax.models.family import ConfigError
+from flexgen_jax.models.opt import OPTConfig
 from flexgen_jax.weights import checkpoint
 from flexgen_jax.weights.checkpoint import StoreError, convert_dummy, open_store
 

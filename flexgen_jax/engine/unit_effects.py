@@ -1,0 +1,266 @@
+"""What computing a unit of the model is: an embedding, a decoder layer, a head.
+
+Each takes what was loaded for it from the block's cells and leaves there what is to be stored.
+Knows no order.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+import jax
+import numpy as np
+
+from flexgen_jax.engine import kernels
+from flexgen_jax.engine.batch_state import BatchState
+from flexgen_jax.engine.block_cells import BlockCell, BlockCells
+from flexgen_jax.engine.layer_loading import LayerWeights
+from flexgen_jax.engine.pipeline import Stage
+from flexgen_jax.engine.sampling import sample
+from flexgen_jax.engine.unpacking import Dense
+from flexgen_jax.models.family import Config, Kind
+from flexgen_jax.models.kv_cache import KeptCache, LayerCache
+from scheduling.ops import Compute, LoadCache, LoadHidden, StoreCache, StoreHidden
+from scheduling.workload import Workload
+
+
+class UnitEffects(abc.ABC):
+    """Of the units of a role.
+
+    Args:
+        hands_over: Layer -> whether what it computes is for another stage.
+    """
+
+    def __init__(self, config: Config, cells: BlockCells, workload: Workload) -> None:
+        self._config, self._cells = config, cells
+        layers = range(workload.num_layers)
+        self._hands_over = [workload.hands_over(layer) for layer in layers]
+        self._stage_of = [workload.stage_of(layer) for layer in layers]
+
+    @abc.abstractmethod
+    def compute(
+        self, op: Compute, state: BatchState, stage: Stage, weights: LayerWeights
+    ) -> jax.Array:
+        """Dispatches the computation; returns what is ready when it has run."""
+
+    def _output(
+        self, op: StoreCache | StoreHidden, arrays: tuple[jax.Array, ...], state: BatchState
+    ) -> None:
+        """Keeps what a computation made: at once where that is no work, else until it is stored."""
+        if isinstance(op, StoreHidden) and self._hands_over[op.layer]:
+            self._cells.keep(op, arrays)
+            return
+        cell = self._cells.of(op)
+        if cell is None:
+            return
+        if not cell.store.free_store:
+            self._cells.keep(op, arrays)
+            return
+        try:
+            self._cells.store(op, arrays, state.batch.prompt_len)
+        except KeyError:
+            if not state.left:
+                raise
+
+
+class EmbeddingEffects(UnitEffects):
+    """Of the tokens that were sampled last, or of the prompts."""
+
+    def compute(
+        self, op: Compute, state: BatchState, stage: Stage, weights: LayerWeights
+    ) -> jax.Array:
+        rows = stage.weights.token_rows(state.tokens)
+        first = state.position(op.step) if op.step else np.int32(0)
+        hidden, marker = kernels.embed(
+            weights.params, rows, first, state.padding_on(stage.device), config=self._config
+        )
+        self._output(StoreHidden(op.step, op.layer, op.batch), (hidden,), state)
+        return marker
+
+
+class DecoderEffects(UnitEffects):
+    """Of whole prompts, or of one new token per row with the cache.
+
+    Args:
+        kinds: Of each layer.
+        sparsity: The share of the positions that are attended to.
+        dense: Stage -> where what is kept in codes becomes arrays.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        cells: BlockCells,
+        workload: Workload,
+        *,
+        kinds: tuple[Kind, ...],
+        sparsity: float,
+        dense: dict[int, Dense],
+    ) -> None:
+        super().__init__(config, cells, workload)
+        self._kinds, self._sparsity, self._dense = kinds, sparsity, dense
+
+    def compute(
+        self, op: Compute, state: BatchState, stage: Stage, weights: LayerWeights
+    ) -> jax.Array:
+        step, layer, number = op.step, op.layer, op.batch
+        (hidden,) = self._cells.taken(LoadHidden(step, layer, number))
+        cell = self._cells.cache.get((layer, number))
+        if step:
+            assert cell is not None
+            hidden, new, marker = self._decode(op, state, stage, weights, hidden, cell)
+        else:
+            hidden, new, marker = self._prefill(layer, state, stage, weights, hidden, cell)
+        last = step + 1 == state.batch.num_steps
+        if last and step:
+            assert cell is not None
+            self._cells.discard(cell)  # nobody reads it any more
+        if not last:
+            self._output(StoreCache(step, layer, number), tuple(jax.tree.leaves(new)), state)
+        self._output(StoreHidden(step, layer, number), (hidden,), state)
+        return marker
+
+    def _prefill(
+        self,
+        layer: int,
+        state: BatchState,
+        stage: Stage,
+        weights: LayerWeights,
+        hidden: jax.Array,
+        cell: BlockCell | None,
+    ) -> tuple[jax.Array, KeptCache, jax.Array]:
+        padding = state.padding_on(stage.device)
+        ring = cell is not None and cell.room.ring
+        hidden, new, marker = kernels.prefill_layer(
+            weights.params,
+            hidden,
+            padding,
+            config=self._config,
+            kind=self._kinds[layer],
+            form=self._cells.form,
+            keep=cell.room.capacity if cell is not None and ring else None,
+        )
+        if cell is not None and cell.values is not None:
+            value_sum = kernels.sum_values(new.value, padding)
+            if cell.hosted:
+                value_sum = jax.device_put(value_sum, self._cells.host)
+            self._cells.value_sums[cell.name] = value_sum
+        return hidden, new, marker
+
+    def _decode(
+        self,
+        op: Compute,
+        state: BatchState,
+        stage: Stage,
+        weights: LayerWeights,
+        hidden: jax.Array,
+        cell: BlockCell,
+    ) -> tuple[jax.Array, KeptCache, jax.Array]:
+        form, kind = self._cells.form, self._kinds[op.layer]
+        arrays = self._cells.taken(LoadCache(op.step, op.layer, op.batch))
+        dense = self._dense[self._stage_of[op.layer]]
+        cached = dense.of(form.unflatten(arrays, self._config.head_dim))
+        position = state.position(op.step)
+        if cell.hosted or cell.values is not None:
+            return self._in_parts(
+                state, stage.device, weights, hidden, cell, cached, position, kind
+            )
+        return kernels.decode_layer(
+            weights.params,
+            hidden,
+            LayerCache(*cached),
+            position,
+            state.padding_on(stage.device),
+            config=self._config,
+            kind=kind,
+            form=form,
+        )
+
+    def _in_parts(
+        self,
+        state: BatchState,
+        device: Any,
+        weights: LayerWeights,
+        hidden: jax.Array,
+        cell: BlockCell,
+        cached: tuple[jax.Array, ...],
+        position: np.int32,
+        kind: Kind,
+    ) -> tuple[jax.Array, KeptCache, jax.Array]:
+        """Where attention is computed on the host, or attends to a selection.
+
+        On the host: the query goes there and the result comes back; the cache never moves. To a
+        selection: only the values of the selected positions are fetched.
+        """
+        config, form, host = self._config, self._cells.form, self._cells.host
+        query, new, kept = kernels.decode_qkv(
+            weights.params,
+            hidden,
+            position,
+            state.padding_on(device),
+            config=config,
+            kind=kind,
+            form=form,
+        )
+        padding = state.padding_on(host if cell.hosted else device)
+        if cell.hosted:
+            query, new, kept = jax.device_put((query, new, kept), host)
+        if cell.values is None:
+            cache = LayerCache(*cached)
+            attended = kernels.attend_cached(query, cache, new, position, padding, kind=kind)
+        else:
+            (key,) = cached
+            chosen = kernels.select_cached(
+                query, key, new, position, padding, kind=kind, sparsity=self._sparsity
+            )
+            taken = cell.store.take(cell.values, chosen.positions)
+            (value,) = form.unflatten(taken, config.head_dim)
+            sums = self._cells.value_sums
+            attended, sums[cell.name] = kernels.attend_selected(
+                chosen, value, new, kept, sums[cell.name]
+            )
+        attended = jax.device_put(attended, device)
+        hidden, marker = kernels.decode_rest(
+            weights.params, hidden, attended, config=config, kind=kind
+        )
+        return hidden, kept, marker
+
+
+class HeadEffects(UnitEffects):
+    """The next token of every row, and the scores of the prompts.
+
+    Args:
+        on_logits: Given (step, batch, logits) of every computation.
+    """
+
+    def __init__(
+        self, config: Config, cells: BlockCells, workload: Workload, *, on_logits: Any
+    ) -> None:
+        super().__init__(config, cells, workload)
+        self._on_logits = on_logits
+
+    def compute(
+        self, op: Compute, state: BatchState, stage: Stage, weights: LayerWeights
+    ) -> jax.Array:
+        (hidden,) = self._cells.taken(LoadHidden(op.step, op.layer, op.batch))
+        head = weights.params, weights.token_table, hidden
+        if op.step == 0:
+            state.scores = [
+                kernels.score(*head, wanted, config=self._config, k=state.num_scores)
+                for wanted in state.wanted_scores()
+            ]
+        logits = kernels.head(*head, config=self._config)
+        if self._on_logits is not None:
+            self._on_logits(op.step, op.batch, logits)
+        state.sampled = sample(
+            logits,
+            state.arrays,
+            np.int32(op.step),
+            state.forced(op.step),
+            state.history(),
+            features=state.features,
+        )
+        if self._hands_over[op.layer]:
+            self._output(StoreHidden(op.step, op.layer, op.batch), tuple(state.sampled), state)
+        return state.sampled.token
