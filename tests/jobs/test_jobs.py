@@ -235,7 +235,7 @@ def test_an_input_that_changes_under_the_job_is_noticed(llm, tmp_path):
 
 def test_memory_does_not_grow_with_the_job(offload, tmp_path, monkeypatch):
     """What is held after 12 windows is what is held after 4: requests, results, ids, journal."""
-    monkeypatch.setattr("flexgen_jax.llm.MAX_SPANS", 0)  # reaches its own limit only later
+    monkeypatch.setattr("flexgen_jax.report.MAX_SPANS", 0)  # reaches its own limit only later
     held, count = [], 3100
     (tmp_path / "in.jsonl").write_bytes(ids(count) + b"nonsense\n" * 20)
 

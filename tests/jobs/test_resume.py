@@ -20,6 +20,7 @@ from click.testing import CliRunner
 import flexgen_jax as fg
 import flexgen_jax.engine.effects
 from flexgen_jax.cli.app import main
+from flexgen_jax.engine.local_runner import LocalRunner
 from flexgen_jax.jobs.job import Completing, Job
 from flexgen_jax.jobs.job_input import JobError, JobInput
 from flexgen_jax.jobs.results import FileResults
@@ -156,7 +157,7 @@ class Stopped(BaseException):
 
 def blocks_run(monkeypatch, stop_after=None):
     """Counts the blocks that are run; may stop before one."""
-    real, count = fg.LLM._run_block, [0]
+    real, count = LocalRunner._run_block, [0]
 
     def counted(self, *arguments):
         if count[0] == stop_after:
@@ -164,7 +165,7 @@ def blocks_run(monkeypatch, stop_after=None):
         count[0] += 1
         return real(self, *arguments)
 
-    monkeypatch.setattr(fg.LLM, "_run_block", counted)
+    monkeypatch.setattr(LocalRunner, "_run_block", counted)
     return count
 
 
