@@ -1,6 +1,7 @@
 """High-throughput offline generation for language models larger than the accelerator's memory.
 
-Public names are imported when first used, so that ``import flexgen_jax`` is quick.
+Public names are imported when first used, so that ``import flexgen_jax`` is quick. They are listed
+three times: for type checkers, for editors, and for importing; a test keeps the lists equal.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from flexgen_jax._version import __version__
 _siblings.check()
 
 if TYPE_CHECKING:
+    from flexgen_jax import ray as ray
     from flexgen_jax.distributed.processes import ProcessError, initialize
     from flexgen_jax.engine.executor import ExecutionError
     from flexgen_jax.llm import LLM
@@ -35,6 +37,43 @@ if TYPE_CHECKING:
     from scheduling.workload import Workload
     from storage.disk import DiskContext
 
+__all__ = [
+    "LLM",
+    "SCHEDULES",
+    "CompletionOutput",
+    "DiskContext",
+    "ExecutionError",
+    "Hardware",
+    "Logprob",
+    "OPTConfig",
+    "Perplexity",
+    "Plan",
+    "Policy",
+    "ProcessError",
+    "Report",
+    "RequestError",
+    "RequestOutput",
+    "SamplingParams",
+    "ScheduleError",
+    "Score",
+    "Split",
+    "Tier",
+    "Timeline",
+    "Workload",
+    "__version__",
+    "convert",
+    "convert_dummy",
+    "export",
+    "initialize",
+    "open_store",
+    "perplexity",
+    "plan",
+    "simulate",
+    "validate",
+    "write_trace",
+]
+
+# Where each of them is from.
 _HOME = {
     "convert": "flexgen_jax.weights.checkpoint",
     "export": "flexgen_jax.weights.exporting",
@@ -69,8 +108,6 @@ _HOME = {
     "Workload": "scheduling.workload",
     "DiskContext": "storage.disk",
 }
-
-__all__ = [*sorted(_HOME), "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -299,14 +299,18 @@ def test_workers_in_numbers(cluster):
 def test_sigterm_ends_a_ray_of_its_own(job, environment, tmp_path):
     arguments, expected = job
     output = tmp_path / "out.jsonl"
-    command = [*arguments, "-o", str(output)]
+    source = Path(arguments[arguments.index("-i") + 1]).read_text()
+    command = [*(arguments[: arguments.index("-i")]), "-i", "-", *BLOCKS, "-o", str(output)]
     process = subprocess.Popen(
         [sys.executable, "-m", "flexgen_jax", *command, *OVER_RAY],
+        stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=tmp_path,
         env={**os.environ, "RAY_ADDRESS": ""},
     )
+    process.stdin.write(source)
+    process.stdin.flush()  # not its end, without which the job has none
     partial = tmp_path / "out.jsonl.partial"
     while process.poll() is None and not (partial.exists() and b'"block"' in partial.read_bytes()):
         time.sleep(0.05)
@@ -314,7 +318,7 @@ def test_sigterm_ends_a_ray_of_its_own(job, environment, tmp_path):
     _, said = process.communicate()
     assert process.returncode == 143, said
     assert "requests are finished and kept" in said
-    assert run(command).exit_code == 0
+    assert CliRunner().invoke(main, command, input=source).exit_code == 0
     assert output.read_bytes() == expected
 
 
@@ -340,10 +344,10 @@ def test_policy_auto_is_of_the_workers_share(cluster, store, monkeypatch):
     assert [limits(beside, device_memory="3MB").device for beside in (1, 2)] == [3e6, 3e6]
     monkeypatch.undo()
     arguments = arguments_of(store, policy="auto", fixed={"device_batch_size": 2})
-    with replicated(Settled(1, 1, 0, {}, 1), {**arguments, "device_memory": "1MB"}) as llm:
+    with replicated(Settled(1, 1, 0, {}, 1), {**arguments, "device_memory": "50MB"}) as llm:
         assert len(llm.generate(["the"] * 3, fg.SamplingParams(max_tokens=2))) == 3
         assert llm.policy.device_batch_size == 2
-        assert llm.limits.device == 10**6
+        assert llm.limits.device == 50 * 10**6
         assert llm.why
         assert llm.report.why == llm.why
 
