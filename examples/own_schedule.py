@@ -53,8 +53,8 @@ def main(model):
         with fg.LLM(model, policy=policy, schedule=schedule) as llm:
             llm.generate(prompts, params)  # compiles: not to be measured
             outputs = llm.generate(prompts, params)
-            tokens[llm.schedule_name] = [o.outputs[0].token_ids for o in outputs]
-            print(f"{llm.schedule_name}: {llm.report.beside_prediction()}")
+            tokens[llm.report.schedule] = [o.outputs[0].token_ids for o in outputs]
+            print(f"{llm.report.schedule}: {llm.report.beside_prediction()}")
     assert tokens["zigzag"] == tokens["back_and_forth"]
     print("the same tokens")
 

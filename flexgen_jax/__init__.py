@@ -1,6 +1,7 @@
 """High-throughput offline generation for language models larger than the accelerator's memory.
 
-Public names are imported when first used, so that ``import flexgen_jax`` is quick.
+Public names are imported when first used, so that ``import flexgen_jax`` is quick. They are listed
+three times: for type checkers, for editors, and for importing; a test keeps the lists equal.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ from flexgen_jax._version import __version__
 _siblings.check()
 
 if TYPE_CHECKING:
+    from flexgen_jax import ray as ray
     from flexgen_jax.distributed.processes import ProcessError, initialize
     from flexgen_jax.engine.executor import ExecutionError
     from flexgen_jax.llm import LLM
+    from flexgen_jax.models import opt as opt
     from flexgen_jax.models.opt import OPTConfig
+    from flexgen_jax.models.registry import load_config
     from flexgen_jax.planning.plans import Plan, plan
     from flexgen_jax.report import Report
     from flexgen_jax.requests.outputs import CompletionOutput, Logprob, RequestOutput
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
     from flexgen_jax.scoring import Perplexity, Score, perplexity
     from flexgen_jax.weights.checkpoint import convert, convert_dummy, open_store
     from flexgen_jax.weights.exporting import export
+    from flexgen_jax.weights.pytrees import load_params, save_params
     from scheduling.hardware import Hardware
     from scheduling.policy import Policy, Split, Tier
     from scheduling.schedules import SCHEDULES
@@ -35,12 +40,55 @@ if TYPE_CHECKING:
     from scheduling.workload import Workload
     from storage.disk import DiskContext
 
+__all__ = [
+    "LLM",
+    "SCHEDULES",
+    "CompletionOutput",
+    "DiskContext",
+    "ExecutionError",
+    "Hardware",
+    "Logprob",
+    "OPTConfig",
+    "Perplexity",
+    "Plan",
+    "Policy",
+    "ProcessError",
+    "Report",
+    "RequestError",
+    "RequestOutput",
+    "SamplingParams",
+    "ScheduleError",
+    "Score",
+    "Split",
+    "Tier",
+    "Timeline",
+    "Workload",
+    "__version__",
+    "convert",
+    "convert_dummy",
+    "export",
+    "initialize",
+    "load_config",
+    "load_params",
+    "open_store",
+    "perplexity",
+    "plan",
+    "save_params",
+    "simulate",
+    "validate",
+    "write_trace",
+]
+
+# Where each of them is from.
 _HOME = {
     "convert": "flexgen_jax.weights.checkpoint",
     "export": "flexgen_jax.weights.exporting",
     "convert_dummy": "flexgen_jax.weights.checkpoint",
     "open_store": "flexgen_jax.weights.checkpoint",
     "OPTConfig": "flexgen_jax.models.opt",
+    "load_config": "flexgen_jax.models.registry",
+    "load_params": "flexgen_jax.weights.pytrees",
+    "save_params": "flexgen_jax.weights.pytrees",
     "ExecutionError": "flexgen_jax.engine.executor",
     "LLM": "flexgen_jax.llm",
     "RequestError": "flexgen_jax.requests.prompts",
@@ -69,13 +117,13 @@ _HOME = {
     "Workload": "scheduling.workload",
     "DiskContext": "storage.disk",
 }
-
-__all__ = [*sorted(_HOME), "__version__"]
+# What is public as a whole.
+_FILES = {"opt": "flexgen_jax.models.opt", "ray": "flexgen_jax.ray"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "ray":
-        return importlib.import_module("flexgen_jax.ray")
+    if name in _FILES:
+        return importlib.import_module(_FILES[name])
     if name not in _HOME:
         raise AttributeError(f"module 'flexgen_jax' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)

@@ -101,7 +101,7 @@ def compare(
                 if reference is None:
                     file = Path(directory) / "logits"
                     reference = np.memmap(file, np.float32, "w+", shape=shape)
-                meter = _Meter(llm.blocks(windows), reference, record=first)
+                meter = _Meter(llm.planner.blocks(windows), reference, record=first)
                 _warm_up(llm, windows)
                 outputs = llm.run(
                     windows,

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from flexgen_jax.planning.blocks import Block
-from flexgen_jax.report import Report, Sum
+from flexgen_jax.planning.planner import Planner
+from flexgen_jax.report import Report
 from flexgen_jax.requests.outputs import RequestOutput
 from flexgen_jax.requests.prompts import Prompt
 from flexgen_jax.requests.request import Request
@@ -23,6 +24,9 @@ class Completer(Protocol):
     @property
     def policy(self) -> Policy: ...
 
+    @property
+    def planner(self) -> Planner: ...
+
     def encode(self, text: str) -> list[int]: ...
 
     def request(
@@ -30,8 +34,6 @@ class Completer(Protocol):
     ) -> Request: ...
 
     def choose_policy(self, job: Sequence[Request]) -> Policy: ...
-
-    def blocks(self, requests: Sequence[Request]) -> list[Block]: ...
 
     def run(
         self, requests: Sequence[Request], *, progress: Callable[[int], None] | None = None
@@ -44,5 +46,3 @@ class Completer(Protocol):
         *,
         progress: Callable[[int], None] | None = None,
     ) -> None: ...
-
-    def sum_of_reports(self) -> Sum: ...

@@ -7,12 +7,17 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
+from flexgen_jax.engine.runner import Finished
+from flexgen_jax.planning.blocks import Block
+from flexgen_jax.planning.planner import Planner
 from scheduling.calibrate import Observation
 from scheduling.placement import Placement
 from scheduling.policy import Policy, Tier
 from scheduling.sizes import Link
 from scheduling.timeline import Timeline, compare
 
+# Of a long job's timeline so much is kept: about 20 MB, and simulated in seconds.
+MAX_SPANS = 100_000
 _NOT_PLAIN = (
     "policy",
     "placement",
@@ -93,29 +98,49 @@ class Report:
         return self.predict()
 
     @classmethod
-    def empty(
-        cls,
-        policy: Policy,
-        placement: Mapping[str, Placement],
-        schedule: str,
-        hardware: str,
-        why: str | None,
-    ) -> Report:
+    def empty(cls, planner: Planner) -> Report:
         """Of nothing yet."""
         zeros: dict[str, Any] = dict.fromkeys(_SUMMED, 0)
         return cls(
             **zeros,
-            policy=policy,
-            placement=placement,
-            schedule=schedule,
-            peak_bytes={tier: placement["weights"].nbytes(tier) for tier in Tier},
+            policy=planner.policy,
+            placement=planner.placement([]),
+            schedule=planner.schedule_name,
+            peak_bytes={tier: planner.weights.nbytes(tier) for tier in Tier},
             moved=dict.fromkeys(Link, 0),
             timeline=Timeline((), label="measured"),
-            hardware=hardware,
+            hardware=planner.hardware.name,
             predict=lambda: Timeline((), label="predicted"),
             observe=list,
             lower_bound=float,
-            why=why,
+            why=planner.why,
+        )
+
+    @classmethod
+    def of_block(cls, planner: Planner, block: Block, finished: Finished) -> Report:
+        """Of one block; without a timeline there is nothing to predict either."""
+        report = dataclasses.replace(
+            cls.empty(planner),
+            placement=planner.placement([block]),
+            requests=len(block.requests),
+            blocks=1,
+            batches=len(block.batches),
+            prompt_tokens=sum(len(r.token_ids) for r in block.requests),
+            padded_tokens=sum(b.rows * b.prompt_len for b in block.batches),
+            generated_tokens=finished.generated_tokens,
+            peak_bytes=finished.peak_bytes,
+            moved=planner.traffic([block]),
+            **finished.counts,
+        )
+        timeline = finished.timeline
+        if timeline is None:
+            return report
+        return dataclasses.replace(
+            report,
+            timeline=timeline,
+            predict=functools.partial(planner.predict, block),
+            observe=functools.partial(planner.observe, block, timeline),
+            lower_bound=functools.partial(planner.lower_bound, block),
         )
 
     def __repr__(self) -> str:
@@ -214,6 +239,11 @@ class Sum:
         self._kept: list[tuple[float, Report]] = []  # with the time that each began
         self._offset = 0.0
         self._spans, self._max_spans = 0, max_spans
+
+    @classmethod
+    def of(cls, planner: Planner) -> Self:
+        """Of nothing yet."""
+        return cls(Report.empty(planner), MAX_SPANS)
 
     def add(self, report: Report) -> Self:
         """Adds what comes after what was added before."""

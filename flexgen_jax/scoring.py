@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from flexgen_jax.completer import Completer
 from flexgen_jax.requests.outputs import RequestOutput
-from flexgen_jax.requests.prompts import Prompt, RequestError, as_list, parse_prompt
+from flexgen_jax.requests.prompts import Prompt, RequestError, as_list, made_of_each, parse_prompt
 from flexgen_jax.requests.request import Request
 from flexgen_jax.requests.sampling_params import SamplingParams
 
@@ -72,14 +72,8 @@ def score(
         raise RequestError(
             f"{len(prompts)} prompts but {len(continuations)} continuations: give one for each"
         )
-    requests, problems = [], []
-    for index, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
-        try:
-            requests.append(score_request(llm, index, prompt, continuation))
-        except RequestError as error:
-            problems.append(f"prompt {index}: {error}")
-    if problems:
-        raise RequestError("; ".join(problems))
+    pairs = zip(prompts, continuations, strict=True)
+    requests = made_of_each(pairs, lambda index, pair: score_request(llm, index, *pair))
     return run_scores(llm, requests, progress=progress)
 
 

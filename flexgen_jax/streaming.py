@@ -48,7 +48,7 @@ def generate_iter(
             index += 1
         if total is None:
             llm.choose_policy(requests)
-            total = llm.sum_of_reports()
+            total = Sum.of(llm.planner)
         found: dict[int, RequestOutput] = {}
         sums = total
 
@@ -56,7 +56,7 @@ def generate_iter(
             sums.add(report)  # noqa: B023 # called before the next
             found.update(finished)  # noqa: B023
 
-        llm.run_blocks(llm.blocks(requests), keep, progress=progress)
+        llm.run_blocks(llm.planner.blocks(requests), keep, progress=progress)
         llm.report = total.total()
         for request in requests:
             yield found.pop(request.index)

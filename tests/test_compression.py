@@ -67,8 +67,8 @@ def test_quantised_weights_compute_what_the_reference_does(offload, tmp_path, va
     prompt = PROMPTS[0]
     with fg.LLM(str(store), policy=policy(weights=MIXED), offload_dir=offload) as llm:
         assert llm.policy.weight_bits == bits
-        config, form = llm.config, llm._model.format
-        flat = {name: jnp.asarray(read(store, name)) for name in llm._model.arrays}
+        config, form = llm.config, llm.runner.model.format
+        flat = {name: jnp.asarray(read(store, name)) for name in llm.runner.model.arrays}
         params = nest(form.assemble(config, flat))
         logits = []
         llm.generate([prompt], GREEDY, on_logits=lambda s, b, x: logits.append(np.asarray(x)))
@@ -143,8 +143,8 @@ def test_bytes_read_and_written_are_as_planned(offload, tmp_path, changes, chunk
     context = fg.DiskContext(mode="mapped", chunk_positions=chunk)
     prompts = [[3 + i] * n for i, n in enumerate((16, 15, 9, 16, 12, 7, 3, 16))]
     with fg.LLM(store, policy=everything, disk=context, offload_dir=str(tmp_path)) as llm:
-        planned = llm.traffic(
-            llm.blocks([llm.request(i, p, GREEDY) for i, p in enumerate(prompts)])
+        planned = llm.planner.traffic(
+            llm.planner.blocks([llm.request(i, p, GREEDY) for i, p in enumerate(prompts)])
         )
         llm.generate(prompts, GREEDY)
         report = llm.report
@@ -162,7 +162,7 @@ def test_the_cache_is_attended_to_as_it_is_kept(offload):
     form = CacheFormat(4)
     with fg.LLM(str(GOLDENS / "pre_norm"), policy=policy(), offload_dir=offload) as llm:
         config = llm.config
-        flat = {n: jnp.asarray(read(llm._model.path, n)) for n in llm._model.arrays}
+        flat = {n: jnp.asarray(read(llm.runner.model.path, n)) for n in llm.runner.model.arrays}
     params = nest(flat)
     first, caches = opt.prefill(params, jnp.asarray([prompt]), config, cache_len=32)
 
@@ -325,7 +325,9 @@ def test_comparing_follows_the_given_text(offload, tmp_path):
     (row,) = compare(make, tokens, {"full": {}}, context=24, prompt_len=10)
     with make() as llm:
         config = llm.config
-        params = nest({n: jnp.asarray(read(llm._model.path, n)) for n in llm._model.arrays})
+        params = nest(
+            {n: jnp.asarray(read(llm.runner.model.path, n)) for n in llm.runner.model.arrays}
+        )
     total = 0.0
     for start in range(0, 72, 24):
         window = jnp.asarray([tokens[start : start + 24]])

@@ -20,6 +20,7 @@ ORDER = (
     "engine",
     "distributed",
     "machine",
+    "placed_model",
     "report",
     "completer",
     "scoring",

@@ -1,8 +1,10 @@
 """The main path: greedy tokens equal Hugging Face's, whatever the schedule and the placement."""
 
 import dataclasses
+import gc
 import json
 import threading
+import weakref
 from pathlib import Path
 
 import jax
@@ -536,6 +538,35 @@ def test_closing_gives_the_weights_back_at_once(offload):
         assert sum(held.values()) >= weights
     left = sum(nbytes for key, nbytes in alive().items() if key in held)
     assert left < weights / 10
+
+
+def test_dropping_it_gives_the_weights_back_at_once(offload):
+    """Nothing waits for the garbage collector, reports that are kept included."""
+    llm = fg.LLM(str(GOLDENS / "pre_norm"), policy=policy(), offload_dir=offload)
+    gc.collect()
+    gc.disable()
+    try:
+        outputs = llm.generate(PROMPTS, GREEDY)
+        report = llm.report
+        loader = llm.runner._stages[0].weights
+        (array, *_) = jax.tree.leaves(loader.resident(1))
+        watched = [weakref.ref(kept) for kept in (llm, llm.runner, loader, array)]
+        del llm, loader, array, _
+        assert [ref() for ref in watched] == [None] * len(watched)
+    finally:
+        gc.enable()
+    assert report.predicted.seconds > 0
+    assert report.observations
+    assert len(outputs) == len(PROMPTS)
+
+
+def test_a_report_is_of_the_policy_of_its_run(offload):
+    with fg.LLM(str(GOLDENS / "pre_norm"), policy=policy(), offload_dir=offload) as llm:
+        llm.generate(PROMPTS, GREEDY)
+        before = llm.report
+        llm.policy = policy(cache=SPLITS["disk"], hidden=SPLITS["disk"], overlap=False)
+    assert before.policy == policy()
+    assert not any("cache" in name for name in before.predicted.summary())
 
 
 def test_wrong_kinds_of_arguments_are_named(offload):

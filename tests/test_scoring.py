@@ -35,8 +35,8 @@ def open_llm(offload, model=GOLDENS / "pre_norm", **options):
 def reference(llm):
     """Token ids -> log-probabilities (position, vocab) of the unscheduled model."""
     flat = {}
-    for name in llm._model.arrays:
-        file = describe_array(llm._model.path / name)
+    for name in llm.runner.model.arrays:
+        file = describe_array(llm.runner.model.path / name)
         flat[name] = jnp.asarray(np.fromfile(file.chunk, file.dtype).reshape(file.shape))
     params, config = nest(flat), llm.config
 

@@ -322,11 +322,11 @@ main.add_command(
 
 
 def _before(llm: LLM, window: Window, blocks: list[Block], whole: bool) -> str:
-    policy = llm.policy
-    how = [f"schedule {llm.schedule_name}", f"overlap {'on' if policy.overlap else 'off'}"]
+    planner, policy = llm.planner, llm.policy
+    how = [f"schedule {planner.schedule_name}", f"overlap {'on' if policy.overlap else 'off'}"]
     if policy.host_attention:
         how.append("attention on the host")
-    placed = llm.plan(blocks)
+    placed = planner.placement(blocks)
     first = "" if whole else "of the first window: "
     return "\n".join(
         [

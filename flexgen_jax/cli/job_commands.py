@@ -174,7 +174,8 @@ class JobFiles:
             source = self._stack.enter_context(JobInput(self._made(llm)))
         if self.results.header is None:
             self._choose_policy(llm, task)
-        window_size = WindowSize.of(llm.policy.block_size, self._window, replicas=llm.num_replicas)
+        replicas = llm.runner.num_replicas
+        window_size = WindowSize.of(llm.policy.block_size, self._window, replicas=replicas)
         job = Job(
             llm,
             task,

@@ -103,7 +103,7 @@ class OverRay:
         import jax
 
         from flexgen_jax.replicas.ray_cluster import LOCAL, Workers, connected, import_ray
-        from flexgen_jax.replicas.ray_llm import Replicas
+        from flexgen_jax.replicas.ray_runner import replicated
 
         import_ray()
         # Accelerators are for the workers: this process computes nothing.
@@ -116,6 +116,6 @@ class OverRay:
             contextlib.redirect_stdout(sys.stderr),  # what Ray says there of workers that die
             connected(self._address or LOCAL, quiet=quiet),
             terminable(),
-            Replicas(workers.settled(say), arguments) as llm,
+            replicated(workers.settled(say), arguments) as llm,
         ):
             yield llm

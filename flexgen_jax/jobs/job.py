@@ -23,7 +23,7 @@ from flexgen_jax.jobs.windows import Task, Window, Windows
 from flexgen_jax.logs import event
 from flexgen_jax.planning.blocks import last_blocks
 from flexgen_jax.planning.window_size import WindowSize
-from flexgen_jax.report import Report
+from flexgen_jax.report import Report, Sum
 from flexgen_jax.requests.outputs import RequestOutput
 from flexgen_jax.requests.sampling_params import SamplingParams
 from scheduling.policy import Policy
@@ -130,7 +130,7 @@ class Job:
         }
         check_same(results, identity)
         self._header = {"identity": identity, "policy": llm.policy.to_json()}
-        self._total = llm.sum_of_reports()
+        self._total = Sum.of(llm.planner)
         # What an earlier process has left is gone on from, even if nothing more is to be saved.
         self._snapshots: Snapshots | None = None
         if results.snapshots is not None and (checkpoint_seconds or results.snapshots.exists()):
@@ -192,7 +192,7 @@ class Job:
                 self._total.add_sums(earlier)
         for line, error in window.errors.items():
             event("bad line", level=WARNING, line=line, message=str(error))
-        blocks = self._llm.blocks(window.requests)
+        blocks = self._llm.planner.blocks(window.requests)
         done = begun.blocks if begun is not None else {}
         last = last_blocks(blocks)
         left = [number for number in range(len(blocks)) if last[number] not in done]
@@ -202,7 +202,7 @@ class Job:
         lap = time.perf_counter()
         # Blocks that share a request count when it is complete, as one.
         records: dict[int, bytes] = {}
-        sums = self._llm.sum_of_reports()
+        sums = Sum.of(self._llm.planner)
 
         def keep(place: int, finished: dict[int, RequestOutput], report: Report) -> None:
             nonlocal lap, records, sums
@@ -219,7 +219,7 @@ class Job:
             number = left[place]
             if last[number] == number:
                 results.add_block(number, records, sums.sums())
-                records, sums = {}, self._llm.sum_of_reports()
+                records, sums = {}, Sum.of(self._llm.planner)
                 if self._snapshots is not None:
                     self._snapshots.clear()
 
@@ -261,14 +261,14 @@ def _machinery(llm: LLM, window_size: WindowSize) -> dict[str, Any]:
     if llm.policy.host_attention:  # then where the cache lies is where it is computed with
         policy["cache"] = dataclasses.asdict(llm.policy.cache)
     return {
-        "weights": llm.identity(),
+        "weights": llm.runner.identity(),
         "policy": policy,
         "window": {
             "requests": window_size.requests,
             "bytes": window_size.nbytes,
             "lines": window_size.lines,
         },
-        "software": llm.software(),
+        "software": llm.runner.software(),
     }
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -75,6 +75,12 @@ class Model:
     slots: Mapping[str, int] = dataclasses.field(default_factory=dict)
     chunk_positions: int = DiskContext().chunk_positions
     hosts: tuple[int, ...] = ()
+
+    @property
+    def stored_nbytes(self) -> int:
+        """Bytes of the weights as they are stored; 0: there are none yet."""
+        entries = {} if self.stored is None else self.stored.entries(self.config)
+        return sum(entry.nbytes for entry in entries.values())
 
     def form(self, policy: Policy) -> WeightFormat:
         """How weights are stored under ``policy``."""
@@ -207,6 +213,27 @@ class Auto:
         if wrong:
             raise ValueError(f"nothing to allow by {', '.join(wrong)}; known: {', '.join(CHOICES)}")
         _ = self.base
+
+    @classmethod
+    def asked(
+        cls,
+        policy: Policy | Literal["auto"],
+        fixed: Mapping[str, Any] | None,
+        allow: Iterable[str],
+    ) -> tuple[Policy, Auto | None]:
+        """The arguments of a call: the policy they give, or what ``"auto"`` begins with and is.
+
+        Raises:
+            ValueError: neither, or arguments that go with ``"auto"`` only.
+        """
+        if policy == "auto":
+            auto = cls(dict(fixed or {}), tuple(allow))
+            return auto.base, auto
+        if not isinstance(policy, Policy):
+            raise ValueError(f"policy must be 'auto' or a Policy, got {policy!r}")
+        if fixed or tuple(allow):
+            raise ValueError("fixed and allow are for policy='auto'; change the policy instead")
+        return policy, None
 
     @property
     def base(self) -> Policy:

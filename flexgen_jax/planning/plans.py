@@ -11,9 +11,7 @@ from typing import Any, Literal
 from flexgen_jax.models.family import Config
 from flexgen_jax.models.registry import load_config, preset
 from flexgen_jax.planning.auto import Auto, Model, Uniform
-from flexgen_jax.planning.blocks import make_blocks
-from flexgen_jax.planning.cell_layout import place_cache, place_hidden
-from flexgen_jax.planning.stage_layout import place_stages, together
+from flexgen_jax.planning.planner import Planner
 from scheduling.advice import advice
 from scheduling.cost_model import CostModel, bound
 from scheduling.estimate import estimate
@@ -26,7 +24,6 @@ from scheduling.schedules import Schedule
 from scheduling.simulate import simulate
 from scheduling.stages import hosts_of
 from scheduling.timeline import Timeline
-from scheduling.transforms import serialized
 from scheduling.workload import Workload
 
 # Computations of a block up to which each is simulated: some seconds' worth.
@@ -176,8 +173,7 @@ def plan(
         NothingFitsError: no policy fits the hardware.
         ValueError: a model, lengths or a schedule that cannot be.
     """
-    if policy != "auto" and (fixed or tuple(allow)):
-        raise ValueError("fixed and allow are for policy='auto'; change the policy instead")
+    policy, auto = Auto.asked(policy, fixed, allow)
     config = model if isinstance(model, Config) else config_of(model)
     room = config.max_position_embeddings
     if prompt_len < 1 or gen_len < 1 or prompt_len + gen_len > room:
@@ -185,7 +181,7 @@ def plan(
             f"prompt_len {prompt_len} and gen_len {gen_len} must be at least 1, and together at "
             f"most the model's {room} positions"
         )
-    stages = (fixed or {}).get("num_stages", 1) if policy == "auto" else policy.num_stages
+    stages = policy.num_stages
     if not 1 <= num_hosts <= stages:
         raise ValueError(
             f"num_hosts must lie in 1..{stages}, the number of stages; got {num_hosts}"
@@ -196,18 +192,14 @@ def plan(
     name, order = schedule
     limits = Limits.of(hardware)
     why = None
-    if policy == "auto":
-        auto = Auto(dict(fixed or {}), tuple(allow))
+    if auto is not None:
         found = auto.choose(known, job, hardware, limits, schedule=order)
         policy, why = found.best.policy, found.why()
-    (block,) = make_blocks(
-        job.requests(policy.block_size),
-        device_batch_size=policy.device_batch_size,
-        num_device_batches=policy.num_device_batches,
-    )
-    workload = known.workload(block, policy)
+    planner = Planner(known, policy, name, order, hardware, why)
+    (block,) = planner.blocks(job.requests(policy.block_size))
+    workload = planner.workload(block)
     assert workload.sizes is not None
-    ordered = order if policy.overlap else serialized(order)
+    ordered = planner.order
     helps = {}
     if help_wanted:
         helps = advice(known.blocks_of(job), hardware, limits, policy, schedule=order)
@@ -217,11 +209,7 @@ def plan(
         hardware=hardware,
         schedule=name,
         workload=workload,
-        placement={
-            "weights": together(place_stages(config, known.form(policy), policy)),
-            "cache": place_cache(block, config, dtype, policy),
-            "hidden": place_hidden(block, config, dtype, policy.hidden),
-        },
+        placement=planner.placement([block]),
         order=ordered,
         seconds=prefill + decode,
         prefill_seconds=prefill,

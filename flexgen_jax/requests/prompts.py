@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
 
@@ -18,6 +19,23 @@ def as_list(prompts: Any) -> list[Any]:
         return [prompts]
     several = list(prompts)
     return [several] if several and all(isinstance(i, int) for i in several) else several
+
+
+def made_of_each(prompts: Iterable[Any], make: Callable[[int, Any], T]) -> list[T]:
+    """``make`` of every place and prompt.
+
+    Raises:
+        RequestError: of all those it failed for.
+    """
+    made, problems = [], []
+    for index, prompt in enumerate(prompts):
+        try:
+            made.append(make(index, prompt))
+        except RequestError as error:
+            problems.append(f"prompt {index}: {error}")
+    if problems:
+        raise RequestError("; ".join(problems))
+    return made
 
 
 def parse_prompt(prompt: Prompt) -> tuple[str | None, list[int] | None]:

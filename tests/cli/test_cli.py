@@ -17,6 +17,7 @@ from click.testing import CliRunner
 import flexgen_jax as fg
 from flexgen_jax.cli.app import main
 from flexgen_jax.jobs.results import FileResults
+from tests.interrupting import signal_in_block
 
 ROOT = Path(__file__).parents[2]
 GOLDENS = ROOT / "tests" / "goldens"
@@ -390,18 +391,7 @@ def test_a_failing_read_keeps_what_was_finished(tmp_path, offload, monkeypatch):
 
 def test_an_interrupt_keeps_what_was_finished(tmp_path, offload, monkeypatch):
     """Ctrl-C in the middle of the third block: the first two blocks' results are kept."""
-    import flexgen_jax.engine.effects
-
-    original = flexgen_jax.engine.effects.BlockEffects._book
-    booked = []
-
-    def pressing(self, state):
-        booked.append(state)
-        if len(booked) == 10:  # four tokens a block, so this is the third
-            os.kill(os.getpid(), signal.SIGINT)
-        original(self, state)
-
-    monkeypatch.setattr(flexgen_jax.engine.effects.BlockEffects, "_book", pressing)
+    signal_in_block(monkeypatch, signal.SIGINT, 3)
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps({"prompt_token_ids": [i + 3]}) + "\n" for i in range(9)))
     arguments = ["generate", "--model", MODEL, "-i", source, "-o", target, "--max-tokens", 4]

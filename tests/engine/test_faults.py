@@ -135,11 +135,14 @@ def test_too_little_space_is_refused_before_anything_runs(tmp_path, monkeypatch)
 
 def test_an_interrupt_leaves_nothing_behind(tmp_path):
     program = (
-        "import os, signal, sys, threading\n"
+        "import signal, sys, threading\n"
+        "import pytest\n"
         "import flexgen_jax as fg\n"
         "from tests.engine.test_faults import ALL_ON_DISK, MODEL, PARAMS, PROMPTS\n"
+        "from tests.interrupting import sender\n"
+        "send = sender(pytest.MonkeyPatch())\n"
         "def stop(step, batch, logits):\n"
-        "    if step == 5: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    if (step, batch) == (5, 0): send(signal.SIGINT)\n"
         "try:\n"
         "    with fg.LLM(MODEL, policy=ALL_ON_DISK, offload_dir=sys.argv[1]) as llm:\n"
         "        llm.generate(PROMPTS, PARAMS, on_logits=stop)\n"

@@ -83,7 +83,7 @@ def test_with_every_method(offload, changes):
 def test_a_layer_lies_and_is_computed_on_the_device_of_its_stage(offload):
     config = OPTConfig.load(DEMO / "config.json")
     with fg.LLM(str(DEMO), policy=policy(3, cache=MIXED), offload_dir=offload) as llm:
-        stages = [llm._stages[number] for number in range(3)]
+        stages = [llm.runner._stages[number] for number in range(3)]
         assert [stage.device for stage in stages] == jax.local_devices()[:3]
         for stage, layers in zip(stages, layers_of(config, 3), strict=True):
             for layer in layers:
@@ -129,7 +129,10 @@ def test_too_few_devices_is_said_before_anything_is_read(tmp_path):
 
 
 def test_more_stages_than_layers_are_refused_by_number(tmp_path, monkeypatch):
-    monkeypatch.setattr("flexgen_jax.llm.stage_devices", lambda count: [None] * count)
+    device = jax.local_devices()[0]
+    monkeypatch.setattr(
+        "flexgen_jax.distributed.process_runner.stage_devices", lambda count: [device] * count
+    )
     for options in ({"policy": policy(99)}, {"fixed": {"num_stages": 99}}):
         with pytest.raises(ValueError, match=r"num_stages must lie in 1\..*got 99"):
             fg.LLM(str(DEMO), offload_dir=str(tmp_path), **options)
@@ -156,8 +159,8 @@ def test_what_a_run_holds_is_as_planned(offload):
     with fg.LLM(str(DEMO), policy=chosen, offload_dir=offload, disk=disk) as llm:
         llm.generate(PROMPTS, params)
         requests = [llm.request(i, p, params) for i, p in enumerate(PROMPTS)]
-        (block,) = llm.blocks(requests)
-        workload = llm._workload(block)
+        (block,) = llm.planner.blocks(requests)
+        workload = llm.planner.workload(block)
         peak = peak_nbytes(fg.SCHEDULES["zigzag"](workload), workload, shared=True)
         for tier in fg.Tier:
             planned = max(phase[tier] for phase in peak.values())

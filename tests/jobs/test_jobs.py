@@ -19,10 +19,10 @@ from click.testing import CliRunner
 
 import flexgen_jax as fg
 from flexgen_jax.cli.app import main
-from flexgen_jax.jobs import windows
 from flexgen_jax.jobs.job import Completing, Job
 from flexgen_jax.jobs.job_input import MAX_LINE, JobError, JobInput
 from flexgen_jax.jobs.results import FileResults
+from flexgen_jax.planning.window_size import WindowSize
 
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "flexgen_jax" / "demo_model")
@@ -211,10 +211,10 @@ def test_what_is_wrong_with_a_line_is_said_with_its_number(generate, tmp_path):
 
 
 def test_a_grouping_is_a_function_of_the_input_alone():
-    limits = windows.Limits.of(8, 20)
+    limits = WindowSize.of(8, 20)
     assert limits.requests == 24  # whole blocks
-    assert windows.Limits.of(32).requests == 4096
-    assert windows.Limits.of(3000).requests == 12_000
+    assert WindowSize.of(32).requests == 4096
+    assert WindowSize.of(3000).requests == 12_000
     assert not limits.reached(23, 0)
     assert limits.reached(24, 0)
     assert not limits.reached(9, 1 << 30)  # a block is finished first
@@ -235,7 +235,7 @@ def test_an_input_that_changes_under_the_job_is_noticed(llm, tmp_path):
 
 def test_memory_does_not_grow_with_the_job(offload, tmp_path, monkeypatch):
     """What is held after 12 windows is what is held after 4: requests, results, ids, journal."""
-    monkeypatch.setattr("flexgen_jax.llm.MAX_SPANS", 0)  # reaches its own limit only later
+    monkeypatch.setattr("flexgen_jax.report.MAX_SPANS", 0)  # reaches its own limit only later
     held, count = [], 3100
     (tmp_path / "in.jsonl").write_bytes(ids(count) + b"nonsense\n" * 20)
 
@@ -249,7 +249,7 @@ def test_memory_does_not_grow_with_the_job(offload, tmp_path, monkeypatch):
         JobInput(tmp_path / "in.jsonl") as lines,
         FileResults(tmp_path / "out") as results,
     ):
-        limits = windows.Limits.of(llm.policy.block_size, 256)
+        limits = WindowSize.of(llm.policy.block_size, 256)
         job = Job(llm, Completing(llm, GREEDY, "m"), lines, results, window_size=limits)
         tracemalloc.start()
         try:

@@ -18,13 +18,15 @@ import pytest
 from click.testing import CliRunner
 
 import flexgen_jax as fg
-import flexgen_jax.engine.effects
 from flexgen_jax.cli.app import main
+from flexgen_jax.engine.local_runner import LocalRunner
 from flexgen_jax.jobs.job import Completing, Job
 from flexgen_jax.jobs.job_input import JobError, JobInput
 from flexgen_jax.jobs.results import FileResults
+from flexgen_jax.planning.window_size import WindowSize
 from storage.store import StorageError
 from storage.wrappers import Faulty
+from tests.interrupting import signal_in_block
 
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "flexgen_jax" / "demo_model")
@@ -139,7 +141,7 @@ def source(tmp_path):
 
 def run(llm, source, target, *, on_window=None, params=GREEDY, window=16, restart=False):
     with JobInput(source) as lines, FileResults(target, restart=restart) as results:
-        limits = Limits.of(llm.policy.block_size, window)
+        limits = WindowSize.of(llm.policy.block_size, window)
         job = Job(llm, Completing(llm, params, "m"), lines, results, window_size=limits)
         return job.run(on_window=on_window)
 
@@ -156,7 +158,7 @@ class Stopped(BaseException):
 
 def blocks_run(monkeypatch, stop_after=None):
     """Counts the blocks that are run; may stop before one."""
-    real, count = fg.LLM._run_block, [0]
+    real, count = LocalRunner._run_block, [0]
 
     def counted(self, *arguments):
         if count[0] == stop_after:
@@ -164,7 +166,7 @@ def blocks_run(monkeypatch, stop_after=None):
         count[0] += 1
         return real(self, *arguments)
 
-    monkeypatch.setattr(fg.LLM, "_run_block", counted)
+    monkeypatch.setattr(LocalRunner, "_run_block", counted)
     return count
 
 
@@ -454,16 +456,7 @@ def test_a_signal_ends_the_job_and_says_how_to_go_on(
     arguments = ["generate", "--model", MODEL, "--offload-dir", offload, "-i", str(source)]
     arguments += ["-o", str(tmp_path / "out"), "--max-tokens", "3"]
     arguments += ["--device-batch-size", "4", "--num-device-batches", "2"]
-    real, blocks = flexgen_jax.engine.effects.BlockEffects._book, set()
-
-    def signalled(self, state):
-        blocks.add(id(self._states))
-        if len(blocks) == 3:
-            blocks.add("sent")
-            os.kill(os.getpid(), number)
-        real(self, state)
-
-    monkeypatch.setattr(flexgen_jax.engine.effects.BlockEffects, "_book", signalled)
+    signal_in_block(monkeypatch, number, 3)
     before = signal.getsignal(signal.SIGTERM)
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == code, result.output

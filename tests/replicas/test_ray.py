@@ -17,7 +17,7 @@ import flexgen_jax as fg
 from flexgen_jax.cli.app import main
 from flexgen_jax.jobs.results import FileResults
 from flexgen_jax.replicas.ray_cluster import RETRIES, Settled, WorkerError, Workers
-from flexgen_jax.replicas.ray_llm import Replicas, Worker, _answer, _Failed
+from flexgen_jax.replicas.ray_runner import Worker, _answer, _Failed, replicated
 
 ray = pytest.importorskip("ray")
 pyarrow = pytest.importorskip("pyarrow")
@@ -299,14 +299,18 @@ def test_workers_in_numbers(cluster):
 def test_sigterm_ends_a_ray_of_its_own(job, environment, tmp_path):
     arguments, expected = job
     output = tmp_path / "out.jsonl"
-    command = [*arguments, "-o", str(output)]
+    source = Path(arguments[arguments.index("-i") + 1]).read_text()
+    command = [*(arguments[: arguments.index("-i")]), "-i", "-", *BLOCKS, "-o", str(output)]
     process = subprocess.Popen(
         [sys.executable, "-m", "flexgen_jax", *command, *OVER_RAY],
+        stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=tmp_path,
         env={**os.environ, "RAY_ADDRESS": ""},
     )
+    process.stdin.write(source)
+    process.stdin.flush()  # not its end, without which the job has none
     partial = tmp_path / "out.jsonl.partial"
     while process.poll() is None and not (partial.exists() and b'"block"' in partial.read_bytes()):
         time.sleep(0.05)
@@ -314,7 +318,7 @@ def test_sigterm_ends_a_ray_of_its_own(job, environment, tmp_path):
     _, said = process.communicate()
     assert process.returncode == 143, said
     assert "requests are finished and kept" in said
-    assert run(command).exit_code == 0
+    assert CliRunner().invoke(main, command, input=source).exit_code == 0
     assert output.read_bytes() == expected
 
 
@@ -328,21 +332,31 @@ def test_a_machine_without_the_model_is_named():
     assert not found.again
 
 
-def test_policy_auto_is_of_the_workers_share(store):
+def test_policy_auto_is_of_the_workers_share(cluster, store, monkeypatch):
+    for name in ("device_memory", "available_memory"):
+        monkeypatch.setattr(f"flexgen_jax.planning.auto.{name}", lambda: 10**9)
+
+    def limits(beside, **changes):
+        worker = Worker(arguments_of(store, policy="auto", **changes), beside)
+        return worker.about().machine.limits
+
+    assert [limits(beside).device for beside in (1, 2, 4)] == [8e8, 4e8, 2e8]
+    assert [limits(beside, device_memory="3MB").device for beside in (1, 2)] == [3e6, 3e6]
+    monkeypatch.undo()
     arguments = arguments_of(store, policy="auto", fixed={"device_batch_size": 2})
-    for beside in (1, 2):
-        worker = Worker(arguments, beside)
-        policy, why = worker.choose([])
-        assert policy.device_batch_size == 2
-        assert why
-        worker._close()
+    with replicated(Settled(1, 1, 0, {}, 1), {**arguments, "device_memory": "50MB"}) as llm:
+        assert len(llm.generate(["the"] * 3, fg.SamplingParams(max_tokens=2))) == 3
+        assert llm.policy.device_batch_size == 2
+        assert llm.limits.device == 50 * 10**6
+        assert llm.why
+        assert llm.report.why == llm.why
 
 
 def block_of(store):
     with fg.LLM(store, policy=fg.Policy(device_batch_size=2, num_device_batches=2)) as llm:
         params = fg.SamplingParams(max_tokens=2)
         requests = [llm.request(i, {"prompt_token_ids": [5 + i]}, params) for i in range(3)]
-        (block,) = llm.blocks(requests)
+        (block,) = llm.planner.blocks(requests)
         return block, llm.policy
 
 
@@ -376,11 +390,11 @@ def test_a_block_that_fails_is_tried_again_and_then_said(
     cluster, store, tmp_path, monkeypatch, times
 ):
     (tmp_path / "left").write_text(str(times))
-    monkeypatch.setattr("flexgen_jax.replicas.ray_llm.Worker", Flaky)
+    monkeypatch.setattr("flexgen_jax.replicas.ray_runner.Worker", Flaky)
     remote = {"num_cpus": 1, "num_gpus": 0, "resources": {}}
     remote |= {"runtime_env": {"env_vars": {"FLAKY": str(tmp_path / "left")}}}
     monkeypatch.setattr(Settled, "remote", lambda self: remote)
-    with Replicas(Settled(1, 1, 0, {}, 1), arguments_of(store)) as llm:
+    with replicated(Settled(1, 1, 0, {}, 1), arguments_of(store)) as llm:
         if times > RETRIES:
             with pytest.raises(WorkerError, match="torn"):
                 llm.generate(["the tide"], fg.SamplingParams(max_tokens=2))
@@ -397,10 +411,10 @@ def test_workers_that_differ_are_refused(cluster, store, monkeypatch):
             found = super().about()
             return dataclasses.replace(found, software={"jax": str(os.getpid())})
 
-    monkeypatch.setattr("flexgen_jax.replicas.ray_llm.Worker", Other)
+    monkeypatch.setattr("flexgen_jax.replicas.ray_runner.Worker", Other)
 
     def until_both_have_come():
-        with Replicas(Settled(2, 1, 0, {}, 2), arguments_of(store)) as llm:
+        with replicated(Settled(2, 1, 0, {}, 2), arguments_of(store)) as llm:
             for _ in range(100):
                 llm.generate(["the tide", "comes"], fg.SamplingParams(max_tokens=2))
 
@@ -409,8 +423,8 @@ def test_workers_that_differ_are_refused(cluster, store, monkeypatch):
 
 
 def test_the_cluster_has_no_room_for_some(cluster, store):
-    with Replicas(Settled(3, 1, 0, {}, 3), arguments_of(store)) as llm:
-        assert llm.num_replicas == 3
+    with replicated(Settled(3, 1, 0, {}, 3), arguments_of(store)) as llm:
+        assert llm.runner.num_replicas == 3
         assert len(llm.generate(["the", "tide"], fg.SamplingParams(max_tokens=2))) == 2
 
 

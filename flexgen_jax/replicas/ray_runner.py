@@ -1,4 +1,4 @@
-"""Many replicas of a model, in the workers of a Ray cluster, used like one ``LLM``."""
+"""Blocks in the workers of a Ray cluster, each of which has a model of its own."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from logging import WARNING
 from typing import TYPE_CHECKING, Any
 
-from flexgen_jax.engine.effects import OnLogits
+from flexgen_jax.engine.effects import OnLogits, OnTokens
 from flexgen_jax.engine.executor import ExecutionError
+from flexgen_jax.engine.runner import Finished, Machine, OnFinished, Runner
 from flexgen_jax.engine.snapshots import Snapshot
 from flexgen_jax.llm import LLM
 from flexgen_jax.logs import event
-from flexgen_jax.planning.auto import Demand, part_of_this_machine
+from flexgen_jax.planning.auto import part_of_this_machine
 from flexgen_jax.planning.blocks import Block
+from flexgen_jax.planning.planner import Planner
 from flexgen_jax.replicas.ray_cluster import (
     RETRIES,
     Settled,
@@ -23,35 +25,44 @@ from flexgen_jax.replicas.ray_cluster import (
     import_ray,
     missing_model,
 )
-from flexgen_jax.report import Report, Sum
-from flexgen_jax.requests.outputs import RequestOutput
 from flexgen_jax.weights.checkpoint import is_store
-from scheduling.placement import Placement
 from scheduling.policy import Policy
 from storage.store import StorageError
 
 if TYPE_CHECKING:
-    from scheduling.hardware import Hardware
+    from flexgen_jax.requests.tokenization import Tokenizer
+    from flexgen_jax.weights.checkpoint import StoredModel
 
-_SEARCHING = ("device_memory", "host_memory", "fixed", "allow")
+_LIMITS = ("device_memory", "host_memory")
+_SEARCHING = (*_LIMITS, "fixed", "allow")
 _POLL = 1.0  # seconds: Ray's waiting is not interrupted otherwise
+
+
+def replicated(workers: Settled, arguments: Mapping[str, Any]) -> LLM:
+    """An ``LLM`` whose blocks are run by the workers of the Ray cluster that is connected.
+
+    It loads no weights itself. A worker that dies is begun anew by Ray, which gives its block to it
+    again; a block that fails is given to another worker, ``RETRIES`` times in all. A run that is
+    interrupted or fails closes it.
+
+    Args:
+        workers: How many, and what Ray keeps for each.
+        arguments: Of the ``LLM``; the model is a weight store, at the same path on every machine.
+
+    Raises:
+        ValueError: a worker has no such model, or they differ in software or devices.
+        WorkerError: a worker cannot start.
+    """
+    return LLM(**arguments, runner=RayRunner(workers, arguments))
 
 
 @dataclasses.dataclass(frozen=True)
 class _About:
-    """Of a worker: what results and predictions depend on."""
+    """Of a worker: what results, predictions and the choice of a policy depend on."""
 
     software: dict[str, str]
     identity: dict[str, Any]
-    hardware: Hardware
-
-
-@dataclasses.dataclass(frozen=True)
-class _Done:
-    """A block that was run: the completions of its requests, and what adds up of its report."""
-
-    outputs: list[RequestOutput]
-    sums: dict[str, Any]
+    machine: Machine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,50 +83,37 @@ class Worker:
 
     def __init__(self, arguments: Mapping[str, Any], beside: int) -> None:
         self._arguments, self._beside = dict(arguments), beside
+        self._plain = {k: v for k, v in self._arguments.items() if k not in _SEARCHING}
         self._llm: LLM | None = None
 
     def about(self) -> _About | _Failed:
-        """Of its machine; the model is not loaded yet."""
+        """Of its machine, or its part of it; the model is not loaded yet."""
         model = self._arguments["model"]
         if not is_store(model):
             return _Failed(str(missing_model(model)), again=False)
-        plain = {k: v for k, v in self._arguments.items() if k not in _SEARCHING}
-        with LLM(**{**plain, "policy": "auto"}) as llm:
-            return _About(llm.software(), llm.identity(), llm.hardware)
+        limits = {k: v for k, v in self._arguments.items() if k in _LIMITS and v}
+        if self._beside > 1 and not limits:
+            limits = part_of_this_machine(self._beside)
+        with LLM(**{**self._plain, "policy": "auto", **limits}) as llm:
+            machine = Machine(llm.hardware, llm.limits)
+            return _About(llm.runner.software(), llm.runner.identity(), machine)
 
-    def choose(self, job: Demand) -> tuple[Policy, str | None] | _Failed:
-        """Policy ``"auto"``, for one of the workers of this machine."""
-        arguments = self._arguments
-        given = {"device_memory", "host_memory"} & {k for k, v in arguments.items() if v}
-        if self._beside > 1 and not given:
-            arguments = {**arguments, **part_of_this_machine(self._beside)}
+    def run(self, block: Block, policy: Policy) -> Finished | _Failed:
+        """Runs it under ``policy``; without a timeline, which only its own process would have."""
+        done: list[Finished] = []
         try:
-            self._close()
-            self._llm = LLM(**arguments)
-            return self._llm.choose_policy(job), self._llm.why
-        except (ValueError, StorageError, OSError) as error:
-            return _Failed(str(error), again=False)
-
-    def run(self, block: Block, policy: Policy) -> _Done | _Failed:
-        """Runs it under ``policy``, like an ``LLM`` of its own."""
-        done: list[_Done] = []
-
-        def keep(_: int, outputs: list[RequestOutput], report: Report) -> None:
-            done.append(_Done(outputs, report.sums()))
-
-        try:
-            self._opened(policy).run_each([block], keep)
+            llm = self._opened(policy)
+            llm.runner.run(llm.planner, [block], lambda _, finished: done.append(finished))
         except (ExecutionError, StorageError, OSError) as error:
             return _Failed(str(error), again=True)
         except ValueError as error:
             return _Failed(str(error), again=False)
-        return done[0]
+        return dataclasses.replace(done[0], timeline=None)
 
     def _opened(self, policy: Policy) -> LLM:
         if self._llm is None or self._llm.policy != policy:
             self._close()
-            plain = {k: v for k, v in self._arguments.items() if k not in _SEARCHING}
-            self._llm = LLM(**{**plain, "policy": policy})
+            self._llm = LLM(**{**self._plain, "policy": policy})
         return self._llm
 
     def _close(self) -> None:
@@ -124,44 +122,44 @@ class Worker:
             self._llm = None
 
 
-class Replicas(LLM):
-    """An ``LLM`` whose blocks are run by the workers of the Ray cluster that is connected.
+class RayRunner(Runner):
+    """Hands blocks to actors that each have an ``LLM``; see :func:`replicated`.
 
-    It loads no weights itself. A worker that dies is begun anew by Ray, which gives its block to it
-    again; a block that fails is given to another worker, ``RETRIES`` times in all. A run that is
-    interrupted or fails closes it.
-
-    Args:
-        workers: How many, and what Ray keeps for each.
-        arguments: Of the ``LLM``; the model is a weight store, at the same path on every machine.
-
-    Raises:
-        ValueError: a worker has no such model, or they differ in software or devices.
-        WorkerError: a worker cannot start.
+    The actors are made when the model is opened.
     """
 
     def __init__(self, workers: Settled, arguments: Mapping[str, Any]) -> None:
+        super().__init__()
+        self._settled, self._arguments = workers, dict(arguments)
         self._workers: list[Any] = []
-        super().__init__(**arguments)
-        ray = import_ray()
-        options = {**workers.remote(), "max_restarts": -1, "max_task_retries": RETRIES}
-        if len(self._devices) > 1:
-            count = str(len(self._devices))
-            options["runtime_env"] = {"env_vars": {"JAX_NUM_CPU_DEVICES": count}}
-        make = ray.remote(Worker).options(**options)
-        self._workers = [make.remote(dict(arguments), workers.beside) for _ in range(workers.count)]
-        # Those that the cluster has no room for come later, or never: no block waits for them.
-        self._coming = {worker.about.remote(): i for i, worker in enumerate(self._workers)}
+        self._coming: dict[Any, int] = {}
         self._idle: list[int] = []
         self._about: _About | None = None
+
+    def open(self, model: StoredModel, tokenizer: Tokenizer | None) -> None:
+        super().open(model, tokenizer)
+        if self._about is not None:
+            return
+        ray = import_ray()
+        options = {**self._settled.remote(), "max_restarts": -1, "max_task_retries": RETRIES}
+        if (count := self._num_stages()) > 1:
+            options["runtime_env"] = {"env_vars": {"JAX_NUM_CPU_DEVICES": str(count)}}
+        make = ray.remote(Worker).options(**options)
+        self._workers = [
+            make.remote(self._arguments, self._settled.beside) for _ in range(self._settled.count)
+        ]
+        # Those that the cluster has no room for come later, or never: no block waits for them.
+        self._coming = {worker.about.remote(): i for i, worker in enumerate(self._workers)}
         try:
             while not self._idle:
                 self._welcome(ray.wait(list(self._coming), timeout=_POLL)[0])
         except BaseException:
             self.close()
             raise
-        assert self._about is not None
-        self.hardware = self._about.hardware
+
+    def _num_stages(self) -> int:
+        policy, fixed = self._arguments.get("policy"), self._arguments.get("fixed") or {}
+        return policy.num_stages if isinstance(policy, Policy) else fixed.get("num_stages", 1)
 
     def _welcome(self, refs: Iterable[Any]) -> None:
         """Takes in workers that have come."""
@@ -177,53 +175,48 @@ class Replicas(LLM):
                     )
             self._idle.append(self._coming.pop(ref))
 
-    @staticmethod
-    def _stage_devices(num_stages: int) -> list[Any]:
-        return [None] * num_stages
-
-    def _load(self, placements: Sequence[Placement]) -> None:
-        """The workers do."""
-
     @property
     def num_replicas(self) -> int:
         return len(self._workers)
+
+    @property
+    def machine(self) -> Machine | None:
+        return None if self._about is None else self._about.machine
+
+    @property
+    def stages(self) -> Sequence[int]:
+        return ()
 
     def software(self) -> dict[str, str]:
         assert self._about is not None
         return self._about.software
 
-    def _searched(self, job: Demand) -> tuple[Policy, str]:
-        ref = self._workers[self._idle[0]].choose.remote(job)
-        while not import_ray().wait([ref], timeout=_POLL)[0]:
-            pass
-        policy, why = _answer(ref)
-        return policy, why or ""
+    def place(self, policy: Policy) -> None:
+        """The workers do, when blocks come."""
 
-    def run_each(
+    def run(
         self,
+        planner: Planner,
         blocks: Sequence[Block],
-        on_block: Callable[[int, list[RequestOutput], Report], None],
+        on_finished: OnFinished,
         *,
-        progress: Callable[[int], None] | None = None,
+        progress: OnTokens | None = None,
         on_logits: OnLogits | None = None,
         snapshot_of: Callable[[int], Snapshot] | None = None,
     ) -> None:
-        if self._closed:
-            raise ValueError("this LLM is closed; make another one")
         if on_logits is not None or snapshot_of is not None:
             raise ValueError("logits and snapshots of a running block are for one process only")
-        self._validate(blocks)
         ray = import_ray()
         waiting = collections.deque(range(len(blocks)))
         attempts: collections.Counter[int] = collections.Counter()
         running: dict[Any, tuple[int, int]] = {}  # block and worker, by what is waited for
-        done: dict[int, _Done] = {}
+        done: dict[int, Finished] = {}
         following = 0
         try:
             while following < len(blocks):
                 while waiting and self._idle:
                     number, worker = waiting.popleft(), self._idle.pop(0)
-                    ref = self._workers[worker].run.remote(blocks[number], self.policy)
+                    ref = self._workers[worker].run.remote(blocks[number], planner.policy)
                     running[ref] = number, worker
                 for ref in ray.wait([*running, *self._coming], timeout=_POLL)[0]:
                     if ref in self._coming:
@@ -239,29 +232,24 @@ class Replicas(LLM):
                         continue
                     done[number] = found
                     if progress is not None:
-                        progress(found.sums["generated_tokens"])
+                        progress(found.generated_tokens)
                 while following in done:
                     found = done.pop(following)
-                    on_block(following, found.outputs, self._report(blocks[following], found))
+                    # Of several at once; what passes here is for others to measure.
+                    counts = {**found.counts, "seconds": 0.0}
+                    on_finished(following, dataclasses.replace(found, counts=counts))
                     following += 1
         finally:
             if running:
                 self.close()  # interrupted or failed: they are at work for nothing
 
-    def _report(self, block: Block, done: _Done) -> Report:
-        """Without a timeline: there are as many as workers. ``seconds`` is what passes here."""
-        empty = Report.empty(
-            self.policy, self.plan([block]), self.schedule_name, self.hardware.name, self.why
-        )
-        return Sum(empty, 0).add_sums({**done.sums, "seconds": 0.0}).total()
-
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
+        self._closed = True
         ray = import_ray()
         for worker in self._workers:
             with contextlib.suppress(Exception):
                 ray.kill(worker)
         self._workers = []
-        super().close()
 
 
 def _answer(ref: Any, *, again: bool = False) -> Any:

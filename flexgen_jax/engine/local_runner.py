@@ -1,0 +1,186 @@
+"""Blocks one after another, on the devices of this process."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from logging import DEBUG
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from flexgen_jax.engine.batch_state import batch_states
+from flexgen_jax.engine.block_run import Counts, run_block
+from flexgen_jax.engine.cells import Cells, WrapStore
+from flexgen_jax.engine.effects import BlockEffects, OnLogits, OnTokens, Watch
+from flexgen_jax.engine.hand_over import HandOver
+from flexgen_jax.engine.layer_loading import LayerLoader
+from flexgen_jax.engine.pipeline import Rings, Stage
+from flexgen_jax.engine.runner import Finished, OnFinished, Runner
+from flexgen_jax.engine.snapshots import Snapshot
+from flexgen_jax.logs import event
+from flexgen_jax.models.family import eos_token_ids
+from flexgen_jax.planning.blocks import Block
+from flexgen_jax.planning.planner import Planner
+from flexgen_jax.planning.stage_layout import layers_of, place_stages
+from flexgen_jax.requests.texts import output_of
+from scheduling.placement import Placement
+from scheduling.policy import Policy, Tier
+from storage.disk import DiskContext
+
+
+class LocalRunner(Runner):
+    """Runs the stages whose devices are this process's.
+
+    Args:
+        devices: Of all stages.
+        seed: For requests that have none of their own.
+        scratch: Parent of the directories for what lies on disk while blocks run.
+        disk: How the disk tier is read.
+        wrap_store: As ``LLM`` takes it.
+
+    Attributes:
+        hand_over: Between the stages; another one where some of them are elsewhere.
+    """
+
+    def __init__(
+        self,
+        devices: Sequence[Any],
+        *,
+        seed: int,
+        scratch: Path,
+        disk: DiskContext | None = None,
+        wrap_store: WrapStore | None = None,
+    ) -> None:
+        super().__init__()
+        index = jax.process_index()
+        self._devices = {n: d for n, d in enumerate(devices) if d.process_index == index}
+        self.seed, self.hand_over = seed, HandOver()
+        self._scratch, self._disk, self._wrap_store = scratch, disk, wrap_store
+        self._stages: dict[int, Stage] = {}
+
+    @property
+    def stages(self) -> Sequence[int]:
+        return list(self._devices)
+
+    def place(self, policy: Policy) -> None:
+        config = self.model.config
+        placements = place_stages(config, self.model.format, policy)
+        layers = layers_of(config, policy.num_stages)
+        for number, device in self._devices.items():
+            weights = LayerLoader(
+                self.model,
+                placements[number],
+                layers[number],
+                device,
+                context=self._disk,
+                wrap=self._wrap_store,
+            )
+            self._stages[number] = Stage(device, weights)
+
+    def run(
+        self,
+        planner: Planner,
+        blocks: Sequence[Block],
+        on_finished: OnFinished,
+        *,
+        progress: OnTokens | None = None,
+        on_logits: OnLogits | None = None,
+        snapshot_of: Callable[[int], Snapshot] | None = None,
+    ) -> None:
+        _log_begun(planner.schedule_name, blocks, planner.placement(blocks))
+        begun, tokens = time.perf_counter(), 0
+        with self._cells(planner.policy, blocks) as cells:
+            for number, block in enumerate(blocks):
+                event("block begun", block=number, of=len(blocks), requests=len(block.requests))
+                snapshot = snapshot_of(number) if snapshot_of is not None else None
+                finished = self._run_block(
+                    planner, block, number, cells, snapshot, progress, on_logits
+                )
+                timeline = finished.timeline
+                assert timeline is not None
+                tokens += finished.generated_tokens
+                _log_tokens(
+                    "block finished", finished.generated_tokens, timeline.seconds, block=number
+                )
+                event("streams", level=DEBUG, block=number, streams=timeline.summary())
+                on_finished(number, finished)
+        _log_tokens("run finished", tokens, time.perf_counter() - begun)
+
+    def _cells(self, policy: Policy, blocks: Sequence[Block]) -> Cells:
+        return Cells(
+            blocks,
+            self.model.config,
+            self.model.dtype,
+            policy,
+            self._devices,
+            scratch=self._scratch,
+            context=self._disk,
+            wrap=self._wrap_store,
+        )
+
+    def _run_block(
+        self,
+        planner: Planner,
+        block: Block,
+        number: int,
+        cells: Cells,
+        snapshot: Snapshot | None,
+        progress: OnTokens | None,
+        on_logits: OnLogits | None,
+    ) -> Finished:
+        counts = Counts(
+            lambda: (
+                sum(stage.weights.disk_bytes for stage in self._stages.values())
+                + cells.disk_bytes_read,
+                cells.disk_bytes_written,
+            )
+        )
+        workload = planner.workload(block)
+        # The same slots for all blocks: making one costs as much as reading a layer. But after a
+        # failure something may still be reading them.
+        stages = {
+            number: dataclasses.replace(stage, rings=stage.rings or Rings(workload))
+            for number, stage in self._stages.items()
+        }
+        for stage in self._stages.values():
+            stage.rings = None
+        last = stages.get(workload.num_stages - 1)
+        states = batch_states(
+            block,
+            self.seed,
+            eos_token_ids(self.model.config),
+            None if self._tokenizer is None else self._tokenizer.decode,
+            None if last is None else last.device,
+        )
+        effects = BlockEffects(
+            states, number, workload, stages, cells, self.hand_over, Watch(progress, on_logits)
+        )
+        timeline = run_block(planner.order, workload, effects, counts, snapshot)
+        self._stages = stages
+        results = list(effects.results())
+        effects.close()
+        counted = counts()
+        outputs = [output_of(result, self._tokenizer) for result in results]
+        return Finished(outputs, effects.peak_bytes, counted, timeline)
+
+    def close(self, error: BaseException | None = None) -> None:
+        self._closed = True
+        for stage in self._stages.values():
+            stage.close()
+
+
+def _log_begun(schedule: str, blocks: Sequence[Block], placement: Mapping[str, Placement]) -> None:
+    requests = sum(len(block.requests) for block in blocks)
+    event("run begun", schedule=schedule, requests=requests, blocks=len(blocks))
+    for kind, placed in placement.items():
+        if placed.cells:
+            shares = {tier.value: placed.nbytes(tier) for tier in Tier}
+            event("placement", kind=kind, nbytes=shares)
+
+
+def _log_tokens(what: str, tokens: int, seconds: float, **fields: Any) -> None:
+    rate = tokens / seconds if seconds > 0 else 0.0
+    event(what, **fields, tokens=tokens, seconds=seconds, tokens_per_second=rate)
