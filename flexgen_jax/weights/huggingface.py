@@ -159,7 +159,7 @@ class HuggingFaceModel:
                     "not contain; download the model again"
                 )
         names = naming(self.config, entries)
-        if self.config.tie_word_embeddings and names.head in entries:
+        if self.config.tie_word_embeddings and names.head.key in entries:
             self._untie_if_different(names, entries)
         located: dict[str, _Located] = {}
         missing: list[str] = []
@@ -176,7 +176,7 @@ class HuggingFaceModel:
                 f"{listed_in}: the tensor {missing[0]}{_more(missing)} is missing, which "
                 f"{self.directory / 'config.json'} calls for; download the model again"
             )
-        used = {at.source.key for at in located.values()} | {names.head}
+        used = {at.source.key for at in located.values()} | {names.head.key}
         family = family_of(self.config)
         unexpected = [k for k in entries if k not in used and not family.ignored(self.config, k)]
         if unexpected:
@@ -218,23 +218,23 @@ class HuggingFaceModel:
         """A head of its own counts, whatever the config says, if it differs: transformers' rule."""
         table = names.source(TOKEN_TABLE)
         if table.key in entries:
-            first, second = entries[table.key], entries[names.head]
-            if first[1].shape == second[1].shape and self._same(first, table.key, second, names):
+            (file, entry), (other, own) = entries[table.key], entries[names.head.key]
+            shape = own.shape[::-1] if names.head.transposed else own.shape
+            left, right = (file, table.key), (other, names.head.key)
+            if entry.shape == shape and self._same(left, right, names.head.transposed):
                 return
         untied: Any = dataclasses.replace(self.config, tie_word_embeddings=False)  # type: ignore[type-var]
         self.config = untied
         self.changed = {"tie_word_embeddings": False}
 
-    def _same(
-        self, first: tuple[Path, Entry], key: str, second: tuple[Path, Entry], names: Naming
-    ) -> bool:
-        dtype = np.dtype(np.float32)
+    def _same(self, first: tuple[Path, str], second: tuple[Path, str], transposed: bool) -> bool:
         # Both are held: of a loaded format, only one file is open at a time.
-        left = self._file(first[0]).array(key)
-        right = self._file(second[0]).array(names.head)
+        left, right = (self._file(path).array(key) for path, key in (first, second))
+        right = right.T if transposed else right
+        rows = max(1, (8 << 20) // (4 * left.shape[1]))
         return all(
-            np.array_equal(a, b)
-            for a, b in zip(blocks_of(left, dtype), blocks_of(right, dtype), strict=True)
+            np.array_equal(left[i : i + rows], right[i : i + rows])
+            for i in range(0, len(left), rows)
         )
 
 

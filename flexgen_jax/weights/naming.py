@@ -20,12 +20,12 @@ class Naming(NamedTuple):
     Attributes:
         source: Parameter -> where it is.
         prefix: What stands before the names.
-        head: The key of a head's own table.
+        head: Of a head's own table.
     """
 
     source: Callable[[str], Source]
     prefix: str
-    head: str
+    head: Source
 
 
 def naming(config: Config, keys: Iterable[str]) -> Naming:
@@ -58,19 +58,19 @@ def _torch(config: Config, prefix: str) -> Naming:
             return found
         return found._replace(key=prefix + found.key.removeprefix(first))
 
-    return Naming(source, prefix, f"{_HEAD}.weight")
+    return Naming(source, prefix, Source(f"{_HEAD}.weight"))
 
 
 def _flax(config: Config, keys: frozenset[str], prefix: str) -> Naming:
     """Flax's kernels lie as ours do, but for the head's."""
     family = family_of(config)
     first = family.prefixes[0]
-    head = f"{prefix.removesuffix(first)}{_HEAD}.kernel"
+    head = Source(f"{prefix.removesuffix(first)}{_HEAD}.kernel", transposed=True)
 
     def source(name: str) -> Source:
         found = family.source(config, name)
         if found.key == f"{_HEAD}.weight":
-            return Source(head, transposed=True)
+            return head
         whole, _, leaf = (prefix + found.key.removeprefix(first)).rpartition(".")
         if leaf != "weight":
             return Source(f"{whole}.{leaf}")
@@ -93,4 +93,4 @@ def _own(config: Config, keys: frozenset[str], around: str) -> Naming:
                 return Source(published, transposed=True)
         return Source(around + name)
 
-    return Naming(source, around, f"{around}head.tokens")
+    return Naming(source, around, Source(f"{around}head.tokens"))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from flexgen_jax.models.params import flatten, nest, param_shapes
-from flexgen_jax.weights import huggingface
+from flexgen_jax.weights import element_blocks
 from flexgen_jax.weights.checkpoint import SourceError, StoreError, convert, open_store
 
 VARIANTS = {
@@ -40,8 +40,8 @@ def test_dtypes_and_shards(tmp_path, tiny, source_dtype, dtype, shards):
 
 
 def test_tensors_of_many_blocks(tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr(huggingface, "_BLOCK_NBYTES", 100)
-    monkeypatch.setattr(huggingface, "_MIN_COLUMNS", 3)
+    monkeypatch.setattr(element_blocks, "_BLOCK_NBYTES", 100)
+    monkeypatch.setattr(element_blocks, "_MIN_COLUMNS", 3)
     state = tiny.write_model(tmp_path / "hf", dtype="bfloat16")
     store = convert(tmp_path / "hf", tmp_path / "store")
     tiny.assert_equal(tiny.read(store), tiny.expected_params(tiny.config, state), "float32")
@@ -91,8 +91,9 @@ def test_orbax_restores_the_store_with_and_without_a_target(tmp_path, tiny):
 
 
 def test_what_lies_beside_the_arrays(model, tmp_path):
-    for name in ("tokenizer.json", "merges.txt", "generation_config.json"):
+    for name in ("tokenizer.json", "merges.txt"):
         (model / name).write_text(f"content of {name}")
+    (model / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
     (model / "training_args.json").write_text("of no use here")
     store = convert(model, tmp_path / "store")
     files = {p.name for p in store.iterdir() if p.is_file()}
@@ -103,7 +104,7 @@ def test_what_lies_beside_the_arrays(model, tmp_path):
     assert (store / "merges.txt").read_text() == "content of merges.txt"
     assert (store / "config.json").read_bytes() == (model / "config.json").read_bytes()
     manifest = json.loads((store / "flexgen_manifest.json").read_text())
-    assert manifest["format_version"] == 1
+    assert manifest["format_version"] == 2
     assert manifest["weight_bits"] is None
     assert manifest["source"]["name"] == "tiny-opt"
     entry = {"shape": [16, 24], "dtype": "float32", "nbytes": 16 * 24 * 4}

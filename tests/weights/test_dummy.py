@@ -87,6 +87,8 @@ import re, sys
 from pathlib import Path
 from flexgen_jax.weights.checkpoint import convert, convert_dummy
 import tensorstore
+from flexgen_jax.models.registry import families
+list(families())  # imported when a config is read
 
 def anonymous():
     status = Path("/proc/self/status").read_text()

@@ -60,11 +60,11 @@ def test_an_array_of_another_shape(store):
 
 
 @pytest.mark.parametrize(
-    ("version", "cure"), [(2, "upgrade flexgen-jax, or convert"), (0, "; convert"), (None, "conv")]
+    ("version", "cure"), [(3, "upgrade flexgen-jax, or convert"), (0, "; convert"), (None, "conv")]
 )
 def test_another_version(store, version, cure):
     edit(store / "flexgen_manifest.json", format_version=version)
-    with pytest.raises(StoreError, match=f"format version {version}, .*version 1.*{cure}"):
+    with pytest.raises(StoreError, match=f"format version {version}, .*version 2.*{cure}"):
         open_store(store)
 
 
