@@ -92,7 +92,6 @@ def test_every_public_name_is_listed_wherever_it_has_to_be():
     )
     (checked,) = (node.body for node in SOURCE.body if isinstance(node, ast.If))
     seen = {alias.name: node.module for node in checked for alias in node.names}
-    for name, file in fg._FILES.items():
-        assert f"{seen.pop(name)}.{name}" == file
+    assert {name: f"{seen.pop(name)}.{name}" for name in fg._FILES} == fg._FILES
     assert seen == fg._HOME
     assert sorted(listed) == sorted([*fg._HOME, "__version__"])

@@ -1,7 +1,8 @@
 """Several processes, each with stages of its own, that run one model by JAX's distributed runtime.
 
 Process 0 leads: it has the requests, and tells the others what to run. What is said and whether all
-are alive goes over the runtime's key-value store; arrays go by collectives (``process_link``).
+are alive goes over the runtime's key-value store; arrays go by collectives
+(:mod:`~flexgen_jax.distributed.process_hand_over`).
 """
 
 from __future__ import annotations
