@@ -56,7 +56,7 @@ def outlook(
         ValueError: a model or lengths that cannot be.
     """
     config = config_of(model)
-    entries = WeightFormat(dtype).entries(config)
+    entries = WeightFormat.usual(dtype).entries(config)
     nbytes = sum(entry.nbytes for entry in entries.values())
     stopped = []
     if nbytes > hardware.disk:

@@ -87,7 +87,7 @@ class Model:
         if self.stored is not None and self.stored.bits == policy.weight_bits:
             return self.stored
         group = policy.group_size if policy.weight_bits else None
-        return WeightFormat(self.dtype, policy.weight_bits, group)
+        return WeightFormat.usual(self.dtype, policy.weight_bits, group)
 
     def workload(self, block: Block, policy: Policy) -> Workload:
         """Of a block, with sizes."""

@@ -425,12 +425,12 @@ def _manifest(config: Config, form: WeightFormat, source: Source) -> Manifest:
 def _format(dtype: str, bits: int | None, group: int) -> WeightFormat:
     _check_dtype(dtype)
     if bits is None:
-        return WeightFormat(dtype)
+        return WeightFormat.usual(dtype)
     if bits not in (4, 8):
         raise StoreError(f"weight_bits must be 4 or 8, got {bits!r}")
     if group < 2:
         raise StoreError(f"group_size must be at least 2, got {group!r}")
-    return WeightFormat(dtype, bits, group)
+    return WeightFormat.usual(dtype, bits, group)
 
 
 def _check_dtype(dtype: str) -> None:

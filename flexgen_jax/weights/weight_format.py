@@ -51,6 +51,16 @@ class WeightFormat:
     group: int | None = None
     layout: str = "in_out"
 
+    @classmethod
+    def usual(cls, dtype: str, bits: int | None = None, group: int | None = None) -> WeightFormat:
+        """With the layout that is made now: the faster one for few rows on a CPU.
+
+        Of bfloat16 that is (out, in), as published: up to twice as fast with jax 0.10, no slower
+        with 0.12. Of float32 CPUs differ, and (in, out) stays what it was: it is 1.2 to 1.8 times
+        as fast with AVX-512, and 0.5 to 0.8 times without.
+        """
+        return cls(dtype, bits, group, "in_out" if dtype == "float32" else "out_in")
+
     def __str__(self) -> str:
         return self.dtype if self.bits is None else f"{self.dtype}-{self.bits}bit-g{self.group}"
 

@@ -138,14 +138,18 @@ class Tiny:
 
     @staticmethod
     def read(store: Path) -> dict[str, np.ndarray]:
-        """Flat name -> values, through TensorStore."""
+        """Flat name -> values, through TensorStore; matrices (in, out), however they lie."""
         import tensorstore as ts
 
         found = {}
         for array in sorted(p.parent for p in store.glob("*/zarr.json")):
             kvstore = {"driver": "file", "path": f"{array}/"}
             found[array.name] = ts.open({"driver": "zarr3", "kvstore": kvstore}).result().read()
-        return {name: values.result() for name, values in found.items()}
+        arrays = {name: values.result() for name, values in found.items()}
+        return {
+            name.replace(".weight", ".kernel"): a.T if name.endswith(".weight") else a
+            for name, a in arrays.items()
+        }
 
     @staticmethod
     def assert_equal(found, expected, dtype):
