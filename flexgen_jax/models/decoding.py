@@ -11,6 +11,8 @@ special: a prompt may contain the pad token.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,6 +23,7 @@ from flexgen_jax.models.attention import attend_cached, attend_prompt
 from flexgen_jax.models.family import Config, Kind, Params
 from flexgen_jax.models.kv_cache import LayerCache, write_prompt, write_token
 from flexgen_jax.models.params import head_table, nest, param_records, unit_kinds
+from flexgen_jax.models.pieces import positions_per_call
 from flexgen_jax.models.positions import positions
 from flexgen_jax.models.quantization import Quantized, dense
 from flexgen_jax.models.registry import family_of
@@ -96,12 +99,50 @@ def prefill_layer(
     Float[Array, "batch seq hidden"],
     tuple[Float[Array, "batch kv_heads seq head_dim"], Float[Array, "batch kv_heads seq head_dim"]],
 ]:
-    """One decoder layer over whole prompts; returns all positions' keys and values as well."""
+    """One decoder layer over whole prompts; returns all positions' keys and values as well.
+
+    Of long prompts what comes before and after attention is computed some positions at a time.
+    """
     family = family_of(config)
-    at = positions(0, hidden.shape[1], padding)
-    query, key, value = family.before_attention(params, hidden, at, config, kind)
+    seq = hidden.shape[1]
+    count = seq // positions_per_call(seq)
+    at = positions(0, seq, padding)
+
+    def before(part: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        x, index = part
+        return family.before_attention(
+            params, x, dataclasses.replace(at, index=index), config, kind
+        )
+
+    def after(part: tuple[Array, Array]) -> Array:
+        return family.after_attention(params, *part, config, kind)
+
+    query, key, value = _in_pieces(before, (hidden, at.index), count, (1, 1), 2)
     attended = attend_prompt(query, key, value, padding, window=kind.window, soft_cap=kind.soft_cap)
-    return family.after_attention(params, hidden, attended, config, kind), (key, value)
+    return _in_pieces(after, (hidden, attended), count, (1, 2), 1), (key, value)
+
+
+def _in_pieces(
+    function: Callable[[Any], Any], inputs: Any, count: int, axes: tuple[int, ...], axis: int
+) -> Any:
+    """``function`` of ``inputs``, each cut into ``count`` pieces along its axis of ``axes``.
+
+    Args:
+        axis: Of the results, along which they are put together.
+    """
+    if count == 1:
+        return function(inputs)
+
+    def cut(x: Array, along: int) -> Array:
+        shape = (*x.shape[:along], count, x.shape[along] // count, *x.shape[along + 1 :])
+        return jnp.moveaxis(x.reshape(shape), along, 0)
+
+    def joined(x: Array) -> Array:
+        x = jnp.moveaxis(x, 0, axis)
+        return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+    parts = tuple(cut(x, along) for x, along in zip(inputs, axes, strict=True))
+    return jax.tree.map(joined, jax.lax.map(function, parts))
 
 
 def decode_qkv(

@@ -145,7 +145,11 @@ class Tiny:
         for array in sorted(p.parent for p in store.glob("*/zarr.json")):
             kvstore = {"driver": "file", "path": f"{array}/"}
             found[array.name] = ts.open({"driver": "zarr3", "kvstore": kvstore}).result().read()
-        arrays = {name: values.result() for name, values in found.items()}
+        return Tiny.turned({name: values.result() for name, values in found.items()})
+
+    @staticmethod
+    def turned(arrays):
+        """By the parameters' names, matrices (in, out)."""
         return {
             name.replace(".weight", ".kernel"): a.T if name.endswith(".weight") else a
             for name, a in arrays.items()

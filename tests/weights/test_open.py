@@ -26,7 +26,8 @@ def test_a_sound_store(store, tiny):
     model = open_store(store, dtype="bfloat16")
     assert model.path == store
     assert model.config == tiny.config
-    assert list(model.arrays) == list(param_shapes(tiny.config))
+    names = [name.replace(".kernel", ".weight") for name in param_shapes(tiny.config)]
+    assert list(model.arrays) == names
     assert all(array.raw for array in model.arrays.values())
     assert model.manifest == Manifest.load(store)
     assert model.manifest.nbytes == sum(array.nbytes for array in model.arrays.values())
@@ -41,9 +42,9 @@ def test_another_dtype_names_both_cures(store):
 
 @pytest.mark.parametrize("change", [lambda b: b[:-2], lambda b: b + b"\0", lambda b: b""])
 def test_a_chunk_of_another_size(store, change):
-    chunk = store / "layer_1.v.kernel" / "c" / "0" / "0"
+    chunk = store / "layer_1.v.weight" / "c" / "0" / "0"
     chunk.write_bytes(change(chunk.read_bytes()))
-    with pytest.raises(StoreError, match=r"layer_1\.v\.kernel/c/0/0 is (truncated|too long).*512"):
+    with pytest.raises(StoreError, match=r"layer_1\.v\.weight/c/0/0 is (truncated|too long).*512"):
         open_store(store)
 
 
@@ -54,8 +55,8 @@ def test_a_missing_array(store):
 
 
 def test_an_array_of_another_shape(store):
-    edit(store / "layer_0.fc1.kernel" / "zarr.json", shape=[24, 16])
-    with pytest.raises(StoreError, match=r"expected bfloat16 \[16, 24\].* is bfloat16 \[24, 16\]"):
+    edit(store / "layer_0.fc1.weight" / "zarr.json", shape=[16, 24])
+    with pytest.raises(StoreError, match=r"expected bfloat16 \[24, 16\].* is bfloat16 \[16, 24\]"):
         open_store(store)
 
 
@@ -117,7 +118,7 @@ def test_a_tree_that_orbax_saved_in_its_own_layout_is_read_too(store, tiny, mode
     """Not raw, but arrays all the same: the disk tier falls back to TensorStore."""
     import tensorstore as ts
 
-    old = store / "layer_0.q.kernel"
+    old = store / "layer_0.q.weight"
     values = tiny.read(store)["layer_0.q.kernel"]
     (old / "c" / "0" / "0").unlink()
     spec = {
@@ -129,8 +130,8 @@ def test_a_tree_that_orbax_saved_in_its_own_layout_is_read_too(store, tiny, mode
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [8, 16]}},
         },
     }
-    ts.open(spec, create=True, delete_existing=True).result().write(values).result()
-    array = open_store(store).arrays["layer_0.q.kernel"]
+    ts.open(spec, create=True, delete_existing=True).result().write(values.T).result()
+    array = open_store(store).arrays["layer_0.q.weight"]
     assert not array.raw
     np.testing.assert_array_equal(tiny.read(store)["layer_0.q.kernel"], values)
 
@@ -143,3 +144,25 @@ def test_importing_costs_no_heavy_library():
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_store_of_before_there_were_layouts_is_read(dtype, model, tmp_path, tiny):
+    """Version 1: matrices (in, out), and no word of it in the manifest; its logits are as good."""
+    from flexgen_jax.weights import checkpoint
+    from flexgen_jax.weights.weight_format import WeightFormat
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WeightFormat, "usual", classmethod(lambda cls, *args: cls(*args)))
+        old = convert(model, tmp_path / "old", dtype=dtype)
+    values = json.loads((old / "flexgen_manifest.json").read_text())
+    assert values.pop("layout") == "in_out"
+    (old / "flexgen_manifest.json").write_text(json.dumps({**values, "format_version": 1}))
+    assert "layer_0.fc1.kernel" in open_store(old).arrays
+    new = convert(model, tmp_path / "new", dtype=dtype)
+    assert {n: a.tolist() for n, a in tiny.read(old).items()} == {
+        n: a.tolist() for n, a in tiny.read(new).items()
+    }
+    assert checkpoint.resolve(old, dtype=dtype) == old
+    again = convert(old, tmp_path / "codes", dtype=dtype, weight_bits=4)
+    assert open_store(again).format.bits == 4

@@ -51,7 +51,7 @@ def test_bytes_of_the_presets(name):
     config = OPTConfig.preset(name)
     sizes = [
         sum(e.nbytes for e in form.entries(config).values())
-        for form in (WeightFormat("bfloat16"), WeightFormat("bfloat16", 4, 64))
+        for form in (WeightFormat.usual("bfloat16"), WeightFormat.usual("bfloat16", 4, 64))
     ]
     assert 0.28 < sizes[1] / sizes[0] < 0.30
 
