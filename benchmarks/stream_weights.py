@@ -27,6 +27,7 @@ from pathlib import Path
 import jax
 
 import flexgen_jax as fg
+from flexgen_jax.engine.layer_loading import LayerLoader
 from storage.disk import DiskContext
 from storage.slots import Ring
 
@@ -48,6 +49,12 @@ def step_seconds(llm: fg.LLM, args: argparse.Namespace) -> float:
     return statistics.median(times)
 
 
+def loader(llm: fg.LLM) -> LayerLoader:
+    """What loads the layers of the only stage."""
+    (stage,) = llm.runner._stages.values()
+    return stage.weights
+
+
 def read_seconds(weights: LayerLoader, prepare: Callable[[], None]) -> float:
     """Seconds to load every layer once, in order, through two slots that are there already."""
     ring = Ring(2)
@@ -61,7 +68,7 @@ def read_seconds(weights: LayerLoader, prepare: Callable[[], None]) -> float:
 
 
 def _load_all(weights: LayerLoader, ring: Ring) -> None:
-    for layer in range(weights.num_layers):
+    for layer in range(len(weights.config.units)):
         slot = ring[layer % 2]
         slot.begin(weights.slot_nbytes(layer))
         weights.load(layer, slot)
@@ -100,9 +107,9 @@ def measure(store: Path, args: argparse.Namespace) -> None:
                 context = DiskContext(mode=mode)
                 disk = fg.LLM(str(store), policy=policy(DISK), dtype=args.dtype, disk=context)
                 with disk:
-                    read = read_seconds(disk._weights, lambda: prepare(store))  # noqa: B023
+                    read = read_seconds(loader(disk), lambda: prepare(store))  # noqa: B023
                     figures.setdefault(f"read {state}", []).append(read)
-                    per_pass = disk._weights.disk_bytes // 2
+                    per_pass = loader(disk).disk_bytes // 2
                     prepare(store)
                     figures.setdefault(f"streamed {state}", []).append(step_seconds(disk, args))
     compute = statistics.median(figures["compute"])

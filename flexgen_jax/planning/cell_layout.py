@@ -80,7 +80,7 @@ def cache_places(block: Block, config: Config) -> Iterator[tuple[int, int]]:
 
 
 def place_cache(block: Block, config: Config, dtype: Any, policy: Policy) -> Placement:
-    """Deals the cells of the cache to tiers (DESIGN §4), layer after layer."""
+    """Deals the cells of the cache to tiers, layer after layer."""
     form = cache_format(policy)
     kinds = unit_kinds(config)
     sizes = {

@@ -43,7 +43,7 @@ def layers_of(config: Config, num_stages: int) -> list[range]:
 
 
 def place_stages(config: Config, form: WeightFormat, policy: Policy) -> list[Placement]:
-    """Where the weights of each stage lie: dealt to tiers (DESIGN §4) in layer order.
+    """Where the weights of each stage lie: dealt to tiers in layer order.
 
     What two stages need, such as the token table of a tied head, each of them has.
     """

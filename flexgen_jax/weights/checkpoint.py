@@ -1,7 +1,7 @@
 """The weight store: made from a Hugging Face model or from a preset, opened, found.
 
 A store is a directory that Orbax restores and whose array files are read tensor by tensor
-(DESIGN §7); ``{"embed": {"tokens": ...}, "layer_0": ...}`` comes from::
+(``docs/design.md``); ``{"embed": {"tokens": ...}, "layer_0": ...}`` comes from::
 
     orbax.checkpoint.StandardCheckpointer().restore(store)
 

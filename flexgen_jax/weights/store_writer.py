@@ -2,7 +2,7 @@
 
 The store grows in a sibling directory ``.NAME.partial``, under a lock; a journal there names the
 tensors that are complete and on the disk. Finished, the directory is renamed. Knows the layout of
-the store (DESIGN §7: an Orbax checkpoint with raw array files), and not where the weights come
+the store (an Orbax checkpoint with raw array files), and not where the weights come
 from.
 """
 
