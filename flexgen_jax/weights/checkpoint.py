@@ -36,7 +36,13 @@ from flexgen_jax.weights.huggingface import (
     is_model_directory,
     not_a_model,
 )
-from flexgen_jax.weights.manifest import MANIFEST_NAME, Manifest, Source, TensorEntry
+from flexgen_jax.weights.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    Source,
+    TensorEntry,
+    array_directory,
+)
 from flexgen_jax.weights.store_writer import Progress, Say, write_store
 from flexgen_jax.weights.tensor_file import ModelNotFoundError, SourceError
 from flexgen_jax.weights.weight_format import WeightFormat
@@ -239,11 +245,12 @@ def open_store(
             )
         if name not in names:
             continue
-        arrays[name] = describe_array(path / name)
+        where = array_directory(path, name)
+        arrays[name] = describe_array(where)
         found = TensorEntry.of(arrays[name].shape, arrays[name].dtype.name)
         if found != expected:
             raise StoreError(
-                f"{path / name}: expected {_brief(expected)}, the array is {_brief(found)}; the "
+                f"{where}: expected {_brief(expected)}, the array is {_brief(found)}; the "
                 "store is damaged, remove it and convert the model again"
             )
     return StoredModel(path, config, manifest, arrays, form)

@@ -22,6 +22,11 @@ _READ = (1, 2)
 MANIFEST_NAME = "flexgen_manifest.json"
 
 
+def array_directory(store: Path, name: str) -> Path:
+    """Where the array of the stored tensor ``name`` lies, in a store or one that grows."""
+    return store / name
+
+
 @dataclasses.dataclass(frozen=True)
 class TensorEntry:
     """One stored tensor; ``dtype`` is a name such as ``bfloat16``."""

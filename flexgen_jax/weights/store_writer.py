@@ -23,7 +23,13 @@ from typing import Any, NoReturn
 import numpy as np
 
 from flexgen_jax.logs import event
-from flexgen_jax.weights.manifest import MANIFEST_NAME, Manifest, TensorEntry, write_durably
+from flexgen_jax.weights.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    TensorEntry,
+    array_directory,
+    write_durably,
+)
 from storage.array_file import StoreError, create_array, describe_array, dtype_of
 
 Progress = Callable[[int, int, str], None]
@@ -108,7 +114,9 @@ def _write_tensors(
             continue
         entry = manifest.tensors[name]
         with _writing(partial, name, entry):
-            writer = create_array(partial / name, entry.shape, dtype_of(entry.dtype))
+            writer = create_array(
+                array_directory(partial, name), entry.shape, dtype_of(entry.dtype)
+            )
         try:
             for block in blocks(name):
                 with _writing(partial, name, entry):
@@ -184,7 +192,7 @@ def _is_there(store: Path, manifest: Manifest) -> bool:
             f"{_described(manifest)}; remove it, or choose another directory"
         )
     for name in existing.tensors:
-        describe_array(store / name)
+        describe_array(array_directory(store, name))
     return True
 
 
@@ -224,10 +232,10 @@ class _Journal:
                 file.write(json.dumps(identity) + "\n")
             return
         for name, entry in manifest.tensors.items():
-            if name in recorded and _is_complete(partial / name, entry):
+            if name in recorded and _is_complete(array_directory(partial, name), entry):
                 self.done.add(name)
             else:
-                shutil.rmtree(partial / name, ignore_errors=True)
+                shutil.rmtree(array_directory(partial, name), ignore_errors=True)
 
     def _read(self, identity: dict[str, Any]) -> set[str] | None:
         try:
@@ -350,9 +358,9 @@ def _writing(partial: Path, name: str, entry: TensorEntry) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        shutil.rmtree(partial / name, ignore_errors=True)
+        shutil.rmtree(array_directory(partial, name), ignore_errors=True)
         if error.errno not in _FULL:
-            _cannot_write(partial / name, error)
+            _cannot_write(array_directory(partial, name), error)
         raise StoreError(
             f"the disk is full ({error.strerror or error}): writing {name} needs {entry.nbytes:,} "
             f"bytes in {partial}, {shutil.disk_usage(partial).free:,} are free; make room and run "
