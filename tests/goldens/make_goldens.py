@@ -93,7 +93,7 @@ def make_model(options: dict[str, Any], seed: int) -> transformers.OPTForCausalL
 
 @torch.no_grad()
 def greedy(
-    model: transformers.OPTForCausalLM, prompt: list[int]
+    model: transformers.PreTrainedModel, prompt: list[int]
 ) -> tuple[list[int], np.ndarray, float]:
     """New tokens, the logits after the prompt, and the smallest lead of a winner over the next."""
     ids = torch.tensor([prompt])
@@ -146,16 +146,19 @@ def main() -> None:
         last_logits[name] = np.stack(logits)
         print(f"{name}: seed {seed}, min gap {min(gaps):.4f}, at least {varied} different tokens")
     np.savez_compressed(HERE / "logits.npz", **last_logits)
-    lines = json.dumps(expected, indent=1)
-    (HERE / "expected.json").write_text(_short_lists(lines) + "\n", encoding="utf-8")
+    (HERE / "expected.json").write_text(readable(expected), encoding="utf-8")
 
 
-def _short_lists(text: str) -> str:
-    """Puts lists of numbers on one line each, so that a change can be read."""
-    return re.sub(
-        r"\[[\d,\s]*\]",
-        lambda m: re.sub(r"\s+", " ", m[0]).replace("[ ", "[").replace(" ]", "]"),
-        text,
+def readable(expected: dict[str, Any]) -> str:
+    """JSON with lists of numbers on one line each, so that a change can be read."""
+    text = json.dumps(expected, indent=1)
+    return (
+        re.sub(
+            r"\[[\d,\s]*\]",
+            lambda m: re.sub(r"\s+", " ", m[0]).replace("[ ", "[").replace(" ]", "]"),
+            text,
+        )
+        + "\n"
     )
 
 
