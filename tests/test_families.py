@@ -179,3 +179,18 @@ def test_a_head_of_its_own_counts_though_the_config_ties_it(differs, tmp_path):
     if differs:
         exported = fg.export(store.path, tmp_path / "out")
         assert load_file(exported / "model.safetensors").keys() == tensors.keys()
+
+
+def test_a_tied_table_may_be_saved_as_the_head(tmp_path):
+    import shutil
+
+    from safetensors.numpy import load_file, save_file
+
+    source = shutil.copytree(GOLDENS / "llama3", tmp_path / "model")
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, source / "model.safetensors")
+    store = open_store(convert(source, tmp_path / "store"))
+    assert store.config.tie_word_embeddings
+    tokens, _ = run(store.path)
+    assert tokens == EXPECTED["variants"]["llama3"]["tokens"]

@@ -159,12 +159,15 @@ class HuggingFaceModel:
                     "not contain; download the model again"
                 )
         names = naming(self.config, entries)
-        if self.config.tie_word_embeddings and names.head.key in entries:
+        tied = self.config.tie_word_embeddings and names.head.key in entries
+        if tied:
             self._untie_if_different(names, entries)
         located: dict[str, _Located] = {}
         missing: list[str] = []
         for name, record in param_records(self.config).items():
             source = names.source(name)
+            if name == TOKEN_TABLE and source.key not in entries and tied:
+                source = names.head  # saved once, under its other name
             if source.key not in entries:
                 missing.append(source.key)
                 continue
@@ -217,12 +220,13 @@ class HuggingFaceModel:
     def _untie_if_different(self, names: Naming, entries: dict[str, tuple[Path, Entry]]) -> None:
         """A head of its own counts, whatever the config says, if it differs: transformers' rule."""
         table = names.source(TOKEN_TABLE)
-        if table.key in entries:
-            (file, entry), (other, own) = entries[table.key], entries[names.head.key]
-            shape = own.shape[::-1] if names.head.transposed else own.shape
-            left, right = (file, table.key), (other, names.head.key)
-            if entry.shape == shape and self._same(left, right, names.head.transposed):
-                return
+        if table.key not in entries:
+            return
+        (file, entry), (other, own) = entries[table.key], entries[names.head.key]
+        shape = own.shape[::-1] if names.head.transposed else own.shape
+        left, right = (file, table.key), (other, names.head.key)
+        if entry.shape == shape and self._same(left, right, names.head.transposed):
+            return
         untied: Any = dataclasses.replace(self.config, tie_word_embeddings=False)  # type: ignore[type-var]
         self.config = untied
         self.changed = {"tie_word_embeddings": False}

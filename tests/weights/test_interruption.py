@@ -140,7 +140,7 @@ def test_another_source_or_dtype_starts_anew(model, tmp_path, tiny):
     interrupt(model, store)
     tiny.write_model(tmp_path / "other", seed=1)
     lines = []
-    interrupt(tmp_path / "other", store, dtype="bfloat16", say=lines.append)
+    interrupt(tmp_path / "other", store, "layer_1.fc1.weight", dtype="bfloat16", say=lines.append)
     convert(tmp_path / "other", store, say=lines.append)
     assert lines == []
     assert_sound(store, tmp_path / "other", tiny)
