@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexgen_jax.models import decoding
+from flexgen_jax.models import decoding, pieces
 from flexgen_jax.models.family import ConfigError, eos_token_ids
 from flexgen_jax.models.params import matmul_flops, nest, param_records, param_shapes, unit_kinds
 from flexgen_jax.models.registry import (
@@ -66,6 +66,21 @@ def test_logits_after_unequal_prompts_are_those_of_transformers(variant):
     with np.load(GOLDENS / "logits.npz") as logits:
         theirs = logits[variant]
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("variant", ["gemma3", "phi3_long", "olmo2"])
+def test_a_long_prompt_in_pieces_gives_the_same(variant, monkeypatch):
+    config, params = loaded(variant)
+    tokens, padding = padded([PROMPTS[-1], PROMPTS[-2]])
+    tokens, padding = np.pad(tokens, ((0, 0), (21, 0))), padding + 21
+    whole = np.asarray(forward(params, tokens, config, padding))
+    monkeypatch.setattr(pieces, "PREFILL_TOKENS", 32)
+    assert pieces.positions_per_call(tokens.shape[1]) == 32
+    parts = jax.jit(lambda *args: decoding.forward(*args[:2], config, args[2]))(
+        params, tokens, padding
+    )
+    for row, pad in enumerate(padding):
+        np.testing.assert_allclose(parts[row, pad:], whole[row, pad:], rtol=1e-4, atol=1e-4)
 
 
 # --- configs ------------------------------------------------------------------------------------
