@@ -4,12 +4,16 @@ The goldens hold the same promise everywhere; here are more shapes, and the newe
 """
 
 import math
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from flexgen_jax.models import decoding
 from flexgen_jax.models.opt import PRESETS, OPTConfig
-from flexgen_jax.models.params import param_shapes
+from flexgen_jax.models.params import nest, param_shapes
+from flexgen_jax.weights.huggingface import HuggingFaceModel
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -123,3 +127,41 @@ def test_transformers_loads_the_demo_model(tools):
         theirs = model.eval()(torch.tensor([ids])).logits.numpy()
     ours = tools.forward(params, np.asarray([ids], np.int32), config)
     np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+FAMILIES = Path(__file__).parents[1] / "goldens" / "families"
+
+
+@pytest.mark.parametrize("variant", sorted(p.name for p in FAMILIES.iterdir() if p.is_dir()))
+def test_new_random_weights_of_every_family(variant, tmp_path):
+    """The goldens' configs with other weights, and whatever transformers is installed."""
+    config = transformers.AutoConfig.from_pretrained(FAMILIES / variant)
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", dtype=torch.float32
+    )
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            noise = 0.2 * torch.randn(tensor.shape, generator=generator)
+            tensor.copy_(1 + noise if name.endswith("norm.weight") else noise)
+    model.eval().float().save_pretrained(tmp_path)
+    ours = HuggingFaceModel(tmp_path)
+    params = {
+        name: np.concatenate(
+            [block.reshape(-1) for block in ours.blocks(name, np.dtype(np.float32))]
+        ).reshape(shape)
+        for name, shape in param_shapes(ours.config).items()
+    }
+    rng = np.random.default_rng(3)
+    rows = [rng.integers(0, ours.config.vocab_size, n).tolist() for n in (3, 19, 31)]
+    tokens = np.zeros((3, 31), np.int32)
+    for number, row in enumerate(rows):
+        tokens[number, 31 - len(row) :] = row
+    padding = np.asarray([31 - len(row) for row in rows], np.int32)
+    forward = jax.jit(decoding.forward, static_argnames="config")
+    found = np.asarray(forward(nest(params), tokens, ours.config, padding))
+    with torch.no_grad():
+        for row, pad, logits in zip(rows, padding, found, strict=True):
+            theirs = model(torch.tensor([row])).logits[0].numpy()
+            close = 1e-4 * max(1, np.abs(theirs).max())
+            np.testing.assert_allclose(logits[pad:], theirs, rtol=1e-4, atol=close)
