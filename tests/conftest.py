@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 # A shell that runs the tests in the background has Ctrl-C ignored, and some of them send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -39,6 +40,19 @@ jax.config.update("jax_num_cpu_devices", 4)  # for pipeline stages
 # Machines are shared and noisy: what matters is that the property holds, not how fast it is shown.
 settings.register_profile("default", deadline=None, max_examples=50)
 settings.load_profile("default")
+
+
+# Compiled programs are kept for the tests that follow, up to so many bytes of a process.
+MOST_RESIDENT = 1_500_000_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_do_not_pile_up():
+    """A worker that runs many files would hold the programs of all of them."""
+    yield
+    statm = Path("/proc/self/statm")
+    if statm.exists() and int(statm.read_text().split()[1]) * 4096 > MOST_RESIDENT:
+        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)
