@@ -1,13 +1,24 @@
-"""Attention: of whole prompts, of new tokens to a cache, and to a selection of a cache.
+"""Attention as pure functions: of whole prompts, of one new token to a cache, and to a part of it.
 
-Shapes: ``batch heads seq head_dim``. Sequences are padded on the left, and ``padding[b]`` says by
-how many positions. Softmax is computed in float32. Knows no family: queries come scaled, and what
-layers differ in comes as arguments.
+Knows no model: a query comes projected, rotated and scaled. Heads may be grouped: of ``heads``
+query heads and ``kv_heads`` heads of keys and values, query head ``h`` attends to head
+``h // group``, where ``group = heads // kv_heads``. Keys are not repeated: the queries of a group
+are rows of one matrix product.
+
+What families of models add to the plain softmax are arguments:
+
+* ``window``: a query at index ``q`` sees the keys ``q - window < k <= q``; None: all before it.
+* ``soft_cap``: scores become ``soft_cap * tanh(scores / soft_cap)`` before they are masked.
+* ``sinks``: per query head, a learned score without a value, which takes its share of the weights.
+
+Sequences are padded on the left by ``padding[row]`` positions, which nobody sees. What is computed
+for a query that sees nothing at all means nothing, but is finite. Scores and softmax are float32.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -21,6 +32,14 @@ from flexgen_jax.models.quantization import Quantized, dense
 # Finite, so that the rows of padding, which see no key at all, stay free of NaN.
 MASKED = float(np.finfo(np.float32).min)
 
+# Of one head's prompt: up to so many positions, all scores at once; beyond, in blocks. Measured on
+# XLA's CPU backend, where what counts is that a block's scores stay in the cache.
+WHOLE_POSITIONS = 512
+QUERY_BLOCK = 256
+KEY_BLOCK = 256
+# Bytes of scores computed in a step: few enough for a CPU's cache, enough for a GPU's cores.
+STEP_NBYTES = {"cpu": 2**21, "gpu": 2**26}
+
 
 def attend(
     query: Float[Array, "batch heads queries head_dim"],
@@ -29,36 +48,89 @@ def attend(
     visible: Bool[Array, "batch #queries keys"],
     *,
     soft_cap: float | None = None,
+    sinks: Float[Array, "heads"] | None = None,
 ) -> Float[Array, "batch heads queries head_dim"]:
-    """Softmax attention. ``query`` comes scaled; ``visible`` says which key each query may see.
+    """Softmax attention, all scores at once; ``visible`` says which key each query may see.
 
-    A key and value head serves as many query heads as there are more of them, side by side.
-
-    Args:
-        soft_cap: Scores ``s`` become ``cap * tanh(s / cap)``.
+    Raises:
+        ValueError: The query's heads are no multiple of the key's.
     """
+    return _attend(query, key, value, visible, None if sinks is None else sinks[None], soft_cap)
+
+
+def _attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    visible: Array,
+    sinks: Float[Array, "#batch heads"] | None,
+    soft_cap: float | None,
+) -> Array:
     batch, heads, queries, head_dim = query.shape
-    group = heads // key.shape[1]
-    # The queries of a group lie one after another: keys are not repeated.
-    query = query.reshape(batch, key.shape[1], group * queries, head_dim)
-    alone = group * queries == 1
+    kv_heads, group = key.shape[1], group_size(query, key)
+    query = query.reshape(batch, kv_heads, group * queries, head_dim)
     # One bfloat16 query row is 12 times slower than two on XLA's CPU backend.
-    if alone and query.dtype == jnp.bfloat16:
+    if query.shape[2] == 1 and query.dtype == jnp.bfloat16:
         query = jnp.concatenate([query, query], axis=2)
-    scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
-    scores = _capped(scores, soft_cap)
-    if group > 1:
-        visible = jnp.broadcast_to(visible, (batch, queries, visible.shape[-1]))
-        visible = jnp.tile(visible, (1, group, 1))
-    scores = jnp.where(visible[:, None], scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    scores = _scores(query, key, soft_cap)
+    # The two rows of a lonely query look like a group of two from here on.
+    scores = scores.reshape(batch, kv_heads, -1, queries, key.shape[2])
+    scores = jnp.where(visible[:, None, None], scores, MASKED)
+    if sinks is None:
+        weights = jax.nn.softmax(scores, axis=-1)
+    else:
+        sink = sinks.astype(jnp.float32).reshape(-1, kv_heads, group, 1, 1)
+        top = jnp.maximum(scores.max(axis=-1, keepdims=True), sink)
+        weights = jnp.exp(scores - top)
+        weights = weights / (weights.sum(axis=-1, keepdims=True) + jnp.exp(sink - top))
+    weights = weights.astype(value.dtype).reshape(batch, kv_heads, -1, key.shape[2])
     out = jnp.einsum("bhqk,bhkd->bhqd", weights, value, preferred_element_type=jnp.float32)
-    out = out[:, :, : group * queries].astype(value.dtype)
-    return out.reshape(batch, heads, queries, head_dim)
+    out = out[:, :, : group * queries].reshape(batch, heads, queries, head_dim)
+    return out.astype(value.dtype)
 
 
-def _capped(scores: Array, cap: float | None) -> Array:
-    return scores if cap is None else cap * jnp.tanh(scores / cap)
+def group_size(query: Array, key: Array) -> int:
+    """How many query heads share one head of keys; both are ``(batch, heads, ...)``."""
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if heads % kv_heads:
+        raise ValueError(
+            f"{heads} query heads cannot share {kv_heads} key heads evenly: "
+            "the first must be a multiple of the second"
+        )
+    return heads // kv_heads
+
+
+def _scores(query: Array, key: Array, soft_cap: float | None) -> Array:
+    scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
+    return _capped(scores, soft_cap)
+
+
+def _capped(scores: Array, soft_cap: float | None) -> Array:
+    return scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)
+
+
+def causal_visibility(
+    padding: Int[Array, "batch"], seq: int, window: int | None = None
+) -> Bool[Array, "batch seq seq"]:
+    """``[b, q, k]``: query ``q`` may see key ``k``: not after it, in its window, not padding."""
+    index = jnp.arange(seq)
+    return _visible(index, index, padding, window)
+
+
+def _visible(
+    query: Int[Array, "queries"],
+    key: Int[Array, "keys"],
+    padding: Int[Array, "batch"],
+    window: int | None,
+) -> Bool[Array, "batch queries keys"]:
+    """Of the queries and keys at these indices."""
+    causal = key[None, :] <= query[:, None]
+    if window is not None:
+        causal = causal & (key[None, :] > query[:, None] - window)
+    return causal[None] & (key[None, None, :] >= padding[:, None, None])
+
+
+# --- prompts --------------------------------------------------------------------------------------
 
 
 def attend_prompt(
@@ -69,31 +141,196 @@ def attend_prompt(
     *,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: Float[Array, "heads"] | None = None,
     flash: Literal["cudnn", "xla"] | None = None,
 ) -> Float[Array, "batch heads seq head_dim"]:
-    """Causal attention of whole prompts.
+    """Causal attention of whole prompts: a few heads at a time, and long prompts in blocks.
+
+    What it takes beside its arguments and result is :func:`prompt_workspace_nbytes`.
 
     Args:
-        window: A query sees so many keys, its own the last of them; None: all before it.
-        soft_cap: As :func:`attend` has it.
         flash: How ``jax.nn.dot_product_attention`` is to compute it; None: ``cudnn``'s flash
-            attention on a GPU, in 16 bits, which is all it knows; elsewhere :func:`attend`.
+            attention on a GPU for what it knows, which is 16 bits, heads of up to 128, no soft cap
+            and no sinks; all else as described above.
+
+    Raises:
+        ValueError: ``flash`` is to compute what it does not know, or the query's heads are no
+            multiple of the key's.
     """
-    visible = causal_visibility(padding, query.shape[2], window)
-    if (
-        flash is None
-        and soft_cap is None
-        and jax.default_backend() == "gpu"
-        and query.dtype != jnp.float32
-    ):
-        flash = "cudnn"
-    if flash is None:
-        return attend(query, key, value, visible, soft_cap=soft_cap)
-    query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
-    out = jax.nn.dot_product_attention(
-        query, key, value, mask=visible[:, None], scale=1.0, is_causal=True, implementation=flash
+    group = group_size(query, key)
+    batch, kv_heads, seq, head_dim = key.shape
+    plain = soft_cap is None and sinks is None
+    if flash is not None and not plain:
+        raise ValueError(f"flash={flash!r} knows neither soft caps nor sinks: leave it at None")
+    if flash is None and jax.default_backend() == "gpu" and query.dtype != jnp.float32:
+        flash = "cudnn" if plain and head_dim <= 128 and head_dim % 8 == 0 else None
+    if flash is not None:
+        visible = causal_visibility(padding, seq, window)[:, None]
+        query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
+        out = jax.nn.dot_product_attention(
+            query, key, value, mask=visible, scale=1.0, is_causal=True, implementation=flash
+        )
+        return out.swapaxes(1, 2)
+
+    pairs = batch * kv_heads
+    at_once = _pairs_at_once(pairs, group, seq, jax.default_backend())
+    if seq <= WHOLE_POSITIONS and at_once == pairs:
+        visible = causal_visibility(padding, seq, window)
+        return attend(query, key, value, visible, soft_cap=soft_cap, sinks=sinks)
+    out = _by_pairs(
+        query.reshape(pairs, group, seq, head_dim),
+        key.reshape(pairs, 1, seq, head_dim),
+        value.reshape(pairs, 1, seq, head_dim),
+        jnp.repeat(padding, kv_heads),
+        None if sinks is None else jnp.tile(sinks.reshape(kv_heads, group), (batch, 1)),
+        window=window,
+        soft_cap=soft_cap,
+        at_once=at_once,
     )
-    return out.swapaxes(1, 2)
+    return out.reshape(query.shape)
+
+
+def prompt_workspace_nbytes(
+    rows: int, seq: int, heads: int, kv_heads: int, head_dim: int, *, backend: str = "cpu"
+) -> int:
+    """Bytes that :func:`attend_prompt` takes beside its arguments and its result, at most.
+
+    Computing in 32 bits is counted, which takes more than 16. Neither a window nor padding makes it
+    less.
+    """
+    pairs, group = rows * kv_heads, heads // kv_heads
+    at_once = _pairs_at_once(pairs, group, seq, backend)
+    queries, keys = _block_shape(seq)
+    scores = 4 * at_once * group * queries * keys
+    return scores
+
+
+def _pairs_at_once(pairs: int, group: int, seq: int, backend: str) -> int:
+    """How many pairs of a row and a key head are attended to in one step: it divides ``pairs``."""
+    most = _step_nbytes(backend) // (4 * group * math.prod(_block_shape(seq)))
+    return max((n for n in range(1, min(pairs, most) + 1) if pairs % n == 0), default=1)
+
+
+def _step_nbytes(backend: str) -> int:
+    return STEP_NBYTES["cpu" if backend == "cpu" else "gpu"]
+
+
+def _block_shape(seq: int) -> tuple[int, int]:
+    """How many queries by how many keys a step takes of each head."""
+    if seq <= WHOLE_POSITIONS:
+        return seq, seq
+    return min(QUERY_BLOCK, seq), min(KEY_BLOCK, seq)
+
+
+def _by_pairs(
+    query: Float[Array, "pairs group seq head_dim"],
+    key: Float[Array, "pairs 1 seq head_dim"],
+    value: Float[Array, "pairs 1 seq head_dim"],
+    padding: Int[Array, "pairs"],
+    sinks: Float[Array, "pairs group"] | None,
+    *,
+    window: int | None,
+    soft_cap: float | None,
+    at_once: int,
+) -> Float[Array, "pairs group seq head_dim"]:
+    """Causal attention of pairs of a row and a key head, ``at_once`` of them in each step."""
+    seq = query.shape[2]
+
+    def whole(
+        query: Array, key: Array, value: Array, sinks: Array | None, padding: Array = padding
+    ) -> Array:
+        visible = causal_visibility(padding, seq, window)
+        return _attend(query, key, value, visible, sinks, soft_cap)
+
+    if seq <= WHOLE_POSITIONS:
+        arrays = (query, key, value, sinks, padding)
+        steps = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), arrays)
+        return jax.lax.map(lambda step: whole(*step), steps).reshape(query.shape)
+
+    # A loop of as many rounds as there are blocks to see has no reverse derivative of its own.
+    @jax.custom_jvp
+    def blocks(query: Array, key: Array, value: Array, sinks: Array | None) -> Array:
+        return _attend_blocks(query, key, value, padding, sinks, window, soft_cap, at_once)
+
+    @blocks.defjvp
+    def _(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+        return blocks(*primals), jax.jvp(whole, primals, tangents)[1]
+
+    return blocks(query, key, value, sinks)
+
+
+def _attend_blocks(
+    query: Float[Array, "pairs group seq head_dim"],
+    key: Float[Array, "pairs 1 seq head_dim"],
+    value: Float[Array, "pairs 1 seq head_dim"],
+    padding: Int[Array, "pairs"],
+    sinks: Float[Array, "pairs group"] | None,
+    window: int | None,
+    soft_cap: float | None,
+    at_once: int,
+) -> Float[Array, "pairs group seq head_dim"]:
+    """With a running softmax: blocks of queries, each over the blocks of keys that it can see.
+
+    The last block of each kind ends where the prompt does, and so may overlap the one before: its
+    queries are computed twice, and its keys are masked where they have been seen.
+    """
+    pairs, group, seq, head_dim = query.shape
+    rows, columns = _block_shape(seq)
+    query_blocks = -(-seq // rows)
+
+    def of_queries(step: Array, out: Array) -> Array:
+        first = step // query_blocks * at_once
+        start = jnp.minimum(step % query_blocks * rows, seq - rows)
+        index = start + jnp.arange(rows)
+        block = jax.lax.dynamic_slice(
+            query, (first, 0, start, 0), (at_once, group, rows, head_dim)
+        ).reshape(at_once, 1, group * rows, head_dim)
+        pads = jax.lax.dynamic_slice_in_dim(padding, first, at_once)
+
+        def over_keys(number: Array, state: tuple) -> tuple:
+            top, total, mean = state
+            begin = jnp.minimum(number * columns, seq - columns)
+            seen = begin + jnp.arange(columns)
+            keys, values = (
+                jax.lax.dynamic_slice(x, (first, 0, begin, 0), (at_once, 1, columns, head_dim))
+                for x in (key, value)
+            )
+            visible = _visible(index, seen, pads, window) & (seen >= number * columns)
+            scores = _scores(block, keys, soft_cap).reshape(at_once, group, rows, columns)
+            scores = jnp.where(visible[:, None], scores, MASKED)
+            scores = scores.reshape(at_once, 1, group * rows, columns)
+            higher = jnp.maximum(top, scores.max(axis=-1, keepdims=True))
+            weights, shrink = jnp.exp(scores - higher), jnp.exp(top - higher)
+            more = jnp.einsum(
+                "bhqk,bhkd->bhqd",
+                weights.astype(value.dtype),
+                values,
+                preferred_element_type=jnp.float32,
+            )
+            total = total * shrink + weights.sum(axis=-1, keepdims=True)
+            return higher, total, mean * shrink + more
+
+        # A sink is a score without a value, seen before all others.
+        if sinks is None:
+            top = jnp.full((at_once, 1, group * rows, 1), MASKED)
+        else:
+            top = jax.lax.dynamic_slice_in_dim(sinks.astype(jnp.float32), first, at_once)
+            top = jnp.repeat(top, rows, axis=1)[:, None, :, None]
+        total = jnp.full(top.shape, 0.0 if sinks is None else 1.0)
+        state = (top, total, jnp.zeros((at_once, 1, group * rows, head_dim)))
+        out_of_window = 0 if window is None else start - window + 1
+        end = (start + rows + columns - 1) // columns
+        # At least one block, lest queries of padding divide by nothing.
+        begin = jnp.minimum(jnp.maximum(pads.min(), out_of_window) // columns, end - 1)
+        _, total, mean = jax.lax.fori_loop(begin, end, over_keys, state)
+        attended = (mean / total).astype(value.dtype).reshape(at_once, group, rows, head_dim)
+        return jax.lax.dynamic_update_slice(out, attended, (first, 0, start, 0))
+
+    steps = pairs // at_once * query_blocks
+    return jax.lax.fori_loop(0, steps, of_queries, jnp.zeros(query.shape, value.dtype))
+
+
+# --- one new token, and a cache -------------------------------------------------------------------
 
 
 def attend_cached(
@@ -105,30 +342,29 @@ def attend_cached(
     *,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: Float[Array, "heads"] | None = None,
 ) -> Float[Array, "batch heads 1 head_dim"]:
     """Attention of one new token per row to the cache before ``position``, and to itself.
 
     The cache is only read, wherever it lies; ``new`` holds the token's own key and value. Attending
-    everything under a mask beats slicing the filled prefix, which would copy it. The cache may be
-    a ring: position ``p`` lies at index ``p % size``.
+    everything under a mask beats slicing the filled prefix, which would copy it.
+
+    A cache of ``size`` positions may be a ring: index ``i`` holds the newest position before
+    ``position`` that is ``i`` modulo ``size``. A cache as long as the sequence is such a ring, too.
+
+    Raises:
+        ValueError: The query's heads are no multiple of the key's.
     """
-    query = _grouped(query, cache.key.shape[1])
-    weights, own = _cached_weights(
-        query, cache.key, new.key, position, padding, window=window, soft_cap=soft_cap
+    weights, own, _ = _cached_weights(
+        query, cache.key, new.key, position, padding, window, soft_cap, sinks
     )
     value = cache.value
     weights = weights.astype(value.dtype)
-    group = query.shape[2]
-    if query.dtype == jnp.bfloat16 and group == 1:
+    if query.dtype == jnp.bfloat16 and weights.shape[2] == 1:  # as in attend
         weights = jnp.concatenate([weights, weights], axis=2)
     out = jnp.einsum("bhqk,bhkd->bhqd", weights, value, preferred_element_type=jnp.float32)
-    out = out[:, :, :group] + own * new.value.astype(jnp.float32)
-    return out.astype(query.dtype).reshape(query.shape[0], -1, 1, query.shape[-1])
-
-
-def _grouped(query: Array, kv_heads: int) -> Float[Array, "batch kv_heads group head_dim"]:
-    batch, heads, _, head_dim = query.shape
-    return query.reshape(batch, kv_heads, heads // kv_heads, head_dim)
+    out = out[:, :, : own.shape[2]] + own * new.value.astype(jnp.float32)
+    return out.astype(query.dtype).reshape(query.shape)
 
 
 def _cached_weights(
@@ -137,34 +373,39 @@ def _cached_weights(
     own_key: Array,
     position: Array,
     padding: Array,
-    *,
-    window: int | None = None,
-    soft_cap: float | None = None,
-) -> tuple[Float[Array, "batch kv_heads group seq"], Float[Array, "batch kv_heads group 1"]]:
-    """The softmax of :func:`attend_cached`: over the cached keys, and of the token's own.
-
-    Args:
-        query: By :func:`_grouped`.
-    """
-    size, group = key.shape[2], query.shape[2]
-    index = jnp.arange(size)
-    # The newest position before this one that lies at each index; negative: none yet.
-    held = position - 1 - (position - 1 - index) % size
+    window: int | None,
+    soft_cap: float | None,
+    sinks: Array | None,
+) -> tuple[
+    Float[Array, "batch kv_heads group seq"],
+    Float[Array, "batch kv_heads group 1"],
+    Float[Array, "kv_heads group 1"] | None,
+]:
+    """The softmax of :func:`attend_cached`: over the cached keys, of the token's own, of sinks."""
+    batch, kv_heads, size, head_dim = key.shape
+    group = group_size(query, key)
+    query = query.reshape(batch, kv_heads, group, head_dim)
+    held = position - 1 - (position - 1 - jnp.arange(size)) % size
     visible = held[None, :] >= jnp.maximum(padding, 0)[:, None]
     if window is not None:
-        visible &= held[None, :] > position - window
-    several = query
-    if query.dtype == jnp.bfloat16 and group == 1:  # as in attend
-        several = jnp.concatenate([query, query], axis=2)
-    scores = jnp.einsum("bhqd,bhkd->bhqk", several, key, preferred_element_type=jnp.float32)
-    scores = _capped(scores[:, :, :group], soft_cap)
-    scores = jnp.where(visible[:, None, None], scores, MASKED)
+        visible = visible & (held > position - window)[None, :]
+    rows = query
+    if group == 1 and query.dtype == jnp.bfloat16:  # as in attend
+        rows = jnp.concatenate([query, query], axis=2)
+    scores = _scores(rows, key, soft_cap)
+    scores = jnp.where(visible[:, None, None], scores[:, :, :group], MASKED)
     own = jnp.sum(query.astype(jnp.float32) * own_key.astype(jnp.float32), -1, keepdims=True)
     own = _capped(own, soft_cap)
     top = jnp.maximum(scores.max(axis=-1, keepdims=True), own)
-    weights, own = jnp.exp(scores - top), jnp.exp(own - top)
-    total = weights.sum(axis=-1, keepdims=True) + own
-    return weights / total, own / total
+    if sinks is None:
+        weights, own = jnp.exp(scores - top), jnp.exp(own - top)
+        total = weights.sum(axis=-1, keepdims=True) + own
+        return weights / total, own / total, None
+    sink = sinks.astype(jnp.float32).reshape(kv_heads, group, 1)
+    top = jnp.maximum(top, sink)
+    weights, own, sink = jnp.exp(scores - top), jnp.exp(own - top), jnp.exp(sink - top)
+    total = weights.sum(axis=-1, keepdims=True) + own + sink
+    return weights / total, own / total, sink / total
 
 
 class Selection(NamedTuple):
@@ -172,7 +413,8 @@ class Selection(NamedTuple):
 
     ``kept`` says which of ``positions`` count: the share is of the visible positions, whose number
     differs from row to row. ``weights`` are the positions' attention weights, and ``own`` the new
-    token's, which is always kept; ``rest`` is how many visible positions are left out.
+    token's, which is always kept; ``rest`` is how many visible positions are left out. ``sink`` is
+    the weight of the sinks, which have no value; None where there are none.
     """
 
     positions: Int[Array, "batch kv_heads selected"]
@@ -180,6 +422,7 @@ class Selection(NamedTuple):
     weights: Float[Array, "batch kv_heads group selected"]
     own: Float[Array, "batch kv_heads group 1"]
     rest: Float[Array, "batch"]
+    sink: Float[Array, "batch kv_heads group 1"] | None
 
 
 def select_cached(
@@ -191,32 +434,33 @@ def select_cached(
     sparsity: float,
     *,
     soft_cap: float | None = None,
+    sinks: Float[Array, "heads"] | None = None,
 ) -> Selection:
     """The share ``sparsity`` of the visible positions with the largest weights (paper, section 5).
 
-    The weights are those of the softmax over all positions; of several query heads that share keys,
-    their sum decides.
+    The weights are those of the softmax over all positions, and of a group of heads their sum, so
+    that the group's values are fetched once. The keys are not a ring.
     """
-    query = _grouped(query, key.shape[1])
-    weights, own = _cached_weights(query, key, new.key, position, padding, soft_cap=soft_cap)
-    count = math.ceil(sparsity * weights.shape[-1])
-    if query.shape[2] == 1:
-        top, index = jax.lax.top_k(weights[:, :, 0], count)
+    weights, own, sink = _cached_weights(
+        query, key, new.key, position, padding, None, soft_cap, sinks
+    )
+    top, index = jax.lax.top_k(weights.sum(axis=2), math.ceil(sparsity * weights.shape[-1]))
+    if weights.shape[2] == 1:
         top = top[:, :, None]
     else:
-        _, index = jax.lax.top_k(weights.sum(axis=2), count)
         top = jnp.take_along_axis(weights, index[:, :, None], axis=-1)
     visible = (position - padding).astype(jnp.float32)
-    wanted = jnp.ceil(sparsity * visible)
-    kept = jnp.arange(count, dtype=jnp.float32) < wanted[:, None, None]
+    count = jnp.ceil(sparsity * visible)
+    kept = jnp.arange(index.shape[-1], dtype=jnp.float32) < count[:, None, None]
     kept = jnp.broadcast_to(kept, index.shape)
     # What is not kept is read as well, since shapes are fixed: let it be what is there.
     return Selection(
-        jnp.where(kept, index, index[..., :1]),
-        kept,
-        jnp.where(kept[:, :, None], top, 0),
-        own,
-        visible - wanted,
+        positions=jnp.where(kept, index, index[..., :1]),
+        kept=kept,
+        weights=jnp.where(kept[:, :, None], top, 0),
+        own=own,
+        rest=visible - count,
+        sink=sink,
     )
 
 
@@ -233,14 +477,17 @@ def attend_selected(
     """
     x = jnp.where(selection.kept[..., None], dense(value, jnp.float32).astype(jnp.float32), 0)
     weights = selection.weights
-    out = jnp.sum(weights[..., None] * x[:, :, None], axis=3)
+    of_group = (weights[:, :, member, :, None] for member in range(weights.shape[2]))
+    out = jnp.stack([jnp.sum(w * x, axis=2) for w in of_group], axis=2)
     rest = jnp.maximum(selection.rest, 1)[:, None, None]
     mean = (value_sum - x.sum(axis=2)) / rest
-    dropped = 1 - weights.sum(axis=-1)[..., None] - selection.own
+    dropped = 1 - weights.sum(axis=-1, keepdims=True) - selection.own
+    if selection.sink is not None:
+        dropped = dropped - selection.sink
     dropped = jnp.where(selection.rest[:, None, None, None] > 0, dropped, 0)
     out = out + dropped * mean[:, :, None] + selection.own * new.value.astype(jnp.float32)
-    out = out.astype(new.value.dtype)
-    return out.reshape(out.shape[0], -1, 1, out.shape[-1])
+    batch, kv_heads, group, head_dim = out.shape
+    return out.astype(new.value.dtype).reshape(batch, kv_heads * group, 1, head_dim)
 
 
 def sum_values(
@@ -250,14 +497,3 @@ def sum_values(
     x = dense(value, jnp.float32).astype(jnp.float32)
     visible = jnp.arange(x.shape[2])[None, :] >= padding[:, None]
     return jnp.sum(jnp.where(visible[:, None, :, None], x, 0), axis=2)
-
-
-def causal_visibility(
-    padding: Int[Array, "batch"], seq: int, window: int | None = None
-) -> Bool[Array, "batch seq seq"]:
-    """``[b, q, k]``: query ``q`` may see key ``k``: not after it, not padding, in its window."""
-    index = jnp.arange(seq)
-    causal = index[None, :] <= index[:, None]
-    if window is not None:
-        causal &= index[None, :] > index[:, None] - window
-    return causal[None] & (index[None, None, :] >= padding[:, None, None])
