@@ -18,7 +18,6 @@ for a query that sees nothing at all means nothing, but is finite. Scores and so
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -201,8 +200,8 @@ def prompt_workspace_nbytes(
     pairs, group = rows * kv_heads, heads // kv_heads
     at_once = _pairs_at_once(pairs, group, seq, backend)
     queries, keys = _block_shape(seq)
-    scores = 4 * at_once * group * queries * keys
-    return scores
+    # Scores, their exponentials, and those in the dtype of the values.
+    return 3 * 4 * at_once * group * queries * keys
 
 
 def _pairs_at_once(pairs: int, group: int, seq: int, backend: str) -> int:
@@ -379,7 +378,7 @@ def _cached_weights(
 ) -> tuple[
     Float[Array, "batch kv_heads group seq"],
     Float[Array, "batch kv_heads group 1"],
-    Float[Array, "kv_heads group 1"] | None,
+    Float[Array, "batch kv_heads group 1"] | None,
 ]:
     """The softmax of :func:`attend_cached`: over the cached keys, of the token's own, of sinks."""
     batch, kv_heads, size, head_dim = key.shape

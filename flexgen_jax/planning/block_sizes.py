@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
+from flexgen_jax.models.attention import prompt_workspace_nbytes
 from flexgen_jax.models.family import Config
 from flexgen_jax.models.params import (
     loaded_names,
@@ -17,7 +18,7 @@ from flexgen_jax.models.params import (
     unit_kinds,
     unit_records,
 )
-from flexgen_jax.models.pieces import rows_per_call
+from flexgen_jax.models.pieces import positions_per_call, rows_per_call
 from flexgen_jax.planning.blocks import Batch, Block
 from flexgen_jax.planning.cell_layout import (
     CellRoom,
@@ -96,14 +97,22 @@ def block_sizes(
 def _workspace(batch: Batch, config: Config, itemsize: int) -> int:
     """Bytes that the largest computation takes beside its arguments: prefill's, or the head's.
 
-    Of some rows what a layer makes of them, attention's weights and the MLP's width foremost, in
-    float32; of all rows the layer's results.
+    Of some rows, and of a long prompt some positions, what a layer makes of them, the MLP's width
+    foremost, in float32, and attention's scores; of all rows the layer's results: hidden states,
+    and queries, keys and values.
     """
     seq, hidden = batch.prompt_len, config.hidden_size
+    heads, kv_heads, head_dim = (
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+    )
     rows = rows_per_call(batch.rows, seq)
-    some = rows * seq * (_widths(config) + hidden + config.num_attention_heads * seq) * 4
-    results = batch.rows * seq * 4 * hidden * itemsize
-    return max(some + results, 3 * batch.rows * config.vocab_size * 4)
+    some = rows * positions_per_call(seq) * (_widths(config) + hidden) * 4
+    scores = prompt_workspace_nbytes(rows, seq, heads, kv_heads, head_dim)
+    attended = rows * seq * heads * head_dim * (4 + itemsize)
+    results = batch.rows * seq * 2 * (hidden + kv_heads * head_dim) * itemsize
+    return max(max(some, scores) + attended + results, 3 * batch.rows * config.vocab_size * 4)
 
 
 @functools.lru_cache(maxsize=64)
