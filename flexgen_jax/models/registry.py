@@ -17,6 +17,7 @@ FAMILIES = {
     "gemma2": "gemma2",
     "gemma3": "gemma3",
     "gemma3_text": "gemma3",
+    "glm4": "glm4",
     "granite": "granite",
     "llama": "llama",
     "mistral": "mistral",
