@@ -157,7 +157,11 @@ class RotaryDecoder(Family):
     # The config
 
     def read(self, values: Mapping[str, Any]) -> RotaryConfig:
-        return self.config_class(**self.fields({**DEFAULTS, **self.defaults, **values}))
+        usual, vocab = {**DEFAULTS, **self.defaults}, values.get("vocab_size")
+        end = usual["eos_token_id"]
+        if isinstance(vocab, int) and isinstance(end, int) and end >= vocab:
+            usual["eos_token_id"] = None  # of a small vocabulary that says nothing of it
+        return self.config_class(**self.fields({**usual, **values}))
 
     def fields(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of the config; ``values`` has the defaults.
