@@ -5,6 +5,8 @@ Run by hand, seldom, in two environments, since transformers 4 and 5 write confi
     python tests/goldens/make_family_goldens.py        # torch, transformers 5
     python tests/goldens/make_family_goldens.py --v4   # the same torch, transformers 4.57
 
+or, with the names of variants behind it, for those only.
+
 The first run writes a Hugging Face directory for each variant, ``expected.json`` and
 ``logits.npz``. Stored weights are bfloat16 and random; everything is computed in float32 with
 exactly those values. Of each prompt run alone, ``tokens`` are the greedy tokens with every end
@@ -165,6 +167,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "rope_theta": 1000.0,
         **TIED,
     },
+    "glm4": {
+        "model_type": "glm4",
+        "head_dim": 16,
+        "num_hidden_layers": 3,
+        "partial_rotary_factor": 0.5,
+        "attention_bias": True,
+    },
 }
 # How many end tokens config.json and generation_config.json name; the latter's are obeyed.
 ENDS: dict[str, tuple[int, int]] = {"llama3": (3, 3), "qwen3": (1, 2), "phi3": (1, 3)}
@@ -284,7 +293,8 @@ def write_variant(name: str, prompts: list[list[int]]) -> tuple[dict[str, Any], 
     return record, logits
 
 
-def write_goldens() -> None:
+def write_goldens(names: list[str]) -> None:
+    """Of the variants ``names``, beside those that are there; of all where none is named."""
     prompts = make_prompts()
     expected: dict[str, Any] = {
         "made_with": {
@@ -295,7 +305,13 @@ def write_goldens() -> None:
         "variants": {},
     }
     last_logits = {}
-    for name in VARIANTS:
+    if names:
+        before = json.loads((HERE / "expected.json").read_text(encoding="utf-8"))
+        assert before["prompts"] == prompts
+        expected["variants"] = before["variants"]
+        with np.load(HERE / "logits.npz") as logits:
+            last_logits = dict(logits)
+    for name in names or VARIANTS:
         expected["variants"][name], last_logits[name] = write_variant(name, prompts)
     np.savez_compressed(HERE / "logits.npz", **last_logits)
     (HERE / "expected.json").write_text(readable(expected), encoding="utf-8")
@@ -332,10 +348,10 @@ def write_config_v4(name: str, expected: dict[str, Any], logits: np.ndarray) -> 
     assert distance < MIN_GAP / 10
 
 
-def write_configs_v4() -> None:
+def write_configs_v4(names: list[str]) -> None:
     expected = json.loads((HERE / "expected.json").read_text(encoding="utf-8"))
     with np.load(HERE / "logits.npz") as logits:
-        for name in VARIANTS:
+        for name in names or VARIANTS:
             write_config_v4(name, expected, logits[name])
 
 
@@ -343,9 +359,10 @@ if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     major = int(transformers.__version__.split(".")[0])
-    if sys.argv[1:] == ["--v4"] and major == 4:
-        write_configs_v4()
-    elif not sys.argv[1:] and major == 5:
-        write_goldens()
+    names = [name for name in sys.argv[1:] if name in VARIANTS]
+    if sys.argv[1:] == ["--v4", *names] and major == 4:
+        write_configs_v4(names)
+    elif sys.argv[1:] == names and major == 5:
+        write_goldens(names)
     else:
         raise SystemExit(f"see the top of this file; this is transformers {major}")
