@@ -14,15 +14,12 @@ os.environ["FLEXGEN_JAX_CACHE"] = "/nonexistent/flexgen-jax-tests-must-pass-offl
 
 from jaxtyping import install_import_hook
 
-from flexgen_jax.models.registry import FAMILIES
-
 install_import_hook(
     [
         "flexgen_jax.models.attention",
         "flexgen_jax.models.decoding",
         "flexgen_jax.models.layers",
         "flexgen_jax.models.positions",
-        *(f"flexgen_jax.models.{file}" for file in set(FAMILIES.values())),
         "flexgen_jax.models.kv_cache",
         "flexgen_jax.engine.kernels",
         "flexgen_jax.engine.sampling",

@@ -338,7 +338,7 @@ def test_what_one_process_cannot(tmp_path, store, monkeypatch):
         assert llm.leads
         with pytest.raises(ValueError, match="nobody to follow"):
             llm.follow()
-    monkeypatch.setattr("flexgen_jax.distributed.processes.process_count", lambda: 3)
+    monkeypatch.setattr("flexgen_jax.distributed.stage_devices.process_count", lambda: 3)
     with pytest.raises(ValueError, match="num_stages 2 over 3 processes: each of them needs"):
         stage_devices(2)
 
