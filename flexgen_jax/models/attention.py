@@ -31,12 +31,13 @@ from flexgen_jax.models.quantization import Quantized, dense
 # Finite, so that the rows of padding, which see no key at all, stay free of NaN.
 MASKED = float(np.finfo(np.float32).min)
 
-# Of one head's prompt: up to so many positions, all scores at once; beyond, in blocks. Measured on
-# XLA's CPU backend, where what counts is that a block's scores stay in the cache.
+# Of one head's prompt: up to so many positions, all scores at once; beyond, in blocks. On XLA's CPU
+# backend, where this was measured, what counts is that the scores in hand stay in the cache.
 WHOLE_POSITIONS = 512
 QUERY_BLOCK = 256
 KEY_BLOCK = 256
-# Bytes of scores computed in a step: few enough for a CPU's cache, enough for a GPU's cores.
+# Up to so many bytes of scores, those of all heads and rows at once; beyond, in steps of a few.
+ONCE_NBYTES = 2**24
 STEP_NBYTES = {"cpu": 2**21, "gpu": 2**26}
 
 
@@ -72,17 +73,20 @@ def _attend(
     if query.shape[2] == 1 and query.dtype == jnp.bfloat16:
         query = jnp.concatenate([query, query], axis=2)
     scores = _scores(query, key, soft_cap)
-    # The two rows of a lonely query look like a group of two from here on.
-    scores = scores.reshape(batch, kv_heads, -1, queries, key.shape[2])
-    scores = jnp.where(visible[:, None, None], scores, MASKED)
+    if group > 1:
+        visible = jnp.broadcast_to(visible, (batch, queries, key.shape[2]))
+        visible = jnp.tile(visible, (1, group, 1))
+    scores = jnp.where(visible[:, None], scores, MASKED)
     if sinks is None:
         weights = jax.nn.softmax(scores, axis=-1)
     else:
-        sink = sinks.astype(jnp.float32).reshape(-1, kv_heads, group, 1, 1)
+        sink = sinks.astype(jnp.float32).reshape(-1, kv_heads, group)
+        # A lonely query's second row comes by broadcasting.
+        sink = jnp.repeat(sink, queries, axis=2)[..., None]
         top = jnp.maximum(scores.max(axis=-1, keepdims=True), sink)
         weights = jnp.exp(scores - top)
         weights = weights / (weights.sum(axis=-1, keepdims=True) + jnp.exp(sink - top))
-    weights = weights.astype(value.dtype).reshape(batch, kv_heads, -1, key.shape[2])
+    weights = weights.astype(value.dtype)
     out = jnp.einsum("bhqk,bhkd->bhqd", weights, value, preferred_element_type=jnp.float32)
     out = out[:, :, : group * queries].reshape(batch, heads, queries, head_dim)
     return out.astype(value.dtype)
@@ -190,28 +194,41 @@ def attend_prompt(
 
 
 def prompt_workspace_nbytes(
-    rows: int, seq: int, heads: int, kv_heads: int, head_dim: int, *, backend: str = "cpu"
+    rows: int,
+    seq: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    *,
+    itemsize: int = 4,
+    backend: str = "cpu",
 ) -> int:
     """Bytes that :func:`attend_prompt` takes beside its arguments and its result, at most.
 
-    Computing in 32 bits is counted, which takes more than 16. Neither a window nor padding makes it
-    less.
+    That grows with ``seq``, not with its square. A window does not change it.
+
+    Args:
+        itemsize: Of the arguments' dtype, in bytes.
+        backend: Of the device it is computed on, as JAX calls it. On a GPU, cuDNN takes no more.
     """
     pairs, group = rows * kv_heads, heads // kv_heads
     at_once = _pairs_at_once(pairs, group, seq, backend)
     queries, keys = _block_shape(seq)
-    # Scores, their exponentials, and those in the dtype of the values.
-    return 3 * 4 * at_once * group * queries * keys
+    scores = 2 * at_once * group * queries * keys * 4  # and weights
+    if seq <= WHOLE_POSITIONS and at_once == pairs:
+        return scores
+    step = scores + at_once * (2 * group * queries + keys) * head_dim * 4
+    # XLA copies what a loop only reads, unless it knows that nobody writes to it meanwhile.
+    return step + pairs * (group + 2) * seq * head_dim * itemsize
 
 
 def _pairs_at_once(pairs: int, group: int, seq: int, backend: str) -> int:
     """How many pairs of a row and a key head are attended to in one step: it divides ``pairs``."""
-    most = _step_nbytes(backend) // (4 * group * math.prod(_block_shape(seq)))
+    nbytes = 4 * group * math.prod(_block_shape(seq))
+    if seq <= WHOLE_POSITIONS and pairs * nbytes <= ONCE_NBYTES:
+        return pairs
+    most = STEP_NBYTES["cpu" if backend == "cpu" else "gpu"] // nbytes
     return max((n for n in range(1, min(pairs, most) + 1) if pairs % n == 0), default=1)
-
-
-def _step_nbytes(backend: str) -> int:
-    return STEP_NBYTES["cpu" if backend == "cpu" else "gpu"]
 
 
 def _block_shape(seq: int) -> tuple[int, int]:
@@ -235,27 +252,59 @@ def _by_pairs(
     """Causal attention of pairs of a row and a key head, ``at_once`` of them in each step."""
     seq = query.shape[2]
 
-    def whole(
-        query: Array, key: Array, value: Array, sinks: Array | None, padding: Array = padding
-    ) -> Array:
-        visible = causal_visibility(padding, seq, window)
-        return _attend(query, key, value, visible, sinks, soft_cap)
-
-    if seq <= WHOLE_POSITIONS:
-        arrays = (query, key, value, sinks, padding)
-        steps = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), arrays)
-        return jax.lax.map(lambda step: whole(*step), steps).reshape(query.shape)
-
-    # A loop of as many rounds as there are blocks to see has no reverse derivative of its own.
+    # Neither integers nor loops over as many blocks as can be seen have a derivative: of all at
+    # once.
     @jax.custom_jvp
-    def blocks(query: Array, key: Array, value: Array, sinks: Array | None) -> Array:
-        return _attend_blocks(query, key, value, padding, sinks, window, soft_cap, at_once)
+    def attended(query: Array, key: Array, value: Array, sinks: Array | None) -> Array:
+        compute = _attend_whole if seq <= WHOLE_POSITIONS else _attend_blocks
+        return compute(query, key, value, padding, sinks, window, soft_cap, at_once)
 
-    @blocks.defjvp
+    @attended.defjvp
     def _(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-        return blocks(*primals), jax.jvp(whole, primals, tangents)[1]
+        def plain(query: Array, key: Array, value: Array, sinks: Array | None) -> Array:
+            visible = causal_visibility(padding, seq, window)
+            return _attend(query, key, value, visible, sinks, soft_cap)
 
-    return blocks(query, key, value, sinks)
+        return attended(*primals), jax.jvp(plain, primals, tangents)[1]
+
+    return attended(query, key, value, sinks)
+
+
+def _codes(x: Array) -> Array:
+    """Floats of 16 bits as integers, all others as they are.
+
+    XLA of jax 0.10 takes a slice of bfloat16 on the CPU from a copy of the whole in float32.
+    """
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
+
+
+def _floats(codes: Array, dtype: jnp.dtype) -> Array:
+    """The inverse of :func:`_codes`."""
+    return codes if codes.dtype == dtype else jax.lax.bitcast_convert_type(codes, dtype)
+
+
+def _attend_whole(
+    query: Float[Array, "pairs group seq head_dim"],
+    key: Float[Array, "pairs 1 seq head_dim"],
+    value: Float[Array, "pairs 1 seq head_dim"],
+    padding: Int[Array, "pairs"],
+    sinks: Float[Array, "pairs group"] | None,
+    window: int | None,
+    soft_cap: float | None,
+    at_once: int,
+) -> Float[Array, "pairs group seq head_dim"]:
+    """All scores of ``at_once`` pairs in each step."""
+    dtype = query.dtype
+    arrays = (_codes(query), _codes(key), _codes(value), padding, sinks)
+
+    def step(arrays: tuple) -> Array:
+        *codes, padding, sinks = arrays
+        query, key, value = (_floats(x, dtype) for x in codes)
+        visible = causal_visibility(padding, query.shape[2], window)
+        return _codes(_attend(query, key, value, visible, sinks, soft_cap))
+
+    steps = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), arrays)
+    return _floats(jax.lax.map(step, steps).reshape(query.shape), dtype)
 
 
 def _attend_blocks(
@@ -274,6 +323,8 @@ def _attend_blocks(
     queries are computed twice, and its keys are masked where they have been seen.
     """
     pairs, group, seq, head_dim = query.shape
+    dtype = query.dtype
+    query, key, value = _codes(query), _codes(key), _codes(value)
     rows, columns = _block_shape(seq)
     query_blocks = -(-seq // rows)
 
@@ -284,14 +335,18 @@ def _attend_blocks(
         block = jax.lax.dynamic_slice(
             query, (first, 0, start, 0), (at_once, group, rows, head_dim)
         ).reshape(at_once, 1, group * rows, head_dim)
+        block = _floats(block, dtype)
         pads = jax.lax.dynamic_slice_in_dim(padding, first, at_once)
 
         def over_keys(number: Array, state: tuple) -> tuple:
             top, total, mean = state
-            begin = jnp.minimum(number * columns, seq - columns)
+            begin, size = (
+                jnp.minimum(number * columns, seq - columns),
+                (at_once, 1, columns, head_dim),
+            )
             seen = begin + jnp.arange(columns)
             keys, values = (
-                jax.lax.dynamic_slice(x, (first, 0, begin, 0), (at_once, 1, columns, head_dim))
+                _floats(jax.lax.dynamic_slice(x, (first, 0, begin, 0), size), dtype)
                 for x in (key, value)
             )
             visible = _visible(index, seen, pads, window) & (seen >= number * columns)
@@ -302,7 +357,7 @@ def _attend_blocks(
             weights, shrink = jnp.exp(scores - higher), jnp.exp(top - higher)
             more = jnp.einsum(
                 "bhqk,bhkd->bhqd",
-                weights.astype(value.dtype),
+                weights.astype(dtype),
                 values,
                 preferred_element_type=jnp.float32,
             )
@@ -322,11 +377,12 @@ def _attend_blocks(
         # At least one block, lest queries of padding divide by nothing.
         begin = jnp.minimum(jnp.maximum(pads.min(), out_of_window) // columns, end - 1)
         _, total, mean = jax.lax.fori_loop(begin, end, over_keys, state)
-        attended = (mean / total).astype(value.dtype).reshape(at_once, group, rows, head_dim)
-        return jax.lax.dynamic_update_slice(out, attended, (first, 0, start, 0))
+        attended = (mean / total).astype(dtype).reshape(at_once, group, rows, head_dim)
+        return jax.lax.dynamic_update_slice(out, _codes(attended), (first, 0, start, 0))
 
     steps = pairs // at_once * query_blocks
-    return jax.lax.fori_loop(0, steps, of_queries, jnp.zeros(query.shape, value.dtype))
+    out = jax.lax.fori_loop(0, steps, of_queries, jnp.zeros_like(query))
+    return _floats(out, dtype)
 
 
 # --- one new token, and a cache -------------------------------------------------------------------

@@ -182,9 +182,8 @@ class OPTConfig(Config):
         Raises:
             ConfigError: no such file, not JSON, or not an OPT model; the message names the file.
         """
-        config = load_config(path)
-        if not isinstance(config, cls):
-            raise ConfigError(f"{path}: model_type is {config.model_type!r}, expected 'opt'")
+        config = load_config(path, FAMILY)
+        assert isinstance(config, cls)
         return config
 
     @classmethod

@@ -78,11 +78,14 @@ def write_config(config: Config) -> dict[str, Any]:
     return family_of(config).write(config)
 
 
-def load_config(path: str | Path) -> Config:
+def load_config(path: str | Path, family: Family | None = None) -> Config:
     """Reads ``config.json`` at ``path`` (the file, or the directory that holds it).
 
     What ends a text is what ``generation_config.json`` beside it says, where there is one, as
     transformers has it: no ``eos_token_id`` there means that nothing does.
+
+    Args:
+        family: That it is to be of; None: the one it says.
 
     Raises:
         ConfigError: no such file, not JSON, or not a model that can be run; the message names the
@@ -92,7 +95,7 @@ def load_config(path: str | Path) -> Config:
     file = path / "config.json" if path.is_dir() else path
     values = _object(file)
     try:
-        config = read_config(values)
+        config = read_config(values) if family is None else family.read(values)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
     generation = file.with_name("generation_config.json")
