@@ -34,9 +34,7 @@ class Scratch:
         try:
             parent.mkdir(parents=True, exist_ok=True)
             remove_stale(parent)
-            self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-            self._lock = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            self.path, self._lock = _make_and_lock(parent)
         except OSError as error:
             raise StorageError(
                 f"cannot make a directory for temporary files in {parent}: {error.strerror}; "
@@ -69,6 +67,21 @@ class Scratch:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _make_and_lock(parent: Path) -> tuple[Path, int]:
+    """Makes a directory below ``parent``; returns it and the file that holds its lock.
+
+    Before the lock is held, another process may take the directory for a stale one: then it is
+    gone once the lock is ours, and the next one is made.
+    """
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        lock = os.open(path / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (path / _LOCK).exists():
+            return path, lock
+        os.close(lock)
 
 
 def remove_stale(parent: Path) -> list[Path]:

@@ -109,7 +109,7 @@ def _workspace(batch: Batch, config: Config, itemsize: int) -> int:
     )
     rows = rows_per_call(batch.rows, seq)
     some = rows * positions_per_call(seq) * (_widths(config) + hidden) * 4
-    scores = prompt_workspace_nbytes(rows, seq, heads, kv_heads, head_dim)
+    scores = prompt_workspace_nbytes(rows, seq, heads, kv_heads, head_dim, itemsize=itemsize)
     attended = rows * seq * heads * head_dim * (4 + itemsize)
     results = batch.rows * seq * 2 * (hidden + kv_heads * head_dim) * itemsize
     return max(max(some, scores) + attended + results, 3 * batch.rows * config.vocab_size * 4)

@@ -197,12 +197,12 @@ def test_a_job_of_slurm_each_process_with_its_layers_only(tmp_path, store, lines
 
 def begun(process):
     """Waits until a block is kept: it is said before, so the next one must be finished."""
-    finished = 0
+    said = []
     for line in process.stderr:
-        finished += "block finished" in line
-        if finished == 2:
+        said.append(line)
+        if sum("block finished" in line for line in said) == 2:
             return
-    raise AssertionError("two blocks were not finished")
+    raise AssertionError("two blocks were not finished:\n" + "".join(said))
 
 
 @pytest.mark.parametrize("killed", [0, 1])

@@ -108,12 +108,51 @@ def test_blocks_have_the_derivative_of_the_whole(monkeypatch):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("size", [48, 16])
+def test_heads_that_cannot_be_shared_evenly_are_refused():
+    query, key = jnp.zeros((1, 5, 3, 8)), jnp.zeros((1, 2, 3, 8))
+    with pytest.raises(ValueError, match="5 query heads cannot share 2 key heads evenly"):
+        attend_prompt(query, key, key, jnp.zeros(1, jnp.int32))
+
+
+def test_flash_attention_is_not_asked_for_what_it_does_not_know(monkeypatch):
+    query, key = jnp.ones((1, 4, 3, 8), jnp.bfloat16), jnp.ones((1, 2, 3, 8), jnp.bfloat16)
+    padding, asked = jnp.zeros(1, jnp.int32), []
+    for unknown in ({"soft_cap": 2.0}, {"sinks": jnp.zeros(4)}):
+        with pytest.raises(ValueError, match="knows neither soft caps nor sinks"):
+            attend_prompt(query, key, key, padding, flash="xla", **unknown)
+
+    def cudnn(query, *_, implementation, **__):
+        asked.append((query.shape, implementation))
+        return query
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
+    attend_prompt(query, key, key, padding, soft_cap=2.0)
+    attend_prompt(query, key, key, padding, sinks=jnp.zeros(4))
+    wide = jnp.ones((1, 2, 3, 256), jnp.bfloat16)
+    attend_prompt(wide, wide, wide, padding)
+    assert not asked
+    attend_prompt(query, key, key, padding, window=2)
+    assert asked == [((1, 3, 4, 8), "cudnn")]
+
+
+def test_flash_attention_knows_groups_and_windows():
+    query, key, value = (normal(i, 2, n, 9, 8) for i, n in enumerate((4, 2, 2)))
+    padding = np.array([0, 3], np.int32)
+    arguments = map(jnp.asarray, (query, key, value, padding))
+    found = attend_prompt(*arguments, window=4, flash="xla")
+    close(found, reference(query, key, value, padding, window=4), padding)
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        *((options, 48) for options in OPTIONS),  # room for all
+        *((options, 16) for options in OPTIONS if options.get("window", 99) <= 16),  # a ring
+    ],
+    ids=str,
+)
 def test_a_new_token_attends_as_the_last_of_a_prompt(options, size):
-    """To a cache that has room for all, and to a ring that the window fits."""
-    if size == 16 and options.get("window", 99) > 16:
-        pytest.skip("a ring holds a window")
     many, few, seq, dim = 4, 2, 37, 8
     query, key, value = (normal(i, 2, n, seq, dim) for i, n in enumerate((many, few, few)))
     padding = np.asarray([0, 30], np.int32)

@@ -1,5 +1,6 @@
 """Temporary directories that outlive neither a run nor its process."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -25,6 +26,22 @@ def test_two_at_a_time_leave_each_other_alone(tmp_path):
         assert one.path != other.path
         assert remove_stale(tmp_path) == []
         assert one.path.is_dir()
+
+
+def test_one_that_another_removes_before_it_is_locked_is_made_anew(tmp_path, monkeypatch):
+    flock, removed = fcntl.flock, []
+
+    def late(lock, operation):
+        if operation == fcntl.LOCK_EX and not removed:  # the other comes between making and lock
+            removed.extend(remove_stale(tmp_path))
+        flock(lock, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with Scratch(tmp_path) as scratch:
+        assert len(removed) == 1
+        assert scratch.path not in removed
+        assert scratch.path.is_dir()
+        assert remove_stale(tmp_path) == []
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
