@@ -45,7 +45,7 @@ def measure(store: str, args: argparse.Namespace) -> None:
         assert report is not None
         cache = report.placement["cache"].nbytes(Tier.DEVICE)
         request = llm.request(0, prompt, params)
-        workload = llm.planner.workload(llm.blocks([request])[0])
+        workload = llm.planner.workload(llm.planner.blocks([request])[0])
         assert workload.sizes is not None
         prefill = max(s.end for s in report.timeline.spans if getattr(s, "step", 1) == 0)
         print(

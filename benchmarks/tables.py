@@ -41,12 +41,33 @@ def streaming(records: list[dict]) -> str:
         for r in records
     ]
     first = records[0]
+    versions = " and ".join(sorted({r["jax"] for r in records}))
     note = (
         f"A decode step with all weights on disk, against computing alone and reading alone "
-        f"({first['cores']} CPU cores, jax {first['jax']}, side by side, medians of at least "
+        f"({first['cores']} CPU cores, jax {versions}, side by side, medians of at least "
         f"{min(r['repeats'] for r in records)} runs). Ratio: streamed ÷ the larger of the two."
     )
     header = ("model", "page cache", "compute alone", "read alone", "streamed", "ratio")
+    return f"{note}\n\n{table(header, rows)}"
+
+
+def long_prompt(records: list[dict]) -> str:
+    rows = [
+        (
+            f"{r['model']}, {r['dtype']}",
+            f"{r['prompt_len']:,}",
+            f"{r['cache_gb']:.2f} GB",
+            f"{r['beyond_weights_and_cache_gb']:.2f} GB",
+            f"{r['planned_workspace_gb']:.2f} GB",
+            f"{r['prefill_seconds']:.0f} s",
+        )
+        for r in records
+    ]
+    note = (
+        "One long prompt: peak resident memory beyond the weights and the cache, and what the "
+        f"planner counts as workspace ({records[0]['cores']} CPU cores, jax {records[0]['jax']})."
+    )
+    header = ("model", "prompt tokens", "cache", "beyond", "planned workspace", "prefill")
     return f"{note}\n\n{table(header, rows)}"
 
 
@@ -326,6 +347,7 @@ TARGETS: dict[str, dict[str, Callable[[list[dict]], str]]] = {
         "offload": offload,
         "stream_weights": streaming,
         "memory": memory,
+        "long_prompt": long_prompt,
         "startup": startup,
     },
     "docs/throughput.md": {"growth": growth},
