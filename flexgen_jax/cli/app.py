@@ -278,7 +278,7 @@ def generate(
             options["ignore_eos"] = True
         elif options["input_path"] is None or options["output_path"] is None:
             raise Failure("give --input and --output, or --prompt-len to measure")
-        check_pictures(trace, plot)
+        check_pictures(trace, plot, options["input_path"], options["output_path"])
         with measured.directory(prompt_len) as scratch:
 
             def made(llm: LLM) -> Path:

@@ -96,6 +96,7 @@ class JobFiles:
         made: Callable[[LLM], Path] | None = None,
         scratch: Path | None = None,
     ) -> None:
+        from flexgen_jax.jobs.beside import Beside
         from flexgen_jax.jobs.job_input import STANDARD
 
         values = {name: options.pop(name) for name in NAMES}
@@ -107,11 +108,10 @@ class JobFiles:
             raise Failure("--output - and --json both want the standard output: give a file")
         if self.output_path == STANDARD and values["restart"]:
             raise Failure("--restart: of a job that writes to the standard output nothing is kept")
-        both = (self.input_path, self.output_path)
-        if None not in both and STANDARD not in both:
-            source, target = (path.resolve() for path in both if path is not None)
-            if source == target:
-                raise Failure(f"input and output are the same file, {self.input_path}")
+        if self.output_path is not None and self.output_path != STANDARD:
+            beside = Beside(self.output_path)
+            if self.input_path is not None and self.input_path != STANDARD:
+                beside.check_input(self.input_path)
         self._made, self._scratch = made, scratch
         self._restart, self._window = values["restart"], values["window"]
         minutes = options.pop("checkpoint_minutes", None)
@@ -125,6 +125,7 @@ class JobFiles:
         self._identity: Mapping[str, Any] | None = None
 
     def __enter__(self) -> JobFiles:
+        from flexgen_jax.engine.snapshots import check_place
         from flexgen_jax.jobs.job import check_same
         from flexgen_jax.jobs.job_input import STANDARD, JobInput
         from flexgen_jax.jobs.results import results
@@ -137,6 +138,8 @@ class JobFiles:
             output = self.output_path or (self._scratch or Path()) / "out.jsonl"
             opened = results(output, restart=self._restart)
             self.results: Results = stack.enter_context(opened)
+            if self._checkpoint_seconds is not None and self.results.snapshots is not None:
+                check_place(self.results.snapshots)
             if self._source is not None:
                 self._identity = self._source.identity()
                 check_same(self.results, {"input": self._identity})
@@ -222,6 +225,7 @@ class JobFiles:
         llm.policy = llm.choose_policy(first.requests if first is not None else [])
 
     def _kept(self) -> str:
+        from flexgen_jax.engine.snapshots import are_kept_in
         from flexgen_jax.jobs.job_input import STANDARD
 
         done = self.results.requests_finished
@@ -229,7 +233,8 @@ class JobFiles:
             return "nothing was to be kept"
         if self.output_path == STANDARD:
             return f"the results of {done} requests were written; there is no going on from there"
-        if not done and self.results.snapshots is not None and self.results.snapshots.exists():
+        snapshots = self.results.snapshots
+        if not done and snapshots is not None and are_kept_in(snapshots):
             return (
                 f"no request is finished yet; the state of the running block is kept beside "
                 f"{self.output_path}; run the same command again to go on"

@@ -7,16 +7,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flexgen_jax.cli.failures import Failure
+from flexgen_jax.jobs.beside import same_file
 
 if TYPE_CHECKING:
     from scheduling.timeline import Timeline
 
 
-def check_pictures(trace: Path | None, plot: Path | None) -> None:
-    """What would fail after hours of work fails before."""
+def check_pictures(trace: Path | None, plot: Path | None, *others: Path | None) -> None:
+    """What would fail after hours of work fails before.
+
+    Args:
+        others: What the command reads or writes: none of it may be written over.
+    """
     for path in (trace, plot):
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        if path is None:
+            continue
+        if path.is_dir() or not path.absolute().parent.is_dir():
             raise Failure(f"cannot write {path}: it is a directory, or its directory is missing")
+        if any(other is not None and same_file(path, other) for other in others):
+            raise Failure(
+                f"cannot write {path}: it is the job's input or output; give another name"
+            )
+    if trace is not None and plot is not None and same_file(trace, plot):
+        raise Failure(f"--trace and --plot are the same file, {trace}")
     if plot is not None:
         from scheduling.plot import check_format
 

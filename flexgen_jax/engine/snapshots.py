@@ -2,7 +2,8 @@
 
 At a step border that state is small in kind: the cache, the tokens so far, and how many steps are
 done. Arrays are saved through Orbax, some cells at a time, so that memory holds a few of them; what
-is plain lies beside them as JSON, written last, which makes a snapshot one.
+is plain lies beside them as JSON, written last, which makes a snapshot one. The directory begins
+with a mark: what lacks it is somebody else's, and nothing is removed there.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -28,6 +30,8 @@ Arrays = dict[str, np.ndarray]  # of a cell, by the name of the part
 
 _GROUP_NBYTES = 256 << 20
 _STATE = "state.json"
+_MARK = "flexgen_jax_checkpoint"
+_MARKED = b"The state of a running block of flexgen-jax; removed when the block is finished.\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +64,68 @@ class State:
         return cls(**{**values, "done": tuple(values["done"]), "timeline": timeline})
 
 
+def are_kept_in(directory: Path) -> bool:
+    """Whether snapshots were kept in ``directory``: it has the mark."""
+    try:
+        return (directory / _MARK).read_bytes() == _MARKED
+    except OSError:
+        return False
+
+
+def check_place(directory: Path) -> None:
+    """Refuses a directory that holds what is not a snapshot.
+
+    Raises:
+        StorageError: the message names what is there.
+    """
+    if not os.path.lexists(directory) or are_kept_in(directory):
+        return
+    found = "it is no directory"
+    if directory.is_dir():
+        first = next(directory.iterdir(), None)
+        if first is None:
+            return
+        found = f"it holds {first.name}, which is no checkpoint of this version of flexgen-jax"
+    raise StorageError(
+        f"{directory} is in the way of the job's checkpoints: {found}; move it away, or give "
+        "another output"
+    )
+
+
+def remove(directory: Path) -> None:
+    """Removes the snapshots in ``directory``, and itself if nothing else is there."""
+    if not are_kept_in(directory):
+        return
+    for path in _snapshots_in(directory):
+        shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        (directory / _MARK).unlink()
+        directory.rmdir()
+
+
+def _snapshots_in(directory: Path) -> list[Path]:
+    """The latest first. A name that is no number is somebody else's."""
+    try:
+        names = [path.name for path in directory.iterdir()]
+    except OSError:
+        return []
+    numbers = [int(name) for name in names if re.fullmatch("0|[1-9][0-9]{0,8}", name)]
+    return [directory / str(number) for number in sorted(numbers, reverse=True)]
+
+
 class Snapshots:
     """Where a job keeps the state of its current block.
 
     Args:
         directory: Made when there is something to keep.
         seconds: How often; the time that saving takes is not counted.
+
+    Raises:
+        StorageError: the directory holds something else.
     """
 
     def __init__(self, directory: Path, seconds: float) -> None:
+        check_place(directory)
         self._directory, self._seconds = directory.absolute(), seconds
         self._since = time.monotonic()
 
@@ -82,7 +139,7 @@ class Snapshots:
 
     def clear(self) -> None:
         """The block's results are safe: nothing of it is needed any more."""
-        shutil.rmtree(self._directory, ignore_errors=True)
+        remove(self._directory)
 
     def saved(self) -> None:
         """Counts the time from now on."""
@@ -103,7 +160,7 @@ class Snapshot:
         Raises:
             StorageError: while reading the cells: they are damaged.
         """
-        for path in sorted(self._directory.glob("[0-9]*"), key=lambda p: -int(p.name)):
+        for path in _snapshots_in(self._directory):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 values = json.loads((path / _STATE).read_text())
                 if values.pop("block") == self._block:
@@ -120,10 +177,13 @@ class Snapshot:
         What cannot be written is said and left out: the run is worth more than a way back to it.
         """
         begun = time.perf_counter()
-        numbers = [int(path.name) for path in self._directory.glob("[0-9]*")]
-        path = self._directory / str(max(numbers, default=-1) + 1)
+        latest = _snapshots_in(self._directory)[:1]
+        path = self._directory / str(int(latest[0].name) + 1 if latest else 0)
         try:
-            path.mkdir(parents=True)
+            self._directory.mkdir(parents=True, exist_ok=True)
+            if not are_kept_in(self._directory):
+                _write_durably(self._directory / _MARK, _MARKED)
+            path.mkdir()
             groups, nbytes = 0, 0
             for group in _groups(cells):
                 nbytes += sum(a.nbytes for arrays in group.values() for a in arrays.values())
@@ -132,10 +192,7 @@ class Snapshot:
                 groups += 1
             values = {"block": self._block, "groups": groups, **state.to_json()}
             new = path / f"{_STATE}.new"
-            with new.open("w") as file:
-                json.dump(values, file)
-                file.flush()
-                os.fsync(file.fileno())
+            _write_durably(new, json.dumps(values).encode())
             os.replace(new, path / _STATE)
         except (OSError, ValueError) as error:
             shutil.rmtree(path, ignore_errors=True)
@@ -148,6 +205,13 @@ class Snapshot:
                 shutil.rmtree(self._latest, ignore_errors=True)
             self._latest = path
         self._kept.saved()
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _groups(cells: Iterator[tuple[str, Arrays]]) -> Iterator[dict[str, Arrays]]:

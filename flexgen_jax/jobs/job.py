@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from logging import WARNING
 from typing import TYPE_CHECKING, Any
 
-from flexgen_jax.engine.snapshots import Snapshot, Snapshots
+from flexgen_jax.engine.snapshots import Snapshot, Snapshots, are_kept_in
 from flexgen_jax.jobs.dialects import Asked, answer, dump
 from flexgen_jax.jobs.job_input import JobError, JobInput
 from flexgen_jax.jobs.results import Position, Results
@@ -106,6 +106,7 @@ class Job:
 
     Raises:
         JobError: ``results`` are those of another job; the message says what differs.
+        StorageError: checkpoints would lie where something else is.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class Job:
         self._total = Sum.of(llm.planner)
         # What an earlier process has left is gone on from, even if nothing more is to be saved.
         self._snapshots: Snapshots | None = None
-        if results.snapshots is not None and (checkpoint_seconds or results.snapshots.exists()):
+        if results.snapshots is not None and (checkpoint_seconds or are_kept_in(results.snapshots)):
             seconds = math.inf if checkpoint_seconds is None else checkpoint_seconds
             self._snapshots = Snapshots(results.snapshots, seconds)
         if results.position.sums is not None:

@@ -4,7 +4,7 @@
 of the current window's blocks as they finish. ``OUT.ordered`` grows by whole windows, in order, and
 takes the name ``OUT`` when the job is done. ``OUT.checkpoint`` may hold the state of the block that
 was running. Each step leaves files from which the next process goes
-on, wherever it is killed.
+on, wherever it is killed; what somebody else has put there is refused, or kept aside.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ import dataclasses
 import fcntl
 import json
 import os
-import shutil
 import sys
 import tempfile
 import zlib
 from collections.abc import Iterable, Mapping
+from logging import WARNING
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from flexgen_jax.engine import snapshots
+from flexgen_jax.jobs.beside import MARK, Beside, check_regular, in_the_way
 from flexgen_jax.jobs.compressed import Packer
 from flexgen_jax.jobs.job_input import STANDARD, JobError
 from flexgen_jax.logs import event
 
 _FORMAT = 1
-_MARK = "flexgen_jax_job"  # the first key of a journal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,15 +133,14 @@ class FileResults:
     """
 
     def __init__(self, path: Path, *, restart: bool = False) -> None:
-        self.path = path.resolve()  # a link stays one
-        self.partial = self.path.with_name(self.path.name + ".partial")
-        self.ordered = self.path.with_name(self.path.name + ".ordered")
-        self.snapshots: Path | None = self.path.with_name(self.path.name + ".checkpoint")
+        self._beside = beside = Beside(path)
+        self.path, self.partial, self.ordered = beside.output, beside.partial, beside.ordered
+        self.snapshots: Path | None = beside.snapshots
         self.position = Position()
         self.begun: Begun | None = None
         self.header: Mapping[str, Any] | None = None
         self.done = False
-        self._restart, self._foreign = restart, False
+        self._restart, self._foreign, self._ordering = restart, False, False
         self._packer = Packer(self.path)
         self._out: IO[bytes] | None = None  # holds the lock
         self._journal: IO[bytes] | None = None
@@ -151,17 +151,34 @@ class FileResults:
             raise JobError(f"cannot write {self.path}: it is a directory")
         if self.path.exists() and not self.path.is_file():
             raise JobError(f"cannot write {self.path}: it is not a regular file")
+        check_regular(self.ordered)
         with self._errors(self.path):
             self._out = self._locked()
         try:
-            if not self._restart:
+            self._beside.check_files()
+            self._foreign = not self._beside.has_journal()
+            if self._foreign:
+                self._refuse_ordered()
+            elif not self._restart:
                 self._read()
         except BaseException:
             self._close()
             raise
         return self
 
+    def _refuse_ordered(self) -> None:
+        """No job has begun to write there: if it has bytes, they are somebody else's."""
+        assert self._out is not None
+        if os.fstat(self._out.fileno()).st_size:
+            raise in_the_way(self.ordered, "it has content, and no unfinished job has written it")
+
     def _close(self) -> None:
+        """Leaves no empty file that would only have held the lock."""
+        with contextlib.suppress(OSError):
+            assert self._out is not None
+            status = os.fstat(self._out.fileno())
+            if not status.st_size and os.path.samestat(status, self.ordered.stat()):
+                self.ordered.unlink()
         for file in (self._journal, self._out):
             with contextlib.suppress(OSError):
                 if file is not None:
@@ -186,21 +203,19 @@ class FileResults:
     def _read(self) -> None:
         try:
             self._journal = self.partial.open("r+b")
-        except FileNotFoundError:
-            return
         except OSError as error:
             raise JobError(f"cannot read {self.partial}: {error.strerror}") from error
         header = _entry(self._journal.readline())
-        if header is None or _MARK not in header:
-            self._journal.close()
-            self._journal, self._foreign = None, True
-            return
-        if header[_MARK] != _FORMAT:
+        if header is None:
+            raise JobError(f"{self.partial} is damaged; start over with --restart")
+        if header[MARK] != _FORMAT:
             raise JobError(
                 f"{self.partial} is of another version of flexgen-jax: finish the job with that "
                 "one, or give --restart to begin anew"
             )
         self._read_entries(self._journal)
+        if not (self.position.nbytes or self._ordering):
+            self._refuse_ordered()
         if not self._worth_keeping():
             return  # as if it had never begun
         self.header = header
@@ -239,6 +254,8 @@ class FileResults:
                 return False
             self._spool.add(entry["lines"], entry["sizes"], offset)
             self.begun.blocks[entry["block"]] = entry["sums"]
+        elif "ordering" in entry:
+            self._ordering = True
         else:
             return False
         return True
@@ -250,19 +267,21 @@ class FileResults:
 
     def _drop_snapshots(self) -> None:
         assert self.snapshots is not None
-        shutil.rmtree(self.snapshots, ignore_errors=True)
+        snapshots.remove(self.snapshots)
 
     def _worth_keeping(self) -> bool:
         finished = self.requests_finished or self.position.line or self.done
         assert self.snapshots is not None
-        return bool(finished) or self.snapshots.exists()
+        return bool(finished) or snapshots.are_kept_in(self.snapshots)
 
     def begin(self, header: Mapping[str, Any]) -> None:
-        self.header = {_MARK: _FORMAT, **header}
+        self.header = {MARK: _FORMAT, **header}
         assert self._out is not None
         with self._errors(self.partial):
-            if self._foreign:  # nobody knows what it is: it is kept
-                os.replace(self.partial, self.partial.with_name(self.partial.name + ".old"))
+            if self._foreign and self.partial.exists():  # nobody knows what it is
+                aside = self._beside.keep_aside()
+                event("kept aside", level=WARNING, path=str(self.partial), to=aside.name)
+            self._foreign = False
             self._out.truncate(0)
             self._drop_snapshots()
             self._replace_journal()
@@ -270,17 +289,16 @@ class FileResults:
     def _replace_journal(self) -> None:
         """Begins the journal with how far the windows reach, at one stroke."""
         position = {"position": dataclasses.asdict(self.position), "done": self.done}
-        new = self.partial.with_name(self.partial.name + ".new")
-        with new.open("wb") as file:
+        with self._beside.new.open("wb") as file:
             file.write(_line(self.header) + _line(position))
             _sync(file)
-        os.replace(new, self.partial)
+        os.replace(self._beside.new, self.partial)
         _sync_directory(self.path.parent)
         if self._journal is not None:
             self._journal.close()
         self._journal = self.partial.open("r+b")
         self._journal.seek(0, os.SEEK_END)
-        self._spool = _Spool()
+        self._spool, self._ordering = _Spool(), False
 
     def begin_window(self, number: int, last_line: int, digest: str) -> None:
         self.begun = Begun(number, last_line, digest)
@@ -312,8 +330,8 @@ class FileResults:
     def end_window(self, errors: Mapping[int, bytes], position: Position) -> None:
         assert self._out is not None
         assert self._journal is not None
+        self._begin_ordering()
         with self._errors(self.ordered):
-            self._out.truncate(self.position.nbytes)
             with self._packer.member(self._out) as member:
                 self._spool.write_ordered(self._journal, errors, member)
             _sync(self._out)
@@ -322,11 +340,20 @@ class FileResults:
         with self._errors(self.partial):
             self._replace_journal()
 
+    def _begin_ordering(self) -> None:
+        """What counts is what the journal knows of; but from now on all that is there is ours."""
+        assert self._out is not None
+        if not self.position.nbytes:
+            self._append(_line({"ordering": True}))
+        with self._errors(self.ordered):
+            self._out.truncate(self.position.nbytes)
+
     def finish(self) -> None:
         assert self._out is not None
         with self._errors(self.path):
             if not self.done:
                 if not self.position.nbytes:
+                    self._begin_ordering()
                     with self._packer.member(self._out):
                         pass  # nothing, in the form of the file
                     _sync(self._out)
@@ -353,11 +380,6 @@ class FileResults:
         with contextlib.suppress(OSError):
             if self.header is not None and not self._worth_keeping():
                 self.partial.unlink()
-        with contextlib.suppress(OSError):
-            assert self._out is not None
-            status = os.fstat(self._out.fileno())
-            if not status.st_size and os.path.samestat(status, self.ordered.stat()):
-                self.ordered.unlink()
         self._close()
 
 
