@@ -2,7 +2,7 @@
 
 A process that is killed cannot clean up behind itself. So each scratch directory holds a lock
 that the system releases with its process, and whoever makes the next one removes those that
-nobody holds.
+nobody holds. What is removed is ours by three signs: the name, the lock, and what the lock says.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import contextlib
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
 from pathlib import Path
 
 from storage.store import StorageError
 
-PREFIX = "scratch-"
-_LOCK = "lock"
+PREFIX = "flexgen-jax-scratch-"
+_LOCK = "flexgen-jax.lock"
+_MARK = b"A run of flexgen-jax keeps its temporary files here; without it they are removed.\n"
 
 
 class Scratch:
@@ -34,7 +36,8 @@ class Scratch:
         try:
             parent.mkdir(parents=True, exist_ok=True)
             remove_stale(parent)
-            self.path, self._lock = _make_and_lock(parent)
+            self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+            self._lock = _make_lock(self.path / _LOCK)
         except OSError as error:
             raise StorageError(
                 f"cannot make a directory for temporary files in {parent}: {error.strerror}; "
@@ -69,30 +72,29 @@ class Scratch:
         self.close()
 
 
-def _make_and_lock(parent: Path) -> tuple[Path, int]:
-    """Makes a directory below ``parent``; returns it and the file that holds its lock.
+def _make_lock(path: Path) -> int:
+    """Makes the file that holds the lock; returns its descriptor.
 
-    Before the lock is held, another process may take the directory for a stale one: then it is
-    gone once the lock is ours, and the next one is made.
+    The mark comes when the lock is held: before, nobody takes the directory for a stale one.
     """
-    while True:
-        path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-        lock = os.open(path / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if (path / _LOCK).exists():
-            return path, lock
-        os.close(lock)
+    lock = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    os.write(lock, _MARK)
+    return lock
 
 
 def remove_stale(parent: Path) -> list[Path]:
     """Removes the scratch directories of processes that are gone; returns them."""
     removed = []
     for path in parent.glob(PREFIX + "*"):
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
-            lock = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC)
+            lock = os.open(path / _LOCK, flags)
         except OSError:
             continue  # being made just now, or not ours
         try:
+            if path.is_symlink() or not _is_marked(lock):
+                continue
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(path, ignore_errors=True)
@@ -100,3 +102,9 @@ def remove_stale(parent: Path) -> list[Path]:
         finally:
             os.close(lock)
     return removed
+
+
+def _is_marked(lock: int) -> bool:
+    if not stat.S_ISREG(os.fstat(lock).st_mode):
+        return False  # a pipe, say
+    return os.pread(lock, len(_MARK) + 1, 0) == _MARK

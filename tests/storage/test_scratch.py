@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from storage.scratch import Scratch, remove_stale
+from storage.scratch import PREFIX, Scratch, remove_stale
 from storage.store import StorageError
 
 
@@ -28,20 +28,50 @@ def test_two_at_a_time_leave_each_other_alone(tmp_path):
         assert one.path.is_dir()
 
 
-def test_one_that_another_removes_before_it_is_locked_is_made_anew(tmp_path, monkeypatch):
+def test_one_that_is_not_locked_yet_is_not_taken_for_a_stale_one(tmp_path, monkeypatch):
     flock, removed = fcntl.flock, []
 
     def late(lock, operation):
-        if operation == fcntl.LOCK_EX and not removed:  # the other comes between making and lock
-            removed.extend(remove_stale(tmp_path))
+        if operation == fcntl.LOCK_EX:  # the other comes between making and lock
+            removed.append(remove_stale(tmp_path))
         flock(lock, operation)
 
     monkeypatch.setattr(fcntl, "flock", late)
     with Scratch(tmp_path) as scratch:
-        assert len(removed) == 1
-        assert scratch.path not in removed
+        assert removed == [[]]
         assert scratch.path.is_dir()
+
+
+def marked(directory):
+    """What a process that is gone leaves."""
+    scratch = Scratch(directory)
+    os.close(scratch._lock)
+    return scratch.path
+
+
+def test_what_is_called_like_one_and_is_none_is_left_alone(tmp_path):
+    """By its name, its lock, or what the lock says."""
+    elsewhere = marked(tmp_path / "elsewhere")
+    content = (elsewhere / "flexgen-jax.lock").read_bytes()
+    places = [tmp_path / f"{PREFIX}{i}" for i in range(5)] + [tmp_path / "scratch-thesis"]
+    for place in places[:-2]:
+        place.mkdir()
+        (place / "data.txt").write_text("mine")
+    (places[1] / "flexgen-jax.lock").write_text("")
+    (places[2] / "flexgen-jax.lock").write_bytes(content + b"and more")
+    os.mkfifo(places[3] / "flexgen-jax.lock")
+    places[4].symlink_to(elsewhere)
+    places[5].mkdir()
+    (places[5] / "lock").write_text("")
+    (places[5] / "flexgen-jax.lock").write_bytes(content)
+    with Scratch(tmp_path):
         assert remove_stale(tmp_path) == []
+    assert all((place / "data.txt").read_text() == "mine" for place in places[:4])
+    assert places[4].is_symlink()
+    assert places[5].is_dir()
+    assert elsewhere.is_dir()
+    stale = marked(tmp_path)
+    assert remove_stale(tmp_path) == [stale]
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
@@ -60,7 +90,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
     process.wait()
     process.stdout.close()
     assert os.path.isdir(left)
-    other = tmp_path / "scratch-of-someone-else"
+    other = tmp_path / f"{PREFIX}of-someone-else"
     other.mkdir()
     with Scratch(tmp_path):
         assert not os.path.exists(left)
