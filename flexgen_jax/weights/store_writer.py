@@ -36,6 +36,10 @@ Progress = Callable[[int, int, str], None]
 Say = Callable[[str], None]
 
 _JOURNAL = "conversion.jsonl"
+_MARK = "flexgen_jax_conversion"  # the first key of a journal
+_FIRST_LINE = 1 << 16  # bytes that hold it
+# What a journal without the mark has, of the versions before it.
+_UNMARKED = {"fingerprint", "dtype", "weight_bits"}
 _LOCK = ".lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # Directories and metadata of one array take a few blocks of the file system.
@@ -218,18 +222,14 @@ class _Journal:
     def __init__(self, partial: Path, manifest: Manifest) -> None:
         self._path = partial / _JOURNAL
         self.done: set[str] = set()
-        identity = {**_identity(manifest), "layout": manifest.layout}
+        identity = {_MARK: 1, **_identity(manifest), "layout": manifest.layout}
         recorded = self._read(identity)
         if recorded is None:
-            others = [p.name for p in partial.iterdir() if p.name != _LOCK]
-            if others and not self._path.exists():
-                raise StoreError(
-                    f"{partial} is in the way: it contains {others[0]}, and no conversion made "
-                    "it; move it away"
-                )
             _clear(partial)
             with open(self._path, "w", encoding="utf-8") as file:
                 file.write(json.dumps(identity) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # what comes later is ours by this line
             return
         for name, entry in manifest.tensors.items():
             if name in recorded and _is_complete(array_directory(partial, name), entry):
@@ -266,19 +266,54 @@ def _is_complete(directory: Path, entry: TensorEntry) -> bool:
 
 
 def _clear(partial: Path) -> None:
-    """Removes everything but the lock, whose file must outlive what it protects."""
+    """Removes everything but the lock, whose file must outlive what it protects.
+
+    The journal last: by it the rest is ours.
+    """
     for path in partial.iterdir():
-        if path.name == _LOCK:
+        if path.name in (_LOCK, _JOURNAL):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
+    (partial / _JOURNAL).unlink(missing_ok=True)
+
+
+def _refuse_foreign(partial: Path) -> None:
+    """Raises if ``partial`` holds what no conversion has put there."""
+    # Twice: another process may have begun in between, or have finished.
+    if _foreign_in(partial) is None or (found := _foreign_in(partial)) is None:
+        return
+    raise StoreError(
+        f"{partial} is in the way: it contains {found}, and no conversion made it; move it away"
+    )
+
+
+def _foreign_in(partial: Path) -> str | None:
+    """The name of something in a directory without a conversion's journal; None: there is none."""
+    journal, first = partial / _JOURNAL, b""
+    try:
+        if os.path.lexists(journal):
+            if not journal.is_file():
+                return _JOURNAL
+            with open(journal, "rb") as file:
+                first = file.read(_FIRST_LINE).partition(b"\n")[0].strip(b"\0")
+        others = sorted(p.name for p in partial.iterdir() if p.name not in (_LOCK, _JOURNAL))
+    except OSError:
+        return None
+    with contextlib.suppress(ValueError, RecursionError):
+        values = json.loads(first)
+        if isinstance(values, dict) and (_MARK in values or values.keys() >= _UNMARKED):
+            return None
+    # A process that ends while it begins leaves a journal of nothing.
+    return _JOURNAL if first else next(iter(others), None)
 
 
 @contextlib.contextmanager
 def _locked(partial: Path, store: Path, say: Say | None) -> Iterator[None]:
     """Holds the lock on ``partial``, which exists; leaves no lock and no useless directory."""
+    _refuse_foreign(partial)
     lock = partial / _LOCK
     try:
         handle = _acquire(lock, store, say)

@@ -156,9 +156,34 @@ def test_a_directory_of_somebody_else_is_left_alone(model, tmp_path):
     foreign = tmp_path / ".store.partial"
     foreign.mkdir()
     (foreign / "notes.txt").write_text("mine")
+    (foreign / ".lock").write_text("mine, too")
     with pytest.raises(StoreError, match=r"\.store\.partial is in the way: it contains notes\.txt"):
         convert(model, tmp_path / "store")
-    assert [p.name for p in foreign.iterdir()] == ["notes.txt"]
+    for journal in ("of the conversion to metres\n", "{}\n", "[" * 200_000, "null\n\n\n"):
+        (foreign / "conversion.jsonl").write_text(journal)
+        with pytest.raises(StoreError, match=r"is in the way: it contains conversion\.jsonl"):
+            convert(model, tmp_path / "store")
+    (foreign / "conversion.jsonl").unlink()
+    os.mkfifo(foreign / "conversion.jsonl")
+    with pytest.raises(StoreError, match=r"is in the way: it contains conversion\.jsonl"):
+        convert(model, tmp_path / "store")
+    (foreign / "conversion.jsonl").unlink()
+    (foreign / "conversion.jsonl").write_text("")
+    with pytest.raises(StoreError, match=r"is in the way: it contains notes\.txt"):
+        convert(model, tmp_path / "store")
+    assert {p.name for p in foreign.iterdir()} == {"notes.txt", ".lock", "conversion.jsonl"}
+    assert (foreign / ".lock").read_text() == "mine, too"
+
+
+def test_what_an_earlier_version_has_begun_is_ours(model, tmp_path, tiny):
+    store = tmp_path / "store"
+    interrupt(model, store)
+    journal = partial_of(store) / "conversion.jsonl"
+    first, rest = journal.read_text().split("\n", 1)
+    unmarked = {k: v for k, v in json.loads(first).items() if k != "flexgen_jax_conversion"}
+    journal.write_text(json.dumps(unmarked) + "\n" + rest)
+    convert(model, store)
+    assert_sound(store, model, tiny)
 
 
 def test_a_second_process_waits_and_uses_what_the_first_made(model, tmp_path, tiny):
