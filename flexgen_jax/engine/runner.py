@@ -104,13 +104,7 @@ class Runner(abc.ABC):
 
     def identity(self) -> dict[str, Any]:
         """What tells these weights from others, as plain JSON."""
-        manifest = self.model.manifest
-        return {
-            "source": manifest.source.fingerprint,
-            "dtype": manifest.dtype,
-            "bits": manifest.weight_bits,
-            "group": manifest.weight_group,
-        }
+        return self.model.identity()
 
     def software(self) -> dict[str, str]:
         """What results depend on beside model, policy and requests: versions, and the device."""

@@ -263,6 +263,7 @@ def _machinery(llm: LLM, window_size: WindowSize) -> dict[str, Any]:
         policy["cache"] = dataclasses.asdict(llm.policy.cache)
     return {
         "weights": llm.runner.identity(),
+        "tokenizer": {"files": llm.runner.model.tokenizer_digest()},
         "policy": policy,
         "window": {
             "requests": window_size.requests,

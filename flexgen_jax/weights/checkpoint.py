@@ -47,6 +47,7 @@ from flexgen_jax.weights.store_writer import Progress, Say, write_store
 from flexgen_jax.weights.tensor_file import ModelNotFoundError, SourceError
 from flexgen_jax.weights.weight_format import WeightFormat
 from storage.array_file import ArrayFile, StoreError, describe_array, dtype_of
+from storage.json_text import digest_of, parse_json, read_json
 
 __all__ = [
     "DTYPES",
@@ -94,6 +95,28 @@ class StoredModel:
     def dtype(self) -> str:
         """The name of the weights' dtype."""
         return self.manifest.dtype
+
+    def identity(self) -> dict[str, Any]:
+        """What tells these weights, and what is computed with them, from others: plain JSON."""
+        manifest = self.manifest
+        return {
+            "source": manifest.source.fingerprint,
+            "dtype": manifest.dtype,
+            "bits": manifest.weight_bits,
+            "group": manifest.weight_group,
+            # What ends a text included, which is not in the config's own file.
+            "config": hashlib.sha256(repr(self.config).encode()).hexdigest(),
+            "tensors": digest_of({n: [e.shape, e.dtype] for n, e in manifest.tensors.items()}),
+        }
+
+    def tokenizer_digest(self) -> str:
+        """Hexadecimal; of the files that say how a text becomes tokens."""
+        digest = hashlib.sha256()
+        for name in sorted({*COMPANION_FILES} - {"generation_config.json"}):
+            if (self.path / name).is_file():
+                content = hashlib.sha256((self.path / name).read_bytes()).hexdigest()
+                digest.update(f"{name} {content}\n".encode())
+        return digest.hexdigest()
 
 
 def convert(
@@ -181,7 +204,7 @@ def convert_dummy(
     records = param_records(config)
     return write_store(
         Path(store),
-        _manifest(config, form, source),
+        _manifest(config, form, source, text),
         form.pieces(config, lambda name: _dummy_blocks(name, records[name], dtype_of(dtype), seed)),
         order=form.order(config, tuple(records)),
         files={"config.json": text + b"\n"},
@@ -229,6 +252,7 @@ def open_store(
             f"again with --dtype {dtype}, or pass dtype={manifest.dtype!r}"
         )
     config = load_config(path)
+    _check_config(path, manifest)
     arrays = {}
     form = WeightFormat(
         manifest.dtype, manifest.weight_bits, manifest.weight_group, manifest.layout
@@ -253,7 +277,22 @@ def open_store(
                 f"{where}: expected {_brief(expected)}, the array is {_brief(found)}; the "
                 "store is damaged, remove it and convert the model again"
             )
+    for name in sorted(manifest.tensors.keys() - entries.keys()):
+        raise StoreError(
+            f"{path / MANIFEST_NAME} has the tensor {name}, which {path / 'config.json'} has no "
+            "place for; the store is damaged, remove it and convert the model again"
+        )
     return StoredModel(path, config, manifest, arrays, form)
+
+
+def _check_config(path: Path, manifest: Manifest) -> None:
+    """Raises if the config is not the one that the weights were converted with."""
+    file = path / "config.json"
+    if manifest.config is not None and digest_of(read_json(file)) != manifest.config:
+        raise StoreError(
+            f"{file} was changed after the weights were converted: put back what it was, or "
+            "convert the model again; with another config they are another model"
+        )
 
 
 def resolve(
@@ -300,7 +339,7 @@ def resolve(
     plain = re.sub(r"[^\w.-]+", "--", source.name)
     store = Path(os.path.abspath(base)) / "stores" / f"{plain}-{form}-{source.fingerprint()[:12]}"
     if not is_store(store):
-        nbytes = _manifest(source.config, form, Source("", "")).nbytes
+        nbytes = sum(entry.nbytes for entry in form.entries(source.config).values())
         say(f"converting {model} to {form} weights in {store} ({nbytes / 1e9:.2f} GB), once")
         return _convert(source, store, form, progress, say)
     try:
@@ -384,12 +423,13 @@ def _convert(
     files = {path.name: path.read_bytes() for path in model.companions}
     files["config.json"] = (model.directory / "config.json").read_bytes()
     if model.changed:
-        config = {**json.loads(files["config.json"]), **model.changed}
+        config = {**parse_json(files["config.json"]), **model.changed}
         files["config.json"] = json.dumps(config, indent=2).encode() + b"\n"
     config_of, dtype = model.config, dtype_of(form.dtype)
+    source = Source(model.name, model.fingerprint())
     return write_store(
         store,
-        _manifest(model.config, form, Source(model.name, model.fingerprint())),
+        _manifest(model.config, form, source, files["config.json"]),
         form.pieces(
             config_of,
             lambda name: model.blocks(name, dtype, transposed=form.transposes(config_of, name)),
@@ -418,7 +458,8 @@ def _find(source: str) -> tuple[Path, str | None]:
     )
 
 
-def _manifest(config: Config, form: WeightFormat, source: Source) -> Manifest:
+def _manifest(config: Config, form: WeightFormat, source: Source, text: bytes) -> Manifest:
+    """``text`` is the store's ``config.json``."""
     return Manifest(
         dtype=form.dtype,
         source=source,
@@ -426,6 +467,7 @@ def _manifest(config: Config, form: WeightFormat, source: Source) -> Manifest:
         weight_bits=form.bits,
         weight_group=form.group,
         layout=form.layout,
+        config=digest_of(parse_json(text)),
     )
 
 

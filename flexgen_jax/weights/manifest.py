@@ -16,9 +16,9 @@ from typing import Any
 
 from storage.array_file import StoreError, dtype_of
 
-# Version 1 had no layout: its matrices are (in, out).
-FORMAT_VERSION = 2
-_READ = (1, 2)
+# Version 1 had no layout: its matrices are (in, out). Version 2 did not know its config.
+FORMAT_VERSION = 3
+_READ = (1, 2, 3)
 MANIFEST_NAME = "flexgen_manifest.json"
 
 
@@ -64,6 +64,7 @@ class Manifest:
         layout: Of the matrices: ``in_out`` or ``out_in``.
         source: Where they came from.
         tensors: Flat name -> what is stored, in layer order.
+        config: Of the values of ``config.json``, a hexadecimal digest; None: not known.
         format_version: Of the directory's layout.
     """
 
@@ -73,6 +74,7 @@ class Manifest:
     weight_bits: int | None = None
     weight_group: int | None = None
     layout: str = "in_out"
+    config: str | None = None
     format_version: int = FORMAT_VERSION
 
     @property
@@ -88,6 +90,7 @@ class Manifest:
             "weight_bits": self.weight_bits,
             "weight_group": self.weight_group,
             "layout": self.layout,
+            "config": self.config,
             "source": dataclasses.asdict(self.source),
             "tensors": {name: dataclasses.asdict(e) for name, e in self.tensors.items()},
         }
@@ -142,6 +145,9 @@ class Manifest:
         layout = values.get("layout", "in_out")
         if layout not in ("in_out", "out_in"):
             raise ValueError(f"layout {layout!r}")
+        config = values["config"] if values["format_version"] >= 3 else None
+        if not isinstance(config, (str, type(None))):
+            raise ValueError(f"config {config!r}")
         source = Source(str(values["source"]["name"]), str(values["source"]["fingerprint"]))
         return cls(
             dtype=dtype_of(values["dtype"]).name,
@@ -150,6 +156,7 @@ class Manifest:
             weight_bits=bits,
             weight_group=group,
             layout=layout,
+            config=config,
         )
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -279,6 +280,38 @@ def test_another_job_is_refused_with_what_differs(llm, source, expected, tmp_pat
     run(llm, source, target)  # where things lie may be changed on the way
     llm.policy = before
     assert target.read_bytes() == expected
+
+
+def test_a_model_that_was_changed_is_another_one(llm, source, tmp_path, monkeypatch):
+    """Its config, what ends a text, its tokenizer: with files that a store does not guard."""
+    store, target = fg.convert(MODEL, tmp_path / "store"), tmp_path / "out"
+    shutil.copy(Path(DEMO) / "tokenizer.json", store)
+    config, manifest = store / "config.json", store / "flexgen_manifest.json"
+    values = json.loads(manifest.read_text())
+    del values["config"]
+    manifest.write_text(json.dumps({**values, "format_version": 2}))
+    tokenizer = (store / "tokenizer.json").read_text()
+    other_heads = json.dumps({**json.loads(config.read_text()), "num_attention_heads": 1})
+    changes = [
+        (config, other_heads, "weights config"),
+        (store / "generation_config.json", '{"eos_token_id": 7}', "weights config"),
+        (store / "tokenizer.json", tokenizer + "\n", "tokenizer files"),
+    ]
+    with fg.LLM(str(store), policy=llm.policy) as first:
+        interrupted(first, source, target, monkeypatch)
+    for file, text, said in changes:
+        before = file.read_bytes() if file.exists() else None
+        file.write_text(text)
+        with (
+            fg.LLM(str(store), policy=llm.policy) as other,
+            pytest.raises(JobError, match=f"{said} was .*, is "),
+        ):
+            run(other, source, target)
+        file.unlink()
+        if before is not None:
+            file.write_bytes(before)
+    with fg.LLM(str(store), policy=llm.policy) as same:
+        assert run(same, source, target).requests == 48
 
 
 def test_a_job_begins_anew_if_asked(llm, source, tmp_path, monkeypatch):

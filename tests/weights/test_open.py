@@ -61,11 +61,11 @@ def test_an_array_of_another_shape(store):
 
 
 @pytest.mark.parametrize(
-    ("version", "cure"), [(3, "upgrade flexgen-jax, or convert"), (0, "; convert"), (None, "conv")]
+    ("version", "cure"), [(4, "upgrade flexgen-jax, or convert"), (0, "; convert"), (None, "conv")]
 )
 def test_another_version(store, version, cure):
     edit(store / "flexgen_manifest.json", format_version=version)
-    with pytest.raises(StoreError, match=f"format version {version}, .*version 2.*{cure}"):
+    with pytest.raises(StoreError, match=f"format version {version}, .*version 3.*{cure}"):
         open_store(store)
 
 
@@ -85,7 +85,7 @@ def test_a_manifest_that_is_none(store, content):
         open_store(store)
 
 
-@pytest.mark.parametrize("key", ["dtype", "weight_bits", "source", "tensors"])
+@pytest.mark.parametrize("key", ["dtype", "weight_bits", "source", "tensors", "config"])
 def test_a_manifest_without_an_entry(store, key):
     file = store / "flexgen_manifest.json"
     values = json.loads(file.read_text())
@@ -98,7 +98,36 @@ def test_a_manifest_without_an_entry(store, key):
         open_store(store)
 
 
+def as_version_2(store):
+    """What versions without the config's digest wrote."""
+    values = json.loads((store / "flexgen_manifest.json").read_text())
+    del values["config"]
+    (store / "flexgen_manifest.json").write_text(json.dumps({**values, "format_version": 2}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"num_attention_heads": 4}, {"activation_function": "gelu"}, {"num_hidden_layers": 1}],
+)
+def test_a_config_that_was_edited_is_refused(store, change):
+    text = (store / "config.json").read_text()
+    edit(store / "config.json", **change)
+    with pytest.raises(StoreError, match=r"config\.json was changed after the weights were conv"):
+        open_store(store)
+    (store / "config.json").write_text(json.dumps(json.loads(text), indent=7))  # says the same
+    assert open_store(store).manifest.config
+
+
+def test_a_store_that_does_not_know_its_config_is_read_as_far_as_its_tensors_fit(store, tiny):
+    as_version_2(store)
+    assert open_store(store).config == tiny.config
+    edit(store / "config.json", num_hidden_layers=1)
+    with pytest.raises(StoreError, match=r"has the tensor layer_1\..*has no place for"):
+        open_store(store)
+
+
 def test_a_manifest_and_a_config_of_different_models(store):
+    as_version_2(store)
     edit(store / "config.json", num_hidden_layers=3)
     with pytest.raises(StoreError, match=r"expected layer_2\..*no such tensor"):
         open_store(store)
