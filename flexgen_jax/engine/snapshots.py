@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import re
@@ -24,6 +23,8 @@ import numpy as np
 
 from flexgen_jax.logs import event
 from scheduling.timeline import Timeline
+from storage.checksums import checksum_of
+from storage.json_text import sealed, unsealed
 from storage.store import StorageError
 
 Arrays = dict[str, np.ndarray]  # of a cell, by the name of the part
@@ -161,14 +162,19 @@ class Snapshot:
             StorageError: while reading the cells: they are damaged.
         """
         for path in _snapshots_in(self._directory):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                values = json.loads((path / _STATE).read_text())
-                if values.pop("block") == self._block:
-                    groups = values.pop("groups")
-                    state = State.from_json(values)
-                    event("snapshot read", path=str(path), done=list(state.done))
-                    self._latest = path
-                    return state, _cells(path, groups)
+            if not (path / _STATE).exists():
+                continue  # a process ended while it saved
+            try:
+                values = unsealed((path / _STATE).read_bytes())
+                block, groups = values.pop("block"), values.pop("groups")
+                state = State.from_json(values)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                event("snapshot damaged", level=logging.WARNING, path=str(path), why=str(error))
+                continue
+            if block == self._block:
+                event("snapshot read", path=str(path), done=list(state.done))
+                self._latest = path
+                return state, _cells(path, groups)
         return None
 
     def save(self, state: State, cells: Iterator[tuple[str, Arrays]]) -> None:
@@ -184,15 +190,15 @@ class Snapshot:
             if not are_kept_in(self._directory):
                 _write_durably(self._directory / _MARK, _MARKED)
             path.mkdir()
-            groups, nbytes = 0, 0
+            nbytes, groups = 0, list[Files]()
             for group in _groups(cells):
                 nbytes += sum(a.nbytes for arrays in group.values() for a in arrays.values())
                 with _checkpointer() as checkpointer:
-                    checkpointer.save(path / f"cells_{groups}", group)
-                groups += 1
+                    checkpointer.save(path / f"cells_{len(groups)}", group)
+                groups.append(_files(path / f"cells_{len(groups)}"))
             values = {"block": self._block, "groups": groups, **state.to_json()}
             new = path / f"{_STATE}.new"
-            _write_durably(new, json.dumps(values).encode())
+            _write_durably(new, sealed(values))
             os.replace(new, path / _STATE)
         except (OSError, ValueError) as error:
             shutil.rmtree(path, ignore_errors=True)
@@ -228,17 +234,34 @@ def _groups(cells: Iterator[tuple[str, Arrays]]) -> Iterator[dict[str, Arrays]]:
         yield group
 
 
-def _cells(path: Path, groups: int) -> Iterator[tuple[str, Arrays]]:
-    for number in range(groups):
+Files = dict[str, int]  # of a group, by their path below it -> checksum
+
+
+def _files(directory: Path) -> Files:
+    files = (path for path in sorted(directory.rglob("*")) if path.is_file())
+    return {str(path.relative_to(directory)): checksum_of(path) for path in files}
+
+
+def _cells(path: Path, groups: list[Files]) -> Iterator[tuple[str, Arrays]]:
+    for number, known in enumerate(groups):
+        directory = path / f"cells_{number}"
         try:
+            # Before Orbax reads them: its threads print what goes wrong, each for itself.
+            found = _files(directory)
+            wrong = [name for name in {*known, *found} if known.get(name) != found.get(name)]
+            if wrong:
+                raise ValueError(f"{directory / min(wrong)} is not what was saved")
             with _checkpointer() as checkpointer:
-                group = checkpointer.restore(path / f"cells_{number}")
+                group = checkpointer.restore(directory)
         except Exception as error:  # whatever Orbax and TensorStore raise
-            raise StorageError(
-                f"the checkpoint {path} is damaged ({error}); remove {path.parent} to begin the "
-                "block anew"
-            ) from error
+            raise _damaged(path, str(error).partition("\n")[0]) from error
         yield from group.items()
+
+
+def _damaged(path: Path, why: str) -> StorageError:
+    return StorageError(
+        f"the checkpoint {path} is damaged ({why}); remove {path.parent} to begin the block anew"
+    )
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import json
 import os
 import sys
 import tempfile
@@ -27,8 +26,10 @@ from flexgen_jax.jobs.beside import MARK, Beside, check_regular, in_the_way
 from flexgen_jax.jobs.compressed import Packer
 from flexgen_jax.jobs.job_input import STANDARD, JobError
 from flexgen_jax.logs import event
+from storage.checksums import checksum_between
+from storage.json_text import parse_json, sealed, unsealed
 
-_FORMAT = 1
+_FORMAT = 2  # 1 had no checksums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Position:
     Attributes:
         windows: How many they are. ``line``, ``digest``: of the input, up to their end.
         requests: Of them, those that were run. ``errors``: the others; ``messages``: of the first.
-        nbytes: Of the output.
+        nbytes: Of the output; ``checksum``: of so many bytes of it.
         sums: Of the reports of their blocks.
     """
 
@@ -49,6 +50,7 @@ class Position:
     errors: int = 0
     messages: tuple[str, ...] = ()
     nbytes: int = 0
+    checksum: int = 0
     sums: Mapping[str, Any] | None = None
 
 
@@ -205,14 +207,7 @@ class FileResults:
             self._journal = self.partial.open("r+b")
         except OSError as error:
             raise JobError(f"cannot read {self.partial}: {error.strerror}") from error
-        header = _entry(self._journal.readline())
-        if header is None:
-            raise JobError(f"{self.partial} is damaged; start over with --restart")
-        if header[MARK] != _FORMAT:
-            raise JobError(
-                f"{self.partial} is of another version of flexgen-jax: finish the job with that "
-                "one, or give --restart to begin anew"
-            )
+        header = self._read_header(self._journal)
         self._read_entries(self._journal)
         if not (self.position.nbytes or self._ordering):
             self._refuse_ordered()
@@ -220,33 +215,64 @@ class FileResults:
             return  # as if it had never begun
         self.header = header
         assert self._out is not None
-        size = os.fstat(self._out.fileno()).st_size
-        if self.done and size == 0 and self.position.nbytes:
+        if self.done and self.position.nbytes and not os.fstat(self._out.fileno()).st_size:
             if not self.path.exists():
-                raise JobError(f"{self.ordered} is gone; give --restart to begin anew")
-            return  # it has its name already
-        if size < self.position.nbytes:
+                raise JobError(f"{self.ordered} is gone; start over with --restart")
+            with self._errors(self.path), self.path.open("rb") as output:
+                self._check_output(self.path, output)  # it has its name already
+        else:
+            self._check_output(self.ordered, self._out)
+
+    def _check_output(self, path: Path, file: IO[bytes]) -> None:
+        """Refuses an output that is not what the journal says was written."""
+        size, known = os.fstat(file.fileno()).st_size, self.position
+        if size < known.nbytes:
             raise JobError(
-                f"{self.ordered} is damaged: it has {size} bytes of {self.position.nbytes}; give "
-                "--restart to begin anew"
+                f"{path} is damaged: it has {size} bytes of {known.nbytes}; start over with "
+                "--restart"
             )
+        with self._errors(path):
+            if checksum_between(file, 0, known.nbytes) != known.checksum:
+                raise JobError(
+                    f"{path} is damaged: the first {known.nbytes} bytes are not those that were "
+                    "written; start over with --restart"
+                )
+
+    def _read_header(self, journal: IO[bytes]) -> dict[str, Any]:
+        """What job it is, and its position: written at one stroke, they are never torn."""
+        line, following = journal.readline(), journal.readline()
+        try:
+            of_this_version = parse_json(line)[MARK] == _FORMAT
+        except (ValueError, KeyError):
+            of_this_version = True  # as far as can be said
+        if not of_this_version:
+            raise JobError(
+                f"{self.partial} is of another version of flexgen-jax: finish the job with that "
+                "one, or start over with --restart"
+            )
+        try:
+            header, first = unsealed(line), unsealed(following)
+            values = first["position"]
+            self.position = Position(**{**values, "messages": tuple(values["messages"])})
+            self.done = first["done"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise JobError(
+                f"{self.partial} is damaged: {error}; start over with --restart"
+            ) from error
+        return header
 
     def _read_entries(self, journal: IO[bytes]) -> None:
         """Reads up to the first entry that is torn, and drops it with what follows."""
         good = journal.tell()
         # A power cut may leave anything; what is not an entry was not finished.
-        with contextlib.suppress(KeyError, TypeError, AttributeError):
-            while (entry := _entry(journal.readline())) is not None and self._take(entry, journal):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            while self._take(unsealed(journal.readline()), journal):
                 good = journal.tell()
         journal.truncate(good)
         journal.seek(good)
 
     def _take(self, entry: dict[str, Any], journal: IO[bytes]) -> bool:
-        if "position" in entry:
-            values = entry["position"]
-            self.position = Position(**{**values, "messages": tuple(values["messages"])})
-            self.done = entry["done"]
-        elif "window" in entry:
+        if "window" in entry:
             self.begun = Begun(entry["window"], entry["last_line"], entry["digest"])
         elif "block" in entry and self.begun is not None:
             offset, payload = journal.tell(), journal.read(sum(entry["sizes"]))
@@ -288,9 +314,10 @@ class FileResults:
 
     def _replace_journal(self) -> None:
         """Begins the journal with how far the windows reach, at one stroke."""
+        assert self.header is not None
         position = {"position": dataclasses.asdict(self.position), "done": self.done}
         with self._beside.new.open("wb") as file:
-            file.write(_line(self.header) + _line(position))
+            file.write(sealed(self.header) + sealed(position))
             _sync(file)
         os.replace(self._beside.new, self.partial)
         _sync_directory(self.path.parent)
@@ -302,7 +329,7 @@ class FileResults:
 
     def begin_window(self, number: int, last_line: int, digest: str) -> None:
         self.begun = Begun(number, last_line, digest)
-        self._append(_line({"window": number, "last_line": last_line, "digest": digest}))
+        self._append(sealed({"window": number, "last_line": last_line, "digest": digest}))
 
     def _append(self, data: bytes) -> int:
         """Writes an entry durably; returns where it ends."""
@@ -323,7 +350,7 @@ class FileResults:
             "crc32": zlib.crc32(payload),
             "sums": sums,
         }
-        end = self._append(_line(entry) + payload)
+        end = self._append(sealed(entry) + payload)
         self._spool.add(records, sizes, end - len(payload))
         self.begun.blocks[number] = sums
 
@@ -335,16 +362,22 @@ class FileResults:
             with self._packer.member(self._out) as member:
                 self._spool.write_ordered(self._journal, errors, member)
             _sync(self._out)
-            nbytes = os.fstat(self._out.fileno()).st_size
-        self.position, self.begun = dataclasses.replace(position, nbytes=nbytes), None
+            self.position, self.begun = self._with_output(position), None
         with self._errors(self.partial):
             self._replace_journal()
+
+    def _with_output(self, position: Position) -> Position:
+        """``position`` with all of the output, of which :attr:`position` knows the beginning."""
+        assert self._out is not None
+        before, nbytes = self.position, os.fstat(self._out.fileno()).st_size
+        checksum = checksum_between(self._out, before.nbytes, nbytes, before.checksum)
+        return dataclasses.replace(position, nbytes=nbytes, checksum=checksum)
 
     def _begin_ordering(self) -> None:
         """What counts is what the journal knows of; but from now on all that is there is ours."""
         assert self._out is not None
         if not self.position.nbytes:
-            self._append(_line({"ordering": True}))
+            self._append(sealed({"ordering": True}))
         with self._errors(self.ordered):
             self._out.truncate(self.position.nbytes)
 
@@ -357,8 +390,7 @@ class FileResults:
                     with self._packer.member(self._out):
                         pass  # nothing, in the form of the file
                     _sync(self._out)
-                    nbytes = os.fstat(self._out.fileno()).st_size
-                    self.position = dataclasses.replace(self.position, nbytes=nbytes)
+                    self.position = self._with_output(self.position)
                 self.done = True
                 self._replace_journal()
             if os.fstat(self._out.fileno()).st_size or not self.position.nbytes:
@@ -469,18 +501,3 @@ def _sync_directory(path: Path) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
-
-
-def _line(entry: Mapping[str, Any] | None) -> bytes:
-    return json.dumps(entry).encode() + b"\n"
-
-
-def _entry(line: bytes) -> dict[str, Any] | None:
-    """A journal's entry; None if the line is torn, or the end."""
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return None
-    return entry if isinstance(entry, dict) else None

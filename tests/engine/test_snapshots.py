@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,6 +134,72 @@ def test_a_damaged_snapshot_is_said(source, tmp_path, offload):
         state.write_text(state.read_text()[:100])
         run(llm, source, target)
         assert target.read_bytes() == (tmp_path / "clean").read_bytes()
+
+
+def flip(paths):
+    content = bytearray(paths[0].read_bytes())
+    content[len(content) // 2] ^= 1
+    paths[0].write_bytes(content)
+
+
+def swap(paths):
+    first = paths[0].read_bytes()
+    other = next(p for p in paths if p.read_bytes() != first)
+    paths[0].write_bytes(other.read_bytes())
+    other.write_bytes(first)
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory, offload):
+    """A job that was stopped inside its block, and what comes of it."""
+    directory = tmp_path_factory.mktemp("half")
+    lines = [{"prompt": "Once upon a time " * (i % 3 + 1), "temperature": 1.0} for i in range(6)]
+    (directory / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with fg.LLM(MODEL, policy=POLICIES["device"], offload_dir=offload) as llm:
+        run(llm, directory / "in.jsonl", directory / "clean", seconds=None)
+        with pytest.raises(STOPPED):
+            run(llm, directory / "in.jsonl", directory / "out", stop_after=20)
+        yield llm, directory
+
+
+@pytest.fixture
+def stopped(half, tmp_path):
+    llm, directory = half
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    (state,) = (tmp_path / "out.checkpoint").glob("*/state.json")
+    return llm, state
+
+
+@pytest.mark.parametrize(
+    "change", [flip, swap, lambda p: os.truncate(p[0], 9), lambda p: p[0].unlink()]
+)
+@pytest.mark.parametrize("files", ["*/c/**/*", "*/zarr.json", "_METADATA"])
+def test_a_cell_that_is_not_what_was_saved_is_said(stopped, tmp_path, capfd, change, files):
+    """In one line, whatever Orbax would make of it."""
+    llm, state = stopped
+    paths = sorted(p for p in state.parent.glob(f"cells_*/{files}") if p.is_file())
+    if change is swap and len({p.read_bytes() for p in paths}) == 1:
+        return  # nothing to be noticed
+    change(paths)
+    with pytest.raises(StorageError, match=r"is damaged \(.* is not what was saved\)") as caught:
+        run(llm, tmp_path / "in.jsonl", tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("change", ["token", "no checksum", "not JSON", "nested"])
+def test_a_state_that_is_not_what_was_saved_is_none(stopped, tmp_path, caplog, change):
+    llm, state = stopped
+    values = json.loads(state.read_text())
+    if change == "token":
+        values["batches"][0]["results"][0]["token_ids"][0] += 1
+    elif change == "no checksum":
+        del values["check"]
+    text = {"not JSON": state.read_text()[:-30], "nested": "[" * 200_000}
+    state.write_text(text.get(change, json.dumps(values)))
+    run(llm, tmp_path / "in.jsonl", tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "clean").read_bytes()
+    assert "snapshot damaged" in caplog.text
 
 
 def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(

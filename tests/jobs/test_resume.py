@@ -507,16 +507,83 @@ def test_nothing_is_left_of_a_job_that_finished_nothing(llm, source, tmp_path, m
 
 
 def test_a_damaged_output_is_not_taken_for_whole(llm, source, tmp_path, monkeypatch):
-    target = tmp_path / "out"
+    target, ordered = tmp_path / "out", tmp_path / "out.ordered"
     interrupted(llm, source, target, monkeypatch, blocks=4)
-    os.truncate(tmp_path / "out.ordered", 100)
+    whole = ordered.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    ordered.write_bytes(flipped)
+    with pytest.raises(JobError, match=r"out\.ordered is damaged: the first .* start over with"):
+        run(llm, source, target)
+    ordered.write_bytes(whole[:100])
     with pytest.raises(JobError, match=r"out\.ordered is damaged: it has 100 bytes of"):
         run(llm, source, target)
-    header, rest = (tmp_path / "out.partial").read_bytes().split(b"\n", 1)
-    other = json.dumps({**json.loads(header), "flexgen_jax_job": 99}).encode()
-    (tmp_path / "out.partial").write_bytes(other + b"\n" + rest)
-    with pytest.raises(JobError, match="is of another version of flexgen-jax"):
+    for version in (1, 99):
+        header, rest = (tmp_path / "out.partial").read_bytes().split(b"\n", 1)
+        other = json.dumps({**json.loads(header), "flexgen_jax_job": version}).encode()
+        (tmp_path / "out.partial").write_bytes(other + b"\n" + rest)
+        with pytest.raises(
+            JobError, match=r"is of another version of .* start over with --restart"
+        ):
+            run(llm, source, target)
+    assert run(llm, source, target, restart=True).requests == 48
+
+
+def test_an_output_that_has_its_name_is_checked_as_well(llm, source, tmp_path, monkeypatch):
+    """Stopped between the last two steps, with the output of another job in its place."""
+    target = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(FileResults, "_drop_snapshots", lambda self: None)
+        patch.setattr(FileResults, "__exit__", close_only)
+        patch.setattr(Path, "unlink", lambda self, **_: exec("raise Stopped"))
+        with pytest.raises(Stopped):
+            run(llm, source, target)
+    whole = target.read_bytes()
+    target.write_bytes(whole.replace(b"1", b"2"))
+    with pytest.raises(JobError, match="out is damaged"):
         run(llm, source, target)
+    target.write_bytes(whole)
+    assert run(llm, source, target).requests == 48
+    assert not (tmp_path / "out.partial").exists()
+
+
+# In what is written at one stroke, which is refused; and in what may be torn, and is done again.
+EDITS = [
+    (rb'"nbytes": \d+', b'"nbytes": 0'),
+    (rb'"nbytes": \d+', b'"nbytes": null'),
+    (rb'"done": false', b'"done": true'),
+    (rb'"windows": \d+', b'"windows": 2'),
+    (rb'"line": \d+', b'"line": 40'),
+    (rb'"identity": \{', b'"identity": {"a": {}, '),
+    (rb'"policy": \{', b'"policy": null, "more": {'),
+]
+EDITS_OF_ENTRIES = [
+    (rb'"lines": \[\d+', b'"lines": [1'),
+    (rb'"sizes": \[(\d+), (\d+)', rb'"sizes": [\2, \1'),
+    (rb'"block": \d+', b'"block": 7'),
+    (rb'"last_line": \d+', b'"last_line": 20'),
+    (rb'"token_ids": \[\d', b'"token_ids": [9'),
+]
+
+
+@pytest.mark.parametrize(("found", "replacement"), [*EDITS, *EDITS_OF_ENTRIES])
+def test_an_edited_journal_gives_no_other_output(
+    llm, source, expected, tmp_path, monkeypatch, found, replacement
+):
+    interrupted(llm, source, tmp_path / "out", monkeypatch)
+    journal = tmp_path / "out.partial"
+    text = re.sub(found, replacement, journal.read_bytes(), count=1)
+    assert text != journal.read_bytes()
+    journal.write_bytes(text)
+    refused = (found, replacement) in EDITS
+    if refused:
+        with pytest.raises(
+            JobError, match=r"out\.partial is damaged: .* start over with --restart"
+        ):
+            run(llm, source, tmp_path / "out")
+        assert journal.read_bytes() == text
+    run(llm, source, tmp_path / "out", restart=refused)
+    assert (tmp_path / "out").read_bytes() == expected
 
 
 def test_completions_that_take_several_blocks(llm, tmp_path, monkeypatch):
