@@ -32,6 +32,7 @@ from flexgen_jax.weights.huggingface import (
     COMPANION_FILES,
     HuggingFaceModel,
     download,
+    facts_of,
     is_hub_name,
     is_model_directory,
     not_a_model,
@@ -365,6 +366,7 @@ class _Source(Protocol):
     name: str
     directory: Path
     companions: tuple[Path, ...]
+    opened: str
 
     def names(self) -> tuple[str, ...]: ...
 
@@ -375,6 +377,10 @@ class _Source(Protocol):
     ) -> Iterator[np.ndarray]: ...
 
     def fingerprint(self) -> str: ...
+
+    def facts(self) -> str:
+        """Changes whenever one of the files does, of which the fingerprint reads the ends only."""
+        ...
 
 
 class _Stored:
@@ -391,6 +397,7 @@ class _Stored:
         self.companions = tuple(file for file in files if file.is_file())
         self.changed: Mapping[str, Any] = {}
         self._model = model
+        self.opened = self.facts()
 
     def names(self) -> tuple[str, ...]:
         return tuple(param_records(self.config))
@@ -412,6 +419,10 @@ class _Stored:
     def fingerprint(self) -> str:
         return self._model.manifest.source.fingerprint
 
+    def facts(self) -> str:
+        chunks = (array.chunk for array in self._model.arrays.values())
+        return facts_of((self.directory / "config.json", *self.companions, *chunks))
+
 
 def _convert(
     model: _Source,
@@ -427,6 +438,14 @@ def _convert(
         files["config.json"] = json.dumps(config, indent=2).encode() + b"\n"
     config_of, dtype = model.config, dtype_of(form.dtype)
     source = Source(model.name, model.fingerprint())
+
+    def check_source() -> None:
+        if model.facts() != model.opened:
+            raise SourceError(
+                f"{model.directory} was changed while it was converted: the new store would be "
+                "a mixture and is not kept; run the same command again"
+            )
+
     return write_store(
         store,
         _manifest(model.config, form, source, files["config.json"]),
@@ -436,6 +455,8 @@ def _convert(
         ),
         order=form.order(config_of, model.names()),
         files=files,
+        facts=model.opened,
+        check_source=check_source,
         progress=progress,
         say=say,
     )

@@ -79,6 +79,7 @@ class HuggingFaceModel:
     Attributes:
         config: Of the weights.
         changed: What in ``config.json`` is not what the weights are.
+        opened: The :meth:`facts` when it was opened.
 
     Raises:
         ModelNotFoundError: no config or no weights there.
@@ -92,9 +93,10 @@ class HuggingFaceModel:
         found = _weights_in(directory)
         if not (directory / "config.json").is_file() or not found:
             raise ModelNotFoundError(not_a_model(directory))
-        self.config = load_config(directory)
         self.weight_files = _shards(found[0])
         self.companions = tuple(directory / n for n in COMPANION_FILES if (directory / n).is_file())
+        self.opened = self.facts()  # before anything of them is read
+        self.config = load_config(directory)
         self.changed: Mapping[str, Any] = {}
         self._open_path: Path | None = None
         self._open_file: WeightFile | None = None
@@ -138,6 +140,11 @@ class HuggingFaceModel:
                 file.seek(max(0, status.st_size - (1 << 16)))
                 digest.update(file.read(1 << 16))
         return digest.hexdigest()
+
+    def facts(self) -> str:
+        """Changes whenever one of the files does: by when, as the file system knows it."""
+        files = (self.directory / "config.json", *self.companions, *_files(self.weight_files))
+        return facts_of(files)
 
     def _file(self, path: Path) -> WeightFile:
         if self._open_file is None or self._open_path != path:
@@ -254,6 +261,25 @@ def _weights_in(directory: Path) -> list[Path]:
     return found or [
         file.parent for p in patterns for file in sorted(directory.glob(f"{p}{_ORBAX_FILE}"))
     ]
+
+
+def facts_of(files: Iterable[Path]) -> str:
+    """Hexadecimal, of which files they are and when they were last changed.
+
+    Whoever sets the time of a file's content back changes the time of its status.
+
+    Raises:
+        SourceError: one of them is gone.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        try:
+            found = path.stat()
+        except OSError as error:
+            raise SourceError(f"cannot read {path}: {error.strerror}") from error
+        times = f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
+        digest.update(f"{path.name} {found.st_ino} {times}\n".encode())
+    return digest.hexdigest()
 
 
 def _files(paths: Iterable[Path]) -> Iterator[Path]:

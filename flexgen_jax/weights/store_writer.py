@@ -53,6 +53,8 @@ def write_store(
     *,
     order: Sequence[str],
     files: Mapping[str, bytes],
+    facts: str = "",
+    check_source: Callable[[], None] = lambda: None,
     progress: Progress | None = None,
     say: Say | None = None,
 ) -> Path:
@@ -65,6 +67,8 @@ def write_store(
         blocks: name -> the tensor's elements, in C order and in pieces of any shape.
         order: Of the names, as the source is best read.
         files: Written beside the arrays, name -> content.
+        facts: Of the source's files; if they are others than of an earlier run, it begins anew.
+        check_source: Raises if they are others when all is read: then there is no store.
         progress: Called as (bytes done, bytes in all, tensor) after each piece.
         say: Called with a line when there is something to wait for or to resume.
 
@@ -82,7 +86,7 @@ def write_store(
     with _locked(partial, store, say):
         if _is_there(store, manifest):  # another process wrote it while this one waited
             return store
-        journal = _Journal(partial, manifest)
+        journal = _Journal(partial, manifest, facts)
         if journal.done and say:
             say(
                 f"resuming the conversion to {store}: {len(journal.done)} of "
@@ -92,6 +96,7 @@ def write_store(
         begun, there = time.perf_counter(), len(journal.done)
         event("conversion begun", store=str(store), nbytes=manifest.nbytes, tensors_there=there)
         _write_tensors(partial, manifest, blocks, order, journal, progress)
+        check_source()
         try:
             _finish(partial, manifest, files)
             os.rename(partial, store)
@@ -219,10 +224,10 @@ def _identity(manifest: Manifest) -> dict[str, Any]:
 class _Journal:
     """Which tensors in ``partial`` are complete; clears what belongs to another conversion."""
 
-    def __init__(self, partial: Path, manifest: Manifest) -> None:
+    def __init__(self, partial: Path, manifest: Manifest, facts: str) -> None:
         self._path = partial / _JOURNAL
         self.done: set[str] = set()
-        identity = {_MARK: 1, **_identity(manifest), "layout": manifest.layout}
+        identity = {_MARK: 1, **_identity(manifest), "layout": manifest.layout, "facts": facts}
         recorded = self._read(identity)
         if recorded is None:
             _clear(partial)

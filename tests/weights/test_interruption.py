@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import json
 import os
@@ -9,7 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from flexgen_jax.weights.checkpoint import StoreError, convert, is_store, open_store
+from flexgen_jax.weights.checkpoint import (
+    SourceError,
+    StoreError,
+    convert,
+    is_store,
+    open_store,
+)
 from storage.array_file import ArrayWriter
 
 ROOT = Path(__file__).parents[2]
@@ -146,6 +153,67 @@ def test_another_source_or_dtype_starts_anew(model, tmp_path, tiny):
     assert_sound(store, tmp_path / "other", tiny)
 
 
+def change_the_middle(model):
+    """Of a size and with times as before: its ends say nothing of it."""
+    file = model / "model.safetensors"
+    before, middle = file.stat(), file.stat().st_size // 2
+    with open(file, "r+b") as weights:
+        weights.seek(middle)
+        old = weights.read(4)
+        weights.seek(middle)
+        weights.write(bytes(byte ^ 1 for byte in old))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def widen(tiny, tmp_path):
+    """A model whose middle is neither of its ends."""
+    config = dataclasses.replace(tiny.config, ffn_dim=3000)
+    tiny.write_model(tmp_path / "wide", config)
+    return tmp_path / "wide"
+
+
+@pytest.mark.parametrize("name", ["layer_0.q.kernel", "head.norm.scale"])
+def test_a_source_that_changes_meanwhile_makes_no_store(tmp_path, tiny, name):
+    model, store, changed = widen(tiny, tmp_path), tmp_path / "store", []
+
+    def progress(done, total, tensor):
+        if tensor == name and not changed:
+            changed.append(name)
+            change_the_middle(model)
+
+    with pytest.raises(
+        SourceError, match=r"wide was changed while it was converted.* run the same"
+    ):
+        convert(model, store, progress=progress)
+    assert changed
+    assert not store.exists()
+    convert(model, store, say=lambda line: pytest.fail(line))  # begins anew
+    expected = convert(model, tmp_path / "expected")
+    assert {n: a.tobytes() for n, a in tiny.read(store).items()} == {
+        n: a.tobytes() for n, a in tiny.read(expected).items()
+    }
+
+
+def test_a_source_that_changes_between_two_runs_is_read_anew(tmp_path, tiny):
+    model, store = widen(tiny, tmp_path), tmp_path / "store"
+    interrupt(model, store)
+    change_the_middle(model)
+    convert(model, store, say=lambda line: pytest.fail(line))
+    assert convert(model, store) == store  # it is there, whatever the times of its source
+    os.utime(model / "config.json")
+    assert convert(model, store) == store
+
+
+def test_a_store_that_changes_while_it_is_quantised(model, tmp_path):
+    store = convert(model, tmp_path / "store", dtype="bfloat16")
+
+    def progress(done, total, tensor):
+        (store / "layer_1.fc1.weight" / "c" / "0" / "0").touch()
+
+    with pytest.raises(SourceError, match="store was changed while it was converted"):
+        convert(store, tmp_path / "codes", dtype="bfloat16", weight_bits=4, progress=progress)
+
+
 def test_nothing_is_left_of_a_conversion_without_progress(model, tmp_path):
     with pytest.raises(StopError):
         convert(model, tmp_path / "store", progress=lambda *_: (_ for _ in ()).throw(StopError))
@@ -180,7 +248,8 @@ def test_what_an_earlier_version_has_begun_is_ours(model, tmp_path, tiny):
     interrupt(model, store)
     journal = partial_of(store) / "conversion.jsonl"
     first, rest = journal.read_text().split("\n", 1)
-    unmarked = {k: v for k, v in json.loads(first).items() if k != "flexgen_jax_conversion"}
+    new = ("flexgen_jax_conversion", "facts")
+    unmarked = {k: v for k, v in json.loads(first).items() if k not in new}
     journal.write_text(json.dumps(unmarked) + "\n" + rest)
     convert(model, store)
     assert_sound(store, model, tiny)
