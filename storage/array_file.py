@@ -58,6 +58,20 @@ def dtype_of(name: str) -> np.dtype[Any]:
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
+def whole_numbers(values: Any, count: int | None = None) -> tuple[int, ...]:
+    """A list that was read from JSON, of lengths or offsets.
+
+    Raises:
+        ValueError: it is no list of ``count`` integers (None: of any number) from 0 on.
+    """
+    if not isinstance(values, list) or count not in (None, len(values)):
+        raise ValueError(f"expected a list of whole numbers, got {str(values)[:80]}")
+    for value in values:
+        if type(value) is not int or value < 0:  # a bool is none
+            raise ValueError(f"expected whole numbers from 0 on, got {value!r}")
+    return tuple(values)
+
+
 def _chunk_path(directory: Path, rank: int) -> Path:
     return directory.joinpath("c", *["0"] * rank)
 
