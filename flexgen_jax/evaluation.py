@@ -6,7 +6,6 @@ counted is what lm_eval's own ``hf`` model counts: the same tokens, windows and 
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,6 +32,7 @@ from flexgen_jax.models.family import eos_token_ids
 from flexgen_jax.requests.sampling_params import SamplingParams
 from flexgen_jax.scoring import run_scores, sequence_request
 from scheduling.policy import Policy
+from storage.json_text import read_json
 
 MAX_GEN_TOKS = 256
 # Of lm_eval's generation arguments, those that an LLM has, under its names.
@@ -248,9 +248,13 @@ def _special_token(directory: Path, name: str) -> str | None:
     """The text of a token that the tokenizer's files name."""
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         if (directory / file).is_file():
-            value = json.loads((directory / file).read_text(encoding="utf-8")).get(name)
-            if value:
-                return value["content"] if isinstance(value, dict) else value
+            try:
+                value = read_json(directory / file).get(name)
+                found = value["content"] if isinstance(value, dict) else value
+            except (OSError, ValueError, AttributeError, KeyError) as error:
+                raise ValueError(f"cannot read {directory / file}: {error}") from error
+            if found:
+                return found
     return None
 
 

@@ -183,7 +183,7 @@ class Hardware:
                 f"no hardware {name!r}: neither a preset ({', '.join(sorted(PRESETS))}) nor a file "
                 f"that can be read ({error.strerror})"
             ) from error
-        except (TypeError, json.JSONDecodeError) as error:
+        except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
             raise ValueError(f"{name} is no hardware: {error}") from error
 
 

@@ -8,7 +8,6 @@ memory and verifies it by its metadata and file size. It knows no layer and no m
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import re
@@ -19,6 +18,8 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from storage.json_text import read_json
 
 METADATA_NAME = "zarr.json"
 
@@ -49,13 +50,23 @@ class ArrayFile:
     raw: bool
 
 
+# Of zarr's ``data_type``: numpy itself would take "O", "U9" or a structure for one.
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    **{f"float{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
+    **{f"{u}int{bits}": np.dtype(f"{u}int{bits}") for u in ("", "u") for bits in (8, 16, 32, 64)},
+}
+
+
 def dtype_of(name: str) -> np.dtype[Any]:
     """The numpy dtype of a zarr ``data_type``, bfloat16 included.
 
     Raises:
-        TypeError: numpy has no such type.
+        ValueError: there is no such type of numbers.
     """
-    return np.dtype(getattr(ml_dtypes, name, name))
+    if not isinstance(name, str) or name not in _DTYPES:
+        raise ValueError(f"no dtype of numbers: {name!r}; there are {', '.join(_DTYPES)}")
+    return _DTYPES[name]
 
 
 def whole_numbers(values: Any, count: int | None = None) -> tuple[int, ...]:
@@ -188,7 +199,7 @@ def describe_array(directory: Path) -> ArrayFile:
     """
     metadata = directory / METADATA_NAME
     try:
-        values = json.loads(metadata.read_bytes())
+        values = read_json(metadata)
     except OSError as error:
         raise StoreError(
             f"cannot read {metadata}: {error.strerror}; expected the metadata of a stored array: "
@@ -202,16 +213,16 @@ def describe_array(directory: Path) -> ArrayFile:
     try:
         if values["zarr_format"] != 3 or values["node_type"] != "array":
             raise ValueError(f"zarr_format {values['zarr_format']}, {values['node_type']}")
-        shape = tuple(int(n) for n in values["shape"])
+        shape = whole_numbers(values["shape"])
         dtype = dtype_of(values["data_type"])
-    except (KeyError, TypeError, ValueError) as error:
+        raw = _is_raw(values, shape, dtype)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise StoreError(
             f"{metadata}: expected a zarr version 3 array of numbers, got something else "
             f"({error}); it was not written by flexgen-jax, convert the model again"
         ) from error
     nbytes = math.prod(shape) * dtype.itemsize
     chunk = _chunk_path(directory, len(shape))
-    raw = _is_raw(values, shape, dtype)
     if raw:
         try:
             size = os.stat(chunk).st_size

@@ -196,21 +196,23 @@ def profile(
 
 def _calibrated(hardware: Hardware, reports: tuple[Path, ...]) -> Hardware:
     from scheduling.calibrate import Observation, calibrated, factors
+    from storage.json_text import read_json
 
     rows = []
     for path in reports:
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
             rows += [Observation.from_json(row) for row in values["observations"]]
+            predicted_for = values["hardware"]
         except OSError as error:
             raise Failure(f"cannot read {path}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise Failure(
                 f"{path} is no report: expected what 'generate --json' prints ({error})"
             ) from error
-        if values["hardware"] != hardware.name:
+        if predicted_for != hardware.name:
             raise Failure(
-                f"{path} was predicted for {values['hardware']!r}, not for {hardware.name!r}: "
+                f"{path} was predicted for {predicted_for!r}, not for {hardware.name!r}: "
                 "give that with --hardware"
             )
     for name, factor in factors(rows).items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +9,7 @@ from typing import Any, Literal
 import click
 
 from scheduling.policy import Policy
+from storage.json_text import read_json
 
 
 def policy_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -174,7 +174,7 @@ def read_policy(values: Mapping[str, Any]) -> tuple[Policy | Literal["auto"], di
     if policy is None or policy == "auto":
         return "auto", changes
     try:
-        return Policy.from_json(json.loads(Path(policy).read_text(encoding="utf-8"))), changes
+        return Policy.from_json(read_json(Path(policy))), changes
     except OSError as error:
         raise OSError(f"cannot read the policy {policy}: {error.strerror}") from error
     except (TypeError, ValueError) as error:

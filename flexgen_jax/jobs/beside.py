@@ -77,9 +77,10 @@ class Beside:
 
     def keep_aside(self) -> Path:
         """Renames a file that only is called like a journal; returns its new name."""
-        number = 1
-        while os.path.lexists(aside := self.partial.with_name(f"{self.partial.name}.old{number}")):
+        aside, number = self.partial.with_name(f"{self.partial.name}.old"), 1
+        while os.path.lexists(aside):
             number += 1
+            aside = self.partial.with_name(f"{self.partial.name}.old{number}")
         self.partial.rename(aside)
         return aside
 

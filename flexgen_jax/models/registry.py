@@ -98,6 +98,10 @@ def load_config(path: str | Path, family: Family | None = None) -> Config:
         config = read_config(values) if family is None else family.read(values)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
+    except _STRANGE as error:
+        raise ConfigError(
+            f"{file} has a value that no model has ({type(error).__name__}: {error})"
+        ) from error
     generation = file.with_name("generation_config.json")
     if not generation.is_file():
         return config
@@ -110,9 +114,18 @@ def load_config(path: str | Path, family: Family | None = None) -> Config:
     return replaced
 
 
+_MOST_CHARACTERS = 8 << 20  # a thousand times what a config has
+# What comes of a value of another kind, or size.
+_STRANGE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
 def _object(file: Path) -> dict[str, Any]:
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        with file.open(encoding="utf-8") as text:
+            content = text.read(_MOST_CHARACTERS + 1)
+        if len(content) > _MOST_CHARACTERS:
+            raise ValueError(f"more than {_MOST_CHARACTERS} characters")
+        values = json.loads(content)
     except OSError as error:
         raise ConfigError(f"cannot read {file}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

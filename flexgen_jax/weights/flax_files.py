@@ -68,7 +68,9 @@ class MsgpackFile:
             raise ValueError(f"{'.'.join(path)} is no array")
         if end > len(self._map):
             raise ValueError(f"it has {len(self._map)} bytes of {end} or more")
-        shape, dtype, _ = self._array_header(begin)
+        shape, dtype, data = self._array_header(begin)
+        if end - data != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{'.'.join(path)} of shape {shape} has {end - data} bytes")
         self.entries[".".join(path)] = Entry(shape, dtype, at)
         return end
 
@@ -175,12 +177,12 @@ class OrbaxParams:
             with self._checkpointer() as checkpointer:
                 tree = checkpointer.metadata(path.absolute()).item_metadata.tree
             self._leaves = dict(_leaves(tree))
+            self.entries = {
+                key: Entry(tuple(leaf.shape), np.dtype(leaf.dtype), number)
+                for number, (key, leaf) in enumerate(self._leaves.items())
+            }
         except Exception as error:  # whatever Orbax raises
             raise self._damaged(error) from error
-        self.entries = {
-            key: Entry(tuple(leaf.shape), np.dtype(leaf.dtype), number)
-            for number, (key, leaf) in enumerate(self._leaves.items())
-        }
 
     def _damaged(self, error: Exception) -> SourceError:
         reason = str(error).partition("\n")[0]

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -35,6 +34,7 @@ from flexgen_jax.weights.tensor_file import (
     WeightFile,
 )
 from flexgen_jax.weights.torch_file import TorchFile
+from storage.json_text import read_json
 
 # What a tokenizer and a generation need beside the weights; copied as they are, where they exist.
 COMPANION_FILES = (
@@ -354,8 +354,10 @@ def _open(path: Path) -> WeightFile:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        mapping = json.loads(index.read_bytes())["weight_map"]
-        return {str(k): str(v) for k, v in mapping.items()}
+        mapping = read_json(index)["weight_map"]
+        if not all(isinstance(shard, str) for shard in mapping.values()):
+            raise ValueError("a shard whose name is no text")
+        return dict(mapping)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SourceError(
             f"{index} is no index of weight shards ({type(error).__name__}: {error}); download "

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from storage.array_file import StoreError, dtype_of
+from storage.array_file import StoreError, dtype_of, whole_numbers
+from storage.json_text import read_json
 
 # Version 1 had no layout: its matrices are (in, out). Version 2 did not know its config.
 FORMAT_VERSION = 3
@@ -105,7 +106,7 @@ class Manifest:
         """
         file = directory / MANIFEST_NAME
         try:
-            values = json.loads(file.read_bytes())
+            values = read_json(file)
         except OSError as error:
             raise StoreError(
                 f"{directory} is no weight store: cannot read {file} ({error.strerror}); make one "
@@ -136,7 +137,7 @@ class Manifest:
     def _from_json(cls, values: Mapping[str, Any]) -> Manifest:
         tensors = {}
         for name, entry in values["tensors"].items():
-            tensors[name] = TensorEntry.of(tuple(map(int, entry["shape"])), entry["dtype"])
+            tensors[name] = TensorEntry.of(whole_numbers(entry["shape"]), entry["dtype"])
             if entry["nbytes"] != tensors[name].nbytes:
                 raise ValueError(f"{name}: nbytes {entry['nbytes']} do not fit its shape")
         bits, group = values["weight_bits"], values.get("weight_group")

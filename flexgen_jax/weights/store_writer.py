@@ -31,6 +31,7 @@ from flexgen_jax.weights.manifest import (
     write_durably,
 )
 from storage.array_file import StoreError, create_array, describe_array, dtype_of
+from storage.json_text import parse_json
 
 Progress = Callable[[int, int, str], None]
 Say = Callable[[str], None]
@@ -245,14 +246,14 @@ class _Journal:
     def _read(self, identity: dict[str, Any]) -> set[str] | None:
         try:
             lines = self._path.read_text(encoding="utf-8").splitlines()
-            if not lines or json.loads(lines[0]) != identity:
+            if not lines or parse_json(lines[0]) != identity:
                 return None
         except (OSError, ValueError):
             return None
         names = set()
         for line in lines[1:]:
             with contextlib.suppress(ValueError):  # a line cut short by a crash
-                names.add(json.loads(line))
+                names.add(str(parse_json(line)))
         return names
 
     def record(self, name: str) -> None:
@@ -307,8 +308,8 @@ def _foreign_in(partial: Path) -> str | None:
         others = sorted(p.name for p in partial.iterdir() if p.name not in (_LOCK, _JOURNAL))
     except OSError:
         return None
-    with contextlib.suppress(ValueError, RecursionError):
-        values = json.loads(first)
+    with contextlib.suppress(ValueError):
+        values = parse_json(first)
         if isinstance(values, dict) and (_MARK in values or values.keys() >= _UNMARKED):
             return None
     # A process that ends while it begins leaves a journal of nothing.

@@ -30,16 +30,28 @@ class TorchFile:
                 if "mmap" not in str(error):
                     raise
                 state = torch.load(path, map_location="cpu", weights_only=True)
-            self._state = {k: v.detach() for k, v in state.items() if torch.is_tensor(v)}
+            tensors = {k: v.detach() for k, v in state.items() if torch.is_tensor(v)}
         except Exception as error:  # torch raises whatever its unpickler and unzipper do
             reason = str(error).partition("\n")[0]
             raise SourceError(
                 f"{path} is truncated, or no PyTorch weights ({reason}); download the model again"
             ) from error
-        self.entries = {
-            key: Entry(tuple(t.shape), self._numpy(t[:0] if t.ndim else t).dtype, position)
-            for position, (key, t) in enumerate(self._state.items())
-        }
+        self._state: dict[str, Any] = {}
+        self.entries: dict[str, Entry] = {}
+        for position, (key, tensor) in enumerate(tensors.items()):
+            if not isinstance(key, str):
+                raise SourceError(f"{path}: a tensor is called {key!r}, which is no text")
+            try:
+                if tensor.layout != torch.strided or tensor.device.type != "cpu":
+                    raise TypeError(f"it is {tensor.layout} on {tensor.device}")
+                dtype = self._numpy(tensor[:0] if tensor.ndim else tensor).dtype
+            except (TypeError, RuntimeError) as error:
+                raise SourceError(
+                    f"{path}: tensor {key} is {tensor.dtype} and no plain array of numbers that "
+                    f"can be read ({str(error).partition(chr(10))[0]})"
+                ) from error
+            self._state[key] = tensor
+            self.entries[key] = Entry(tuple(tensor.shape), dtype, position)
 
     def _numpy(self, tensor: Any) -> np.ndarray:
         if tensor.dtype == self._torch.bfloat16:

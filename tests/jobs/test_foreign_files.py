@@ -109,7 +109,7 @@ def test_what_is_no_journal_is_kept_aside(llm, source, tmp_path, caplog):
     for number in range(3):
         (tmp_path / "out.partial").write_text(f"somebody's work {number}\n")
         run(llm, source, tmp_path / "out")
-    kept = [(tmp_path / f"out.partial.old{n}").read_text() for n in (1, 2, 3)]
+    kept = [(tmp_path / f"out.partial.old{n}").read_text() for n in ("", 2, 3)]
     assert kept == [f"somebody's work {n}\n" for n in range(3)]
     assert "kept aside" in caplog.text
 

@@ -264,6 +264,26 @@ def test_bin(tmp_path, tiny, dtype, zipped):
         convert(hf, tmp_path / "another")
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda torch, t: {7: t}, r"a tensor is called 7, which is no text"),
+        (lambda torch, t: {"x": t.to(torch.float8_e4m3fn)}, r"tensor x is torch\.float8_e4m3fn"),
+        (lambda torch, t: {"x": t.to_sparse()}, r"tensor x is torch\.float32 .*sparse"),
+        (lambda torch, t: {"x": t.to("meta")}, r"tensor x is torch\.float32 .* meta"),
+        (lambda torch, t: [t], r"no PyTorch weights"),
+    ],
+)
+def test_a_bin_of_what_is_no_array(tmp_path, tiny, change, said):
+    torch = pytest.importorskip("torch")
+    hf = tmp_path / "hf"
+    tiny.write_config(hf, tiny.config)
+    torch.save(change(torch, torch.ones(2, 2)), hf / "pytorch_model.bin")
+    with pytest.raises(SourceError, match=said) as caught:
+        convert(hf, tmp_path / "store")
+    assert "\n" not in str(caught.value)
+
+
 def test_sharded_bin(tmp_path, tiny):
     torch = pytest.importorskip("torch")
     state = tiny.state_dict(tiny.config)
