@@ -310,5 +310,17 @@ def _shown(value: Any) -> str:
 
 
 def recorded_policy(results: Results) -> Policy | None:
-    """The policy that an unfinished job was begun with."""
-    return None if results.header is None else Policy.from_json(results.header["policy"])
+    """The policy that an unfinished job was begun with.
+
+    Raises:
+        JobError: the job's journal does not say.
+    """
+    if results.header is None:
+        return None
+    try:
+        return Policy.from_json(results.header["policy"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise JobError(
+            f"the unfinished job with this output has no policy ({error}); start over with "
+            "--restart"
+        ) from error

@@ -26,6 +26,7 @@ from flexgen_jax.jobs.beside import MARK, Beside, check_regular, in_the_way
 from flexgen_jax.jobs.compressed import Packer
 from flexgen_jax.jobs.job_input import STANDARD, JobError
 from flexgen_jax.logs import event
+from storage.array_file import whole_numbers
 from storage.checksums import checksum_between
 from storage.json_text import parse_json, sealed, unsealed
 
@@ -52,6 +53,20 @@ class Position:
     nbytes: int = 0
     checksum: int = 0
     sums: Mapping[str, Any] | None = None
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Position:
+        """The inverse of ``dataclasses.asdict``, through JSON.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is no position.
+        """
+        found = cls(**{**values, "messages": tuple(map(str, values["messages"]))})
+        counts = [found.windows, found.line, found.requests, found.errors]
+        whole_numbers([*counts, found.nbytes, found.checksum])
+        if not isinstance(found.sums, (dict, type(None))) or not isinstance(found.digest, str):
+            raise ValueError("a position without sums or digest")
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,10 +267,10 @@ class FileResults:
             )
         try:
             header, first = unsealed(line), unsealed(following)
-            values = first["position"]
-            self.position = Position(**{**values, "messages": tuple(values["messages"])})
-            self.done = first["done"]
-        except (ValueError, KeyError, TypeError) as error:
+            if not all(isinstance(part, dict) for part in header["identity"].values()):
+                raise ValueError("an identity of no parts")
+            self.position, self.done = Position.from_json(first["position"]), bool(first["done"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise JobError(
                 f"{self.partial} is damaged: {error}; start over with --restart"
             ) from error
@@ -273,13 +288,18 @@ class FileResults:
 
     def _take(self, entry: dict[str, Any], journal: IO[bytes]) -> bool:
         if "window" in entry:
-            self.begun = Begun(entry["window"], entry["last_line"], entry["digest"])
+            number, last_line = whole_numbers([entry["window"], entry["last_line"]])
+            self.begun = Begun(number, last_line, entry["digest"])
         elif "block" in entry and self.begun is not None:
-            offset, payload = journal.tell(), journal.read(sum(entry["sizes"]))
-            if zlib.crc32(payload) != entry["crc32"]:
+            number, _ = whole_numbers([entry["block"], entry["sums"]["requests"]])
+            lines, sizes = whole_numbers(entry["lines"]), whole_numbers(entry["sizes"])
+            offset = journal.tell()
+            if offset + sum(sizes) > os.fstat(journal.fileno()).st_size:
                 return False
-            self._spool.add(entry["lines"], entry["sizes"], offset)
-            self.begun.blocks[entry["block"]] = entry["sums"]
+            if zlib.crc32(journal.read(sum(sizes))) != entry["crc32"]:
+                return False
+            self._spool.add(lines, sizes, offset)
+            self.begun.blocks[number] = entry["sums"]
         elif "ordering" in entry:
             self._ordering = True
         else:

@@ -96,6 +96,8 @@ def load_config(path: str | Path, family: Family | None = None) -> Config:
     values = _object(file)
     try:
         config = read_config(values) if family is None else family.read(values)
+        _check_switches(config)
+        hash(config)  # a list where a number belongs is found by nothing else
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
     except _STRANGE as error:
@@ -112,6 +114,14 @@ def load_config(path: str | Path, family: Family | None = None) -> Config:
         raise ConfigError(named) from error
     replaced: Config = dataclasses.replace(config, eos_token_id=ids)  # type: ignore[type-var]
     return replaced
+
+
+def _check_switches(config: Config) -> None:
+    """Refuses ``"false"``, which is true."""
+    for field in dataclasses.fields(config):  # type: ignore[arg-type] # each family's is one
+        value = getattr(config, field.name)
+        if field.type == "bool" and value not in (True, False, None):
+            raise ConfigError(f"{field.name} must be true or false, got {value!r}")
 
 
 _MOST_CHARACTERS = 8 << 20  # a thousand times what a config has

@@ -141,7 +141,8 @@ class Manifest:
             if entry["nbytes"] != tensors[name].nbytes:
                 raise ValueError(f"{name}: nbytes {entry['nbytes']} do not fit its shape")
         bits, group = values["weight_bits"], values.get("weight_group")
-        if not (bits is None or (bits in (4, 8) and isinstance(group, int) and group >= 2)):
+        whole = type(group) is int and group >= 2
+        if not (whole if type(bits) is int and bits in (4, 8) else bits is group is None):
             raise ValueError(f"weight_bits {bits!r} in groups of {group!r}")
         layout = values.get("layout", "in_out")
         if layout not in ("in_out", "out_in"):

@@ -178,3 +178,11 @@ def test_a_foreign_name_among_checkpoints_is_left_there(tmp_path, name):
     assert found[0] == state
     Snapshots(place, seconds=1).clear()
     assert [p.name for p in place.iterdir()] == [name]
+
+
+def test_links_that_lead_in_a_circle_are_one_line(source, tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    assert "symbolic links" in command(loop, tmp_path / "out")
+    assert "symbolic links" in command(source, loop)
+    assert "symbolic links" in command(loop, loop)

@@ -9,6 +9,7 @@ import pytest
 from flexgen_jax.models.family import ConfigError
 from flexgen_jax.models.opt import ACTIVATIONS, PRESETS, OPTConfig
 from flexgen_jax.models.params import param_shapes, unit_names, unit_shapes
+from flexgen_jax.models.registry import load_config
 
 # Zhang et al. 2022; 350m and the digits below the round names from the published checkpoints.
 PUBLISHED_PARAMETERS = {
@@ -183,3 +184,11 @@ def test_units_own_each_parameter_once(config):
     assert len(set(owned)) == len(owned)
     assert ("embed.tokens" in unit_names(config, "head")) == config.tie_word_embeddings
     assert ("head.tokens" in unit_names(config, "head")) != config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("value", ["false", [], 2, 0.5])
+def test_a_switch_that_is_neither_on_nor_off_is_named(value, tmp_path):
+    values = {**OPTConfig().to_json(), "do_layer_norm_before": value}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match="do_layer_norm_before must be true or false, got"):
+        load_config(tmp_path)
