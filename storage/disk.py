@@ -73,6 +73,7 @@ class _OpenTensor:
         self.name = name
         self.file = file
         self._descriptor: int | None = None
+        self._region: mmap.mmap | None = None
         self._view: np.ndarray | None = None
         self._populated = False
         self._alias: jax.Array | None = None
@@ -82,14 +83,20 @@ class _OpenTensor:
         return block[: self.file.nbytes].view(self.file.dtype).reshape(self.file.shape)
 
     def mapping(self) -> np.ndarray:
-        """The file's bytes as a read-only view (uint8); nothing is read yet."""
-        if self._view is None:
+        """The file's bytes as a read-only view (uint8); nothing is read yet.
+
+        Reading what a file no longer has would end the process: it is looked at each time.
+        """
+        if self._view is None or self._region is None:
             with open(self.file.chunk, "rb") as f:
                 size = os.fstat(f.fileno()).st_size
                 if size != self.file.nbytes:
                     raise self._short(size)
-                region = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ)
-            self._view = np.frombuffer(region, np.uint8)
+                self._region = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ)
+            self._view = np.frombuffer(self._region, np.uint8)
+        size = self._region.size()
+        if size < self.file.nbytes:
+            raise self._short(size)
         return self._view
 
     def mapped(self) -> np.ndarray:
@@ -159,7 +166,7 @@ class _OpenTensor:
         )
 
     def close(self) -> None:
-        self._view = self._alias = None
+        self._region = self._view = self._alias = None
         self._tensorstore = None
         self._close_descriptor()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import mmap
 import os
 from pathlib import Path
@@ -52,12 +53,20 @@ _MADV_POPULATE_READ = 22  # Linux 5.14; not in Python's mmap module
 
 
 def populate(block: np.ndarray) -> None:
-    """Brings a file mapping's pages into memory; waits for the disk without holding the GIL."""
+    """Brings a file mapping's pages into memory; waits for the disk without holding the GIL.
+
+    Raises:
+        OSError: the file has become shorter, or cannot be read.
+    """
     if block.nbytes == 0:
         return
     address = ctypes.c_void_p(block.ctypes.data)
-    if _libc.madvise(address, ctypes.c_size_t(block.nbytes), _MADV_POPULATE_READ) != 0:
-        block[::PAGE].max()  # an older kernel: touch a byte of each page
+    ctypes.set_errno(0)
+    if _libc.madvise(address, ctypes.c_size_t(block.nbytes), _MADV_POPULATE_READ) == 0:
+        return
+    if ctypes.get_errno() == errno.EFAULT:  # what touching it would be killed for
+        raise OSError(errno.EIO, "the file became shorter, or its disk failed")
+    block[::PAGE].max()  # an older kernel: touch a byte of each page
 
 
 def resident_fraction(block: np.ndarray) -> float:

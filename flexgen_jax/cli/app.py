@@ -10,6 +10,7 @@ import click
 
 from flexgen_jax import logs
 from flexgen_jax._version import __version__
+from flexgen_jax.cli import bus_errors
 from flexgen_jax.cli import checkup as cli_doctor
 from flexgen_jax.cli import completion as cli_completion
 from flexgen_jax.cli import plan_commands as cli_plan
@@ -56,6 +57,7 @@ def main(log_level: str | None, log_format: logs.Format | None) -> None:
       flexgen-jax doctor                                        what this machine can do
     """
     # Until the process ends: what goes wrong is shown after the command's context is closed.
+    bus_errors.name_the_file()
     logs.reset()
     if log_level is not None or log_format is not None:
         logs.set_up(log_level or "info", log_format or "text")

@@ -27,7 +27,7 @@ import numpy as np
 from flexgen_jax.models.family import Config, Param
 from flexgen_jax.models.params import param_records
 from flexgen_jax.models.registry import load_config, preset, write_config
-from flexgen_jax.weights.element_blocks import read_array, transposed_blocks
+from flexgen_jax.weights.element_blocks import read_array, read_elements, transposed_blocks
 from flexgen_jax.weights.huggingface import (
     COMPANION_FILES,
     HuggingFaceModel,
@@ -410,11 +410,9 @@ class _Stored:
         if form.transposes(self.config, name) != transposed:
             yield from transposed_blocks(read_array(file), dtype)
             return
-        if not file.raw:
-            raise SourceError(f"{file.directory} is not one uncompressed chunk: convert anew")
-        for start in range(0, file.nbytes, _COPY_NBYTES):
-            count = min(_COPY_NBYTES, file.nbytes - start) // file.dtype.itemsize
-            yield np.fromfile(file.chunk, file.dtype, count, offset=start)
+        most, count = _COPY_NBYTES // file.dtype.itemsize, math.prod(file.shape)
+        for first in range(0, count, most):
+            yield read_elements(file, first, min(most, count - first))
 
     def fingerprint(self) -> str:
         return self._model.manifest.source.fingerprint

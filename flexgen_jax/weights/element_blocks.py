@@ -46,11 +46,25 @@ def read_array(file: ArrayFile) -> np.ndarray:
     """All of a stored array.
 
     Raises:
-        SourceError: it is not one uncompressed chunk.
+        SourceError: it is not one uncompressed chunk, or no longer whole.
+    """
+    return read_elements(file, 0, math.prod(file.shape)).reshape(file.shape)
+
+
+def read_elements(file: ArrayFile, first: int, count: int) -> np.ndarray:
+    """Some elements of a stored array, in C order.
+
+    Raises:
+        SourceError: as :func:`read_array`.
     """
     if not file.raw:
         raise SourceError(f"{file.directory} is not one uncompressed chunk: convert anew")
-    return np.fromfile(file.chunk, file.dtype).reshape(file.shape)
+    found = np.fromfile(file.chunk, file.dtype, count, offset=first * file.dtype.itemsize)
+    if found.size != count:
+        raise SourceError(
+            f"{file.chunk} is truncated: {found.size} elements from {first} on, expected {count}"
+        )
+    return found
 
 
 def dense_array(

@@ -119,6 +119,8 @@ class MsgpackFile:
         return np.concatenate(pieces).reshape(self.entries[key].shape)
 
     def _view(self, entry: Entry) -> np.ndarray:
+        if self._map.size() < len(self._map):  # what it no longer has would end the process
+            raise self._damaged(f"{self._map.size()} bytes now, and had {len(self._map)} before")
         _, begin, _ = _extension(self._map, entry.offset)
         shape, dtype, data = self._array_header(begin)
         # Not aligned as numpy likes it: a copy of one tensor is.

@@ -87,6 +87,8 @@ class SafetensorsFile:
 
     def array(self, key: str) -> np.ndarray:
         entry = self.entries[key]
+        if self._map.size() < len(self._map):  # what it no longer has would end the process
+            raise self._truncated(f"{self._map.size()} bytes now, and had {len(self._map)} before")
         start = entry.offset // mmap.PAGESIZE * mmap.PAGESIZE
         nbytes = math.prod(entry.shape) * entry.dtype.itemsize
         self._map.madvise(mmap.MADV_WILLNEED, start, entry.offset + nbytes - start)

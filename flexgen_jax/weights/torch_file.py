@@ -22,7 +22,8 @@ class TorchFile:
                 f"{path} is in PyTorch's format, which needs PyTorch to be read: pip install "
                 "'flexgen-jax[torch-bin]', or get the model's safetensors files"
             ) from error
-        self._torch = torch
+        self._torch, self._path = torch, path
+        self._size = path.stat().st_size
         try:
             try:
                 state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -60,6 +61,12 @@ class TorchFile:
         return tensor.numpy()
 
     def array(self, key: str) -> np.ndarray:
+        size = self._path.stat().st_size
+        if size < self._size:  # what it no longer has would end the process
+            raise SourceError(
+                f"{self._path} is truncated: it has {size} bytes now, and had {self._size} "
+                "before; download the model again"
+            )
         return self._numpy(self._state[key])
 
     def release(self) -> None:

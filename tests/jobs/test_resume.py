@@ -423,13 +423,14 @@ def test_a_store_that_turns_unreadable(source, expected, tmp_path, offload):
     assert (tmp_path / "out").read_bytes() == expected
 
 
-def test_a_chunk_that_is_cut_off_in_the_middle(source, expected, tmp_path):
+@pytest.mark.parametrize(("mode", "small"), [("direct", 0), ("direct", 1 << 20), ("mapped", 0)])
+def test_a_chunk_that_is_cut_off_in_the_middle(source, expected, tmp_path, mode, small):
     """One error that names the file; mended, the job goes on."""
     store = fg.convert(MODEL, tmp_path / "store")
     policy = fg.Policy(
         device_batch_size=4, num_device_batches=2, weights=fg.Split(device=0, disk=100)
     )
-    arguments = {"policy": policy, "disk": fg.DiskContext(mode="direct", small_nbytes=0)}
+    arguments = {"policy": policy, "disk": fg.DiskContext(mode=mode, small_nbytes=small)}
     chunk = max(store.rglob("*/c/*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
     whole = chunk.read_bytes()
 

@@ -23,6 +23,17 @@ def test_blocks_have_their_size_and_begin_on_a_page(nbytes, touch):
         assert not block[:-1].any()
 
 
+def test_pages_that_a_file_no_longer_has_are_an_error(tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(bytes(4 * PAGE))
+    with file.open("rb") as f:
+        region = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ)
+    view = np.frombuffer(region, np.uint8)
+    os.truncate(file, PAGE)
+    with pytest.raises(OSError, match="became shorter"):
+        populate(view)
+
+
 def test_the_page_cache_can_be_asked_and_filled(tmp_path):
     file = tmp_path / "file"
     file.write_bytes(os.urandom(64 * PAGE))

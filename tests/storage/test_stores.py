@@ -176,6 +176,23 @@ class TestDiskFaults:
         assert "convert the model again" in str(caught.value)
         disk.close()
 
+    @pytest.mark.parametrize("mode", ["auto", "mapped", "direct"])
+    @pytest.mark.parametrize("small", [0, 1 << 20])
+    def test_a_file_that_becomes_shorter_later_is_named(self, own, mode, small):
+        """It may be mapped by then: touching it would end the process."""
+        disk = DiskStore({"a": own}, DiskContext(mode=mode, small_nbytes=small))
+        few, many = np.array([0]), np.arange(100)
+        load(disk, ("a",))
+        disk.take("a", few)
+        os.truncate(own.chunk, 4096)
+        for call in (
+            lambda: load(disk, ("a",)),
+            *(lambda r=r: disk.take("a", r) for r in (few, many)),
+        ):
+            with pytest.raises(StorageError, match=rf"a.*{own.chunk}"):
+                call()
+        disk.close()
+
     @pytest.mark.parametrize("mode", ["mapped", "direct"])
     def test_a_file_that_is_gone_is_named(self, own, mode):
         own.chunk.unlink()

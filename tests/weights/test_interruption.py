@@ -214,6 +214,29 @@ def test_a_store_that_changes_while_it_is_quantised(model, tmp_path):
         convert(store, tmp_path / "codes", dtype="bfloat16", weight_bits=4, progress=progress)
 
 
+def test_a_source_that_becomes_shorter_is_named(model, tmp_path):
+    def progress(done, total, tensor):
+        if tensor == "layer_1.fc1.kernel":
+            os.truncate(model / "model.safetensors", 8192)
+
+    with pytest.raises(
+        SourceError, match=r"model\.safetensors is truncated: it has 8192 bytes now"
+    ):
+        convert(model, tmp_path / "store", progress=progress)
+
+
+def test_a_store_that_becomes_shorter_while_it_is_quantised(model, tmp_path):
+    store = convert(model, tmp_path / "store", dtype="bfloat16")
+
+    def progress(done, total, tensor):
+        for name in ("layer_1.fc1.weight", "head.norm.scale"):
+            chunk = next(p for p in (store / name / "c").rglob("*") if p.is_file())
+            os.truncate(chunk, 2)
+
+    with pytest.raises(SourceError, match=r"/c/.* is truncated: 1 elements from 0 on, expected"):
+        convert(store, tmp_path / "codes", dtype="bfloat16", weight_bits=4, progress=progress)
+
+
 def test_nothing_is_left_of_a_conversion_without_progress(model, tmp_path):
     with pytest.raises(StopError):
         convert(model, tmp_path / "store", progress=lambda *_: (_ for _ in ()).throw(StopError))
