@@ -31,7 +31,7 @@ _OPTIONS = [
         type=click.Path(path_type=Path),
         metavar="FILE|-",
         help="JSON lines, or prompts, a line each (.txt); may be compressed (.gz, .zst). Or rows "
-        "(.parquet). -: JSON lines from the standard input.",
+        "(.parquet). -: JSON lines from the standard input. Or a pipe.",
     ),
     click.option(
         "-o",
@@ -209,11 +209,11 @@ class JobFiles:
 
     def _choose_policy(self, llm: LLM, task: Task) -> None:
         """Of policy auto, by the first requests: once, so that all windows are grouped alike."""
-        from flexgen_jax.jobs.job_input import STANDARD, JobError, JobInput
+        from flexgen_jax.jobs.job_input import JobError, JobInput
         from flexgen_jax.jobs.windows import Windows
         from flexgen_jax.planning.window_size import WindowSize
 
-        if self.input_path is None or self.input_path == STANDARD:
+        if self.input_path is None or self._source is None or self._source.is_stream:
             return  # an input that can be read once
         first = None
         with (

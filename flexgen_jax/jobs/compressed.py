@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import IO, Any
 
 ENDS = (".gz", ".zst")
-_PACKED = 16 * 2**10  # bytes uncompressed at a time: they may hold a thousand times as much
+# Bytes uncompressed at a time: four of them may stand for 128 KiB.
+_PACKED = 512
 
 
 def plain_suffix(path: Path) -> str:
@@ -19,9 +20,14 @@ def plain_suffix(path: Path) -> str:
 def reader(file: IO[bytes], path: Path) -> IO[bytes]:
     """What ``file`` holds, uncompressed on the fly.
 
+    Raises:
+        EOFError: nothing; not even an archive of nothing.
+
     Raises on reading:
         OSError, EOFError: damaged or cut off. :func:`errors` has all of them.
     """
+    if path.suffix in ENDS and isinstance(file, io.BufferedReader) and not file.peek(1):
+        raise EOFError("it is empty")
     if path.suffix == ".gz":
         return gzip.GzipFile(fileobj=file, mode="rb")  # type: ignore[return-value]
     if path.suffix == ".zst":

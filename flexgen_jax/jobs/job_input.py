@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +34,10 @@ class JobInput:
     Args:
         path: A file of JSON lines, or (``.txt``) of prompts, a line each; ``.gz`` and ``.zst`` are
             uncompressed on the way. ``.parquet``: of rows, each read as the JSON line of what it
-            has. ``-``: JSON lines from the standard input.
+            has. ``-``: JSON lines from the standard input. A pipe by its name is one, too.
+
+    Attributes:
+        is_stream: It can be read once, and nobody knows how much there is.
 
     Raises:
         JobError: it cannot be opened.
@@ -46,6 +50,7 @@ class JobInput:
         self._digest = hashlib.blake2b(digest_size=16)
         self._file: IO[bytes] | None = None
         self.nbytes: int | None = None
+        self.is_stream = path == STANDARD
         if path == STANDARD:
             return
         try:
@@ -53,12 +58,29 @@ class JobInput:
             status = os.fstat(self._file.fileno())
         except OSError as error:
             raise JobError(f"cannot read {path}: {error.strerror}") from error
-        self.nbytes = status.st_size
-        self._changed = status.st_mtime_ns
+        self.is_stream = not stat.S_ISREG(status.st_mode)
+        try:
+            self._check_form(status.st_size)
+        except JobError:
+            self._file.close()
+            raise
+        if not self.is_stream:
+            self.nbytes = status.st_size
+            self._changed = status.st_mtime_ns
+
+    def _check_form(self, nbytes: int) -> None:
+        """What would come out after the model is loaded comes out now."""
+        if self.is_stream and self.path.suffix == ".parquet":
+            raise JobError(
+                f"cannot read {self.path}: Parquet is read from its end, which a pipe does not "
+                "have; write it to a file"
+            )
+        if not (self.is_stream or nbytes) and self.path.suffix in compressed.ENDS:
+            raise JobError(f"cannot read {self.path}: damaged, it is empty")
 
     def identity(self) -> dict[str, Any]:
         """What tells this input from another one: reads all of a file, and nothing of a pipe."""
-        if self._file is None:
+        if self._file is None or self.is_stream:
             return {"file": "-"}
         with self._errors():
             digest = hashlib.blake2b(digest_size=16)
@@ -103,7 +125,9 @@ class JobInput:
             if raw is None or raw.strip():
                 yield Line(number, raw)
         self._ended = True
-        if self._file is not None and os.fstat(self._file.fileno()).st_mtime_ns != self._changed:
+        if self._file is None or self.is_stream:
+            return
+        if os.fstat(self._file.fileno()).st_mtime_ns != self._changed:
             raise JobError(f"{self.path} was changed while it was read: run the job again")
 
     def _line(self, file: IO[bytes]) -> tuple[bytes | None, int]:

@@ -299,13 +299,13 @@ def positive(config: Any, *names: str) -> None:
 
 
 def stays_small(config: Any) -> None:
-    """Refuses sizes that no model has: what is derived from them would fill memory by itself.
+    """Refuses sizes that no model has: what is derived from them takes memory, or minutes.
 
     Raises:
         ConfigError: names the field.
     """
     for field in dataclasses.fields(config):
-        most = 100_000 if field.name == "num_hidden_layers" else 1 << 31
+        most = 1024 if field.name == "num_hidden_layers" else 1 << 31
         value = getattr(config, field.name)
         if isinstance(value, int) and not isinstance(value, bool) and value > most:
             raise ConfigError(f"{field.name} {value} is more than any model has (at most {most})")

@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import tracemalloc
 from pathlib import Path
 
@@ -107,6 +108,32 @@ def test_a_damaged_archive_is_one_error_and_what_ran_is_kept(generate, tmp_path,
     assert result.stderr.count("Traceback") == 0
 
 
+def test_a_small_archive_of_a_great_deal_takes_little_memory(tmp_path):
+    """4 KB that stand for 128 MB: as a line they are too long, and never in memory together."""
+    bomb = zstandard.ZstdCompressor(level=19).compress(b"x" * (128 << 20))
+    assert len(bomb) < 10_000
+    (tmp_path / "in.jsonl.zst").write_bytes(bomb + zstandard.compress(b"\nlast\n"))
+    tracemalloc.start()
+    with JobInput(tmp_path / "in.jsonl.zst") as source:
+        found = [(line.number, line.raw) for line in source.lines()]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == [(1, None), (2, b"last\n")]
+    assert peak < 80 << 20
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_an_archive_of_no_bytes_is_an_error(generate, tmp_path, suffix):
+    """Which an archive of nothing is not."""
+    source = tmp_path / f"in.jsonl{suffix}"
+    source.write_bytes(b"")
+    result = generate(source, tmp_path / "out.jsonl", model="no/such-model")
+    assert result.exit_code == 2
+    assert f"in.jsonl{suffix}: damaged, it is empty" in result.stderr
+    source.write_bytes((gzip if suffix == ".gz" else zstandard).compress(b""))
+    assert generate(source, tmp_path / "out.jsonl").exit_code == 0
+
+
 def test_an_empty_job_is_an_empty_archive(generate, tmp_path):
     (tmp_path / "in.jsonl").write_bytes(b"\n\n")
     assert generate(tmp_path / "in.jsonl", tmp_path / "out.jsonl.gz").exit_code == 0
@@ -124,6 +151,39 @@ def test_text_is_a_prompt_a_line(generate, tmp_path):
     assert [r["id"] for r in records] == [1, 3, 4, 5]
     assert [r.get("prompt") for r in records] == ["The tide comes in", "  Once more", None, "{}"]
     assert "not UTF-8 text" in records[2]["error"]["message"]
+
+
+@pytest.mark.parametrize("name", ["fifo", "fifo.gz", "/dev/fd"])
+def test_a_pipe_by_its_name_is_a_stream(generate, tmp_path, name):
+    """As ``-i <(command)`` gives it: read once, and nothing asked of its end."""
+    data = ids(20) + b"nonsense\n"
+    if name == "/dev/fd":
+        out, into = os.pipe()
+        source = f"/dev/fd/{out}"
+        with os.fdopen(into, "wb") as file:
+            file.write(data)
+    else:
+        source = tmp_path / name
+        os.mkfifo(source)
+        packed = gzip.compress(data) if name.endswith(".gz") else data
+        writer = threading.Thread(target=source.write_bytes, args=(packed,))  # waits for a reader
+        writer.start()
+    result = generate(source, tmp_path / "out.jsonl", "--max-tokens", 2, "--window", 8)
+    os.close(out) if name == "/dev/fd" else writer.join()
+    assert result.exit_code == 0, result.output
+    records = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert [json.loads(r)["id"] for r in records] == [*range(1, 22)]
+
+
+def test_a_parquet_file_from_a_pipe_is_refused(tmp_path):
+    pytest.importorskip("pyarrow")
+    os.mkfifo(tmp_path / "rows.parquet")
+    writer = os.open(tmp_path / "rows.parquet", os.O_RDWR)  # so that nobody waits
+    with pytest.raises(
+        JobError, match=r"rows\.parquet: Parquet is read from its end, which a pipe"
+    ):
+        JobInput(tmp_path / "rows.parquet")
+    os.close(writer)
 
 
 def test_from_and_to_a_pipe(generate, tmp_path):

@@ -179,6 +179,7 @@ LLAMA = {
         ({"hidden_size": None}, "there is no hidden_size"),
         ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) must be a multiple of .*\(3\)"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000 is more than any model has"),
+        ({"num_hidden_layers": 1025}, "num_hidden_layers 1025 is more than any model has"),
         ({"vocab_size": "64"}, "vocab_size must be a positive integer, got '64'"),
         ({"hidden_act": "mish"}, "hidden_act must be one of .*silu.*'mish'"),
         ({"rope_scaling": {"rope_type": "spiral"}}, "rope_type must be one of default.*'spiral'"),
