@@ -47,9 +47,16 @@ def set_up(level: str, form: Format) -> None:
     LOGGER.propagate = False
 
 
+def say_nothing() -> None:
+    """Logs nothing from now on, whoever sets up the root logger: Orbax does, on its first use."""
+    reset()
+    LOGGER.addHandler(_Nothing())
+    LOGGER.propagate = False
+
+
 def reset() -> None:
-    """Undoes :func:`set_up`."""
-    for handler in [h for h in LOGGER.handlers if isinstance(h, _Stderr)]:
+    """Undoes :func:`set_up`, and :func:`say_nothing`."""
+    for handler in [h for h in LOGGER.handlers if isinstance(h, (_Stderr, _Nothing))]:
         LOGGER.removeHandler(handler)
         LOGGER.setLevel(logging.NOTSET)
         LOGGER.propagate = True
@@ -58,6 +65,10 @@ def reset() -> None:
 def in_json() -> bool:
     """Whether every line on the standard error is to be a JSON object."""
     return any(isinstance(handler.formatter, _Json) for handler in LOGGER.handlers)
+
+
+class _Nothing(logging.NullHandler):
+    """Of :func:`say_nothing`."""
 
 
 class _Stderr(logging.StreamHandler[TextIO]):

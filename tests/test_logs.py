@@ -108,3 +108,14 @@ def test_a_traceback_stays_on_its_line(capsys):
         logs.reset()
     (line,) = capsys.readouterr().err.splitlines()
     assert "ZeroDivisionError" in json.loads(line)["traceback"]
+
+
+def test_nothing_is_logged_unasked_whoever_has_set_up_the_root_logger(run, caplog):
+    """Orbax does so where a snapshot is read, and a bad line is a warning."""
+    assert logging.getLogger().handlers
+    done = run(more=["--quiet"])
+    assert done.exit_code == 0
+    assert done.stderr == ""
+    assert [r for r in caplog.records if r.name == "flexgen_jax"] == []
+    logs.event("of a program's own", level=logging.WARNING)
+    assert "of a program's own" in caplog.text

@@ -47,7 +47,8 @@ if TYPE_CHECKING:
     type=click.Choice(["text", "json"]),
     help="json: every line on stderr is a JSON object. [default: text]",
 )
-def main(log_level: str | None, log_format: logs.Format | None) -> None:
+@click.pass_context
+def main(context: click.Context, log_level: str | None, log_format: logs.Format | None) -> None:
     """High-throughput offline generation for language models larger than the accelerator's memory.
 
     \b
@@ -61,6 +62,9 @@ def main(log_level: str | None, log_format: logs.Format | None) -> None:
     logs.reset()
     if log_level is not None or log_format is not None:
         logs.set_up(log_level or "info", log_format or "text")
+    else:
+        logs.say_nothing()
+        context.call_on_close(logs.reset)
 
 
 @main.command()
