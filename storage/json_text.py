@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,7 +40,9 @@ def read_json(path: Path, most: int = MAX_NBYTES) -> Any:
         ValueError: it is not JSON, or larger.
     """
     with open(path, "rb") as file:
-        data = file.read(most + 1)
+        # No more than there is: so much is allocated first. A pipe does not know.
+        size = os.fstat(file.fileno()).st_size or most
+        data = file.read(min(size, most) + 1)
     if len(data) > most:
         raise ValueError(f"more than {most} bytes")
     return parse_json(data)

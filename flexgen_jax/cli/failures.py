@@ -9,6 +9,7 @@ from typing import IO, Any
 import click
 
 from flexgen_jax import logs
+from flexgen_jax.cli import address_space
 
 
 class Failure(click.ClickException):
@@ -31,6 +32,10 @@ class Failure(click.ClickException):
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
     """Turns expected errors into one line; anything else keeps its traceback."""
+    try:
+        address_space.check()
+    except MemoryError as error:
+        raise Failure(str(error)) from error
     from flexgen_jax.distributed.processes import ProcessError
     from flexgen_jax.engine.executor import ExecutionError
     from storage.store import StorageError
@@ -41,6 +46,12 @@ def plain_errors() -> Iterator[None]:
         raise Failure(str(error), code=1) from error
     except (ValueError, ImportError, OSError, StorageError) as error:
         raise Failure(str(error)) from error
+    except MemoryError as error:
+        limited = " under the limit of 'ulimit -v'" if address_space.limit() else ""
+        raise Failure(
+            f"out of memory{limited}{': ' * bool(str(error))}{error}; smaller blocks take less",
+            code=1,
+        ) from error
     except KeyboardInterrupt as error:
         from flexgen_jax.cli.signals import exit_code
 
