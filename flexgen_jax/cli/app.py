@@ -21,6 +21,7 @@ from flexgen_jax.cli.job_commands import (
     checkpoint_option,
     exit_if_none_succeeded,
     job_options,
+    paths_of,
     print_report,
 )
 from flexgen_jax.cli.llm_options import DTYPES, Chosen, llm_options
@@ -284,7 +285,7 @@ def generate(
             options["ignore_eos"] = True
         elif options["input_path"] is None or options["output_path"] is None:
             raise Failure("give --input and --output, or --prompt-len to measure")
-        check_pictures(trace, plot, options["input_path"], options["output_path"])
+        check_pictures(trace, plot, *paths_of(options))
         with measured.directory(prompt_len) as scratch:
 
             def made(llm: LLM) -> Path:

@@ -74,6 +74,19 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def paths_of(options: Mapping[str, Any]) -> list[Path]:
+    """What a job with these options reads and writes."""
+    from flexgen_jax.jobs.beside import Beside
+    from flexgen_jax.jobs.job_input import STANDARD
+
+    source, target = options["input_path"], options["output_path"]
+    found = [path for path in (source, target) if path not in (None, STANDARD)]
+    if target not in (None, STANDARD):
+        beside = Beside(target)
+        found += [beside.partial, beside.new, beside.ordered]
+    return found
+
+
 class JobFiles:
     """What the options say about a job's input and output. A context manager.
 

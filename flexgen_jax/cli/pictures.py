@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from scheduling.timeline import Timeline
 
 
-def check_pictures(trace: Path | None, plot: Path | None, *others: Path | None) -> None:
+def check_pictures(trace: Path | None, plot: Path | None, *others: Path) -> None:
     """What would fail after hours of work fails before.
 
     Args:
@@ -24,7 +24,7 @@ def check_pictures(trace: Path | None, plot: Path | None, *others: Path | None) 
             continue
         if path.is_dir() or not path.absolute().parent.is_dir():
             raise Failure(f"cannot write {path}: it is a directory, or its directory is missing")
-        if any(other is not None and same_file(path, other) for other in others):
+        if any(same_file(path, other) for other in others):
             raise Failure(
                 f"cannot write {path}: it is the job's input or output; give another name"
             )

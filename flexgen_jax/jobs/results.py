@@ -31,6 +31,7 @@ from storage.checksums import checksum_between
 from storage.json_text import parse_json, sealed, unsealed
 
 _FORMAT = 2  # 1 had no checksums
+_LONGEST = 64 << 20  # bytes of what job it is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,7 +256,7 @@ class FileResults:
 
     def _read_header(self, journal: IO[bytes]) -> dict[str, Any]:
         """What job it is, and its position: written at one stroke, they are never torn."""
-        line, following = journal.readline(), journal.readline()
+        line, following = journal.readline(_LONGEST), journal.readline(_LONGEST)
         try:
             of_this_version = parse_json(line)[MARK] == _FORMAT
         except (ValueError, KeyError):

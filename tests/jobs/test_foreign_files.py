@@ -64,7 +64,7 @@ def test_an_input_that_the_job_would_write_to_is_refused(tmp_path, end):
 
 
 @pytest.mark.parametrize("option", ["--trace", "--plot"])
-@pytest.mark.parametrize("name", ["in.jsonl", "out.jsonl"])
+@pytest.mark.parametrize("name", ["in.jsonl", "out.jsonl", "out.jsonl.ordered"])
 def test_a_picture_does_not_write_over_the_jobs_files(source, tmp_path, option, name):
     said = command(source, tmp_path / "out.jsonl", option, tmp_path / name)
     assert "input or output" in said
