@@ -42,6 +42,17 @@ def test_what_is_enough_is_not_refused(monkeypatch):
     address_space.check()
 
 
+def test_cores_that_may_not_be_used_take_nothing(monkeypatch):
+    """A container with two of a hundred cores is as small as a machine with two."""
+    monkeypatch.setattr(address_space, "limit", lambda: 3 << 30)
+    monkeypatch.setattr(os, "cpu_count", lambda: 100)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
+    address_space.check()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(100)), raising=False)
+    with pytest.raises(MemoryError, match="JAX on 100 cores"):
+        address_space.check()
+
+
 def test_out_of_memory_is_one_line():
     with pytest.raises(Failure, match=r"^out of memory; smaller blocks") as caught, plain_errors():
         raise MemoryError
