@@ -10,7 +10,7 @@ demo: $(STAMP)
 	$(BIN)/flexgen-jax demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
 
 check: $(STAMP)
 	$(BIN)/ruff check .
