@@ -106,8 +106,18 @@ class FlexGenLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The end of text."""
-        return eos_token_ids(self.llm.config)[0]
+        """The end of text.
+
+        Raises:
+            ValueError: the model has none.
+        """
+        ids = eos_token_ids(self.llm.config)
+        if not ids:
+            raise ValueError(
+                f"no token ends a text of {self.llm.store}, and none begins one: give "
+                "prefix_token_id, which comes before an empty context"
+            )
+        return ids[0]
 
     @property
     def prefix_token_id(self) -> int:
@@ -180,7 +190,8 @@ class FlexGenLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Completes contexts, whose beginning is cut off where they are too long."""
-        eos = self._tokenizer.token(self.eot_token_id)
+        ids = eos_token_ids(self.llm.config)
+        eos = self._tokenizer.token(ids[0]) if ids else None
         prompts, params, stops = [], [], []
         for request in requests:
             context, asked = request.args

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import reprlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -278,9 +279,14 @@ def read_token_ids(values: Mapping[str, Any], name: str, default: Any, vocab: in
     several = found if isinstance(found, (list, tuple)) else [found]
     for token in several:
         if not isinstance(token, int) or isinstance(token, bool):
-            raise ConfigError(f"{name} must be a token id, a list of them or null, got {found!r}")
+            raise ConfigError(
+                f"{name} must be a token id, a list of them or null, got {reprlib.repr(found)}"
+            )
         if not 0 <= token < vocab:
-            raise ConfigError(f"{name} {token} is outside the vocabulary (0 to {vocab - 1})")
+            raise ConfigError(
+                f"{name} {reprlib.repr(token)} is outside the vocabulary (0 to {vocab - 1}); give "
+                "ids of the model's tokens, or null where no token ends a text"
+            )
     if not several:
         raise ConfigError(f"{name} is an empty list; give null where no token ends a text")
     return several[0] if len(several) == 1 else tuple(several)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -147,3 +148,18 @@ def test_an_llm_of_ones_own(offload):
         found = figures(FlexGenLM(llm), tasks=["flexgen_choice"])
         assert_same(found, tasks=["flexgen_choice"])
         assert llm.report.requests > 24
+
+
+def test_a_model_whose_texts_no_token_ends(tmp_path, offload):
+    from lm_eval.api.instance import Instance
+
+    from flexgen_jax.evaluation import FlexGenLM
+
+    endless = Path(shutil.copytree(MODEL, tmp_path / "endless"))
+    (endless / "generation_config.json").write_text('{"eos_token_id": null}')
+    lm = FlexGenLM(str(endless), offload_dir=offload)
+    asked = ("To be", {"until": ["\n"], "max_gen_toks": 4})
+    (text,) = lm.generate_until([Instance("generate_until", {}, asked, 0)])
+    assert text
+    with pytest.raises(ValueError, match=r"no token ends a text of .* give prefix_token_id"):
+        _ = lm.eot_token_id
