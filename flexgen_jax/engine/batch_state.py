@@ -81,11 +81,7 @@ class BatchState:
         banned: list[list[int]] = [[] for _ in range(rows)]
         for row, result in enumerate(self.results):
             output[row, : len(result.token_ids)] = result.token_ids
-            banned[row] = [
-                word[-1]
-                for word in result.request.bad_words
-                if _ends_with(result.token_ids, word[:-1])
-            ]
+            banned[row] = result.request.banned_after(result.token_ids)
         # As wide as it can get, so that one program serves all steps.
         widest = max(1, *(len(r.bad_words) for r in self.batch.requests))
         filled = [[*words, *[-1] * (widest - len(words))] for words in banned]
@@ -173,10 +169,6 @@ class BatchState:
     @property
     def finished(self) -> bool:
         return all(result.finish_reason is not None for result in self.results)
-
-
-def _ends_with(tokens: list[int], end: tuple[int, ...]) -> bool:
-    return not end or tuple(tokens[-len(end) :]) == end
 
 
 def _wanted(batch: Batch) -> np.ndarray:

@@ -32,7 +32,9 @@ class Generated:
             self.finish_reason = "stop"
             return
         if params.stop and late and self.decode is not None:
-            self.stop_string = stopped_by(self.token_ids, params.stop, self.decode)
+            self.stop_string = stopped_by(
+                self.token_ids, params.stop, self.decode, params.min_tokens
+            )
         if self.stop_string is not None:
             self.finish_reason = "stop"
         elif len(self.token_ids) >= self.request.params.max_tokens:

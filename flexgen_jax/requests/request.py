@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 
 from flexgen_jax.requests.sampling_params import SamplingParams
 
@@ -30,6 +31,18 @@ class Request:
     forced: tuple[int, ...] | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()
     sample: int = 0
+
+    @functools.cached_property
+    def _split_bad_words(self) -> tuple[list[int], list[tuple[int, ...]]]:
+        """Tokens that may never come, and sequences whose last may not come after the others."""
+        single = [word[0] for word in self.bad_words if len(word) == 1]
+        return single, [word for word in self.bad_words if len(word) > 1]
+
+    def banned_after(self, token_ids: Sequence[int]) -> list[int]:
+        """The tokens that may not come next."""
+        single, longer = self._split_bad_words
+        last = tuple(token_ids[-max(map(len, longer), default=1) :])
+        return single + [w[-1] for w in longer if last[1 - len(w) :] == w[:-1]]
 
     def samples(self) -> Iterator[Request]:
         """A request for each of its completions; what is asked of the prompt, of the first only."""

@@ -34,11 +34,14 @@ class SamplingParams:
         presence_penalty: Taken off the logits of tokens that the output has had, in [-2, 2].
         frequency_penalty: Likewise, as often as it has had them.
         logit_bias: Token id -> what is added to its logit.
-        bad_words: Texts that are never generated: the last token of each cannot come after the
-            ones before it. Needs a tokenizer.
+        bad_words: Words that are never generated, as the tokenizer writes them, at the beginning of
+            a text or after a space: the last token of each cannot come after the ones before it.
+            Longer words may have their letters. White space bans every token that holds it; spaces
+            only those that are white space. Needs a tokenizer.
         ignore_eos: Go on after the model's end-of-text token.
         max_tokens: Most tokens to generate, at least 1.
-        min_tokens: Tokens to generate before a stop token may be chosen.
+        min_tokens: Tokens to generate before a stop token may be chosen, and before a stop string
+            counts: one that is complete by then neither ends the request nor cuts its text.
         n: How many completions of the prompt, each drawn by itself; above 1 only with a
             ``temperature`` above 0. The first is what ``n=1`` gives.
         logprobs: Return the log-probabilities of the chosen and this many likeliest tokens.

@@ -6,11 +6,13 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from flexgen_jax.models.registry import family_of
+from flexgen_jax.requests.bad_words import Sequences, banned_sequences
 from flexgen_jax.requests.generated import Generated
 from flexgen_jax.requests.outputs import CompletionOutput, Logprob, RequestOutput
 from flexgen_jax.requests.prompts import Prompt, RequestError, parse_prompt, shown
 from flexgen_jax.requests.request import Request
 from flexgen_jax.requests.sampling_params import SamplingParams
+from flexgen_jax.requests.stops import up_to
 
 if TYPE_CHECKING:
     from flexgen_jax.models.family import Config
@@ -53,8 +55,12 @@ def make_request(
     return Request(index, text, tuple(ids), params, scored=scored, bad_words=bad_words)
 
 
-def _bad_words(params: SamplingParams, tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], ...]:
-    """As tokens, at the beginning of a word and within (vLLM's rule)."""
+def _bad_words(params: SamplingParams, tokenizer: Tokenizer | None) -> Sequences:
+    """As tokens.
+
+    Raises:
+        RequestError: there is no tokenizer.
+    """
     if tokenizer is None:
         for name in ("stop", "bad_words"):
             if getattr(params, name):
@@ -63,11 +69,7 @@ def _bad_words(params: SamplingParams, tokenizer: Tokenizer | None) -> tuple[tup
                     "stop_token_ids or logit_bias instead"
                 )
         return ()
-    found: dict[tuple[int, ...], None] = {}
-    for word in params.bad_words:
-        for prefix in ("", " "):
-            found[tuple(tokenizer.encode_words(prefix + word.lstrip()))] = None
-    return tuple(word for word in found if word)
+    return banned_sequences(params.bad_words, tokenizer)
 
 
 def encode(text: str, tokenizer: Tokenizer | None) -> list[int]:
@@ -98,10 +100,10 @@ def output_of(generated: Generated, tokenizer: Tokenizer | None) -> RequestOutpu
     text, logprobs, cumulative = "", None, None
     stop = generated.stop_string
     by_token = generated.finish_reason == "stop" and stop is None
-    if tokenizer is not None:
+    if stop is not None and tokenizer is not None:
+        text = up_to(stop, ids, tokenizer.decode, request.params.min_tokens)
+    elif tokenizer is not None:
         text = tokenizer.decode(ids[:-1] if by_token else ids)
-    if stop is not None:
-        text = text[: text.index(stop)]
     if request.params.logprobs is not None:
         logprobs = _decoded(generated.logprobs, tokenizer)
         cumulative = sum(entry[token].logprob for entry, token in zip(logprobs, ids, strict=True))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,13 @@ class Tokenizer:
         if self._backend.id_to_token(token_id) is None:
             return None
         return self._backend.decode([token_id], skip_special_tokens=False)
+
+    @functools.cached_property
+    def texts(self) -> Mapping[int, str]:
+        """Of every token, special ones included."""
+        ids = sorted(self._backend.get_vocab().values())
+        texts = self._backend.decode_batch([[i] for i in ids], skip_special_tokens=False)
+        return dict(zip(ids, texts, strict=True))
 
 
 def load_tokenizer(directory: Path) -> Tokenizer | None:
