@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import pickle
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from flexgen_jax.distributed.frames import MessageError
+from flexgen_jax.distributed.messages import (
+    SAMPLED_NBYTES,
+    TOKENS_NBYTES,
+    decode_tokens,
+    encode_tokens,
+)
 from flexgen_jax.engine.batch_state import SCORE_CHUNK
 from flexgen_jax.engine.hand_over import HandOver
 from scheduling.ops import StoreHidden
@@ -84,17 +90,22 @@ class ProcessHandOver(HandOver):
     def tokens(self, op: StoreHidden, state: BatchState) -> None:
         rows, chunks = state.batch.rows, state.num_score_chunks if op.step == 0 else 0
         columns = 3 + 2 * max(state.num_scores, state.features.num_logprobs or 0)
-        room = 4096 + 4 * columns * (rows + SCORE_CHUNK * chunks)
+        room = TOKENS_NBYTES + SAMPLED_NBYTES * (1 + chunks)
+        room += 4 * columns * (rows + SCORE_CHUNK * chunks)
         said = np.zeros(room, np.uint8)
         source = self._devices[self._last].process_index
         if source == self._processes.index:
-            data = pickle.dumps(jax.device_get((state.sampled, state.scores)))
+            assert state.sampled is not None
+            data = encode_tokens(state.sampled, state.scores)
             said[: len(data)] = np.frombuffer(data, np.uint8)
         try:
             heard = np.asarray(_gathered(said, self._speakers, self._processes.index))[source]
         except Exception as error:
             raise self._processes.explained(error) from error
-        state.sampled, state.scores = pickle.loads(heard.tobytes())
+        try:
+            state.sampled, state.scores = decode_tokens(heard.tobytes(), rows)
+        except MessageError as error:
+            raise self._processes.misspoken(source, error) from error
 
 
 @functools.lru_cache(maxsize=64)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from flexgen_jax._version import __version__
+from flexgen_jax.distributed.messages import Run
 from flexgen_jax.distributed.process_hand_over import ProcessHandOver
 from flexgen_jax.distributed.processes import Processes, process_count
 from flexgen_jax.distributed.stage_devices import stage_devices
@@ -133,7 +134,7 @@ class ProcessRunner(Runner):
             raise ValueError("the state of a running block cannot be saved over several processes")
         with self._failing_together():
             settings = self._settings(planner, blocks)
-            self._processes.send((settings, planner.policy, list(blocks)))
+            self._processes.send(Run(settings, planner.policy, list(blocks)))
             self._local.run(planner, blocks, on_finished, progress=progress, on_logits=on_logits)
 
     def follow(self, planner_under: Callable[[Policy], Planner]) -> None:
@@ -149,13 +150,13 @@ class ProcessRunner(Runner):
             super().follow(planner_under)
         with self._failing_together():
             while (message := self._processes.receive()) is not None:
-                theirs, policy, blocks = message
-                planner = planner_under(policy)
+                planner, blocks = planner_under(message.policy), message.blocks
                 mine = self._settings(planner, blocks)
-                for name, value in theirs.items():
-                    if mine[name] != value:
+                for name in dict.fromkeys((*message.settings, *mine)):
+                    value, own = message.settings.get(name), mine.get(name)
+                    if own != value:
                         raise ValueError(
-                            f"{name} is {mine[name]} here and {value} in process 0: start all "
+                            f"{name} is {own} here and {value} in process 0: start all "
                             "processes with the same model, options and software"
                         )
                 self._local.run(planner, blocks, _ignore)
@@ -174,19 +175,20 @@ class ProcessRunner(Runner):
             stopped = isinstance(error, KeyboardInterrupt)
             self._joined.fail("interrupted" if stopped else str(error) or type(error).__name__)
 
-    def _settings(self, planner: Planner, blocks: Sequence[Block]) -> dict[str, Any]:
-        """What has to be the same in all processes."""
+    def _settings(self, planner: Planner, blocks: Sequence[Block]) -> dict[str, str]:
+        """What has to be the same in all processes, as texts."""
         assert self._placed is not None
         orders = hashlib.sha256()
         for block in blocks:
             orders.update(self._digest(planner, planner.workload(block)))
-        return {
+        settings = {
             "the software": f"flexgen-jax {__version__}, jax {jax.__version__}",
             "the model": self.identity(),
             "the seed": self._local.seed,
             "the schedule": f"{planner.schedule_name} ({orders.hexdigest()[:8]})",
             **in_place(self._placed),
         }
+        return {name: str(value) for name, value in settings.items()}
 
     def _digest(self, planner: Planner, workload: Workload) -> bytes:
         """Of the order of its ops; most blocks of a job are alike."""

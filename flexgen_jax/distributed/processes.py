@@ -12,7 +12,6 @@ import contextlib
 import functools
 import logging
 import os
-import pickle
 import socket
 import sys
 import threading
@@ -20,6 +19,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from flexgen_jax.distributed.frames import MessageError
+from flexgen_jax.distributed.messages import Run, decode, encode
 from flexgen_jax.distributed.sentry import Sentry
 from flexgen_jax.logs import event
 
@@ -27,6 +28,7 @@ TIMEOUT = 60.0
 # After a verdict: how long a process may take to end by itself before it is ended.
 _GRACE = 5.0
 _CHUNK = 1 << 20  # of a message: the store's values travel whole
+_MOST_CHUNKS = 1 << 12
 _SPACE = "flexgen-jax"
 _HEALTH = f"{_SPACE}/health/"
 
@@ -256,9 +258,9 @@ class Processes:
         """Whether this is process 0."""
         return self.index == 0
 
-    def send(self, message: Any) -> None:
-        """To all others; they get messages in order."""
-        data = pickle.dumps(message)
+    def send(self, message: Run | None) -> None:
+        """To all others; they get messages in order. None: there are no more."""
+        data = encode(message)
         chunks = [data[i : i + _CHUNK] for i in range(0, len(data), _CHUNK)]
         name = f"{self._space}/message/{self._sent}"
         for place, chunk in enumerate(chunks):
@@ -269,29 +271,52 @@ class Processes:
             self._client.key_value_delete(f"{self._space}/message/{self._sent - 2}")
         self._sent += 1
 
-    def receive(self) -> Any:
+    def receive(self) -> Run | None:
         """The next message; waits for it. None: there are no more.
 
         Raises:
-            ProcessError: another process is lost or has failed.
+            ProcessError: another process is lost or has failed, or what came is no message.
         """
         name = f"{self._space}/message/{self._received}"
         while True:
             self.check()
             try:
-                chunks = int(self._client.blocking_key_value_get(name, 1000))
+                count = self._client.blocking_key_value_get(name, 1000)
                 break
             except Exception as error:
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise self.explained(error) from error
-        data = b"".join(
-            self._client.blocking_key_value_get_bytes(f"{name}/{place}", 10_000)
-            for place in range(chunks)
-        )
+        try:
+            message = decode(self._chunks(name, count))
+        except MessageError as error:
+            raise self.misspoken(0, error) from error
         self._received += 1
-        message = pickle.loads(data)
         self._over = message is None
         return message
+
+    def _chunks(self, name: str, count: str) -> bytes:
+        if not (count.isascii() and count.isdecimal() and len(count) < 5):
+            raise MessageError(f"expected how many parts a message has, got {count[:40]!r}")
+        if not 0 < int(count) <= _MOST_CHUNKS:
+            raise MessageError(f"a message has 1 to {_MOST_CHUNKS} parts, not {count}")
+        parts = []
+        for place in range(int(count)):
+            try:
+                parts.append(self._client.blocking_key_value_get_bytes(f"{name}/{place}", 10_000))
+            except Exception as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise self.explained(error) from error
+                raise MessageError(
+                    f"a message of {count} parts was announced, and part {place} has not come"
+                ) from error
+        return b"".join(parts)
+
+    def misspoken(self, index: int, error: MessageError) -> ProcessError:
+        """What to raise if process ``index`` has sent what is no message."""
+        return ProcessError(
+            f"{self._names[index]} does not speak as it should: {error}. Something else may have "
+            "the coordinator's address: look there, and start all processes again"
+        )
 
     def check(self) -> None:
         """Raises ``ProcessError`` if another process is lost or has failed."""
