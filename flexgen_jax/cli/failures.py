@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 from collections.abc import Iterator
 from typing import IO, Any
 
@@ -53,9 +55,28 @@ def plain_errors() -> Iterator[None]:
             code=1,
         ) from error
     except KeyboardInterrupt as error:
-        from flexgen_jax.cli.signals import exit_code
+        raise interrupted(error) from None
 
-        raise Failure("interrupted", code=exit_code(error)) from None
+
+def interrupted(error: KeyboardInterrupt, kept: str = "") -> Failure:
+    """What to raise after an interrupt. Ends the process at once if something does not come back.
+
+    Whatever would be closed on the way out may be what hangs; what is finished is on the disk.
+
+    Args:
+        kept: What is.
+    """
+    from flexgen_jax.cli.signals import exit_code
+
+    stuck = getattr(error, "__notes__", [])
+    text = "; ".join(part for part in (*stuck, kept) if part)
+    failure = Failure(f"interrupted{': ' * bool(text)}{text}", code=exit_code(error))
+    if stuck:
+        failure.show()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(failure.exit_code)
+    return failure
 
 
 def say(message: str) -> None:

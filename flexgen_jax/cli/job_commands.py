@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flexgen_jax.cli.failures import Failure, say, silent
+from flexgen_jax.cli.failures import Failure, interrupted, say, silent
 
 if TYPE_CHECKING:
     from flexgen_jax.jobs.job import JobReport
@@ -176,7 +176,6 @@ class JobFiles:
             Failure: it ended before its end; the message says what is kept.
         """
         from flexgen_jax import progress
-        from flexgen_jax.cli.signals import exit_code
         from flexgen_jax.distributed.processes import ProcessError
         from flexgen_jax.engine.executor import ExecutionError
         from flexgen_jax.jobs.job import Job, JobError
@@ -215,7 +214,7 @@ class JobFiles:
             try:
                 return job.run(progress=bar, on_window=on_window)
             except KeyboardInterrupt as error:
-                raise Failure(f"interrupted: {self._kept()}", code=exit_code(error)) from None
+                raise interrupted(error, self._kept()) from None
             except (ExecutionError, JobError, ProcessError, StorageError) as error:
                 early = isinstance(error, StorageError) and not self.results.requests_finished
                 raise Failure(f"{error}. {self._kept()}", code=2 if early else 1) from error
@@ -278,9 +277,7 @@ class JobFiles:
             lines.append(report.beside_prediction())
         lines.extend(done.messages)
         if done.errors > len(done.messages):
-            lines.append(
-                f"and {done.errors - len(done.messages)} more bad lines: see their records"
-            )
+            lines.append(f"and {done.errors - len(done.messages)} more errors: see their records")
         where = self.output_path or "not kept, --output was not given"
         lines.append(f"{done.requests} succeeded, {done.errors} failed: {where}")
         return "\n".join(lines)
@@ -288,7 +285,7 @@ class JobFiles:
 
 def print_report(done: JobReport) -> None:
     """As JSON on the standard output."""
-    click.echo(json.dumps(done.to_json(), indent=2))
+    click.echo(json.dumps(done.to_json(), indent=2, allow_nan=False))
 
 
 def exit_if_none_succeeded(done: JobReport) -> None:

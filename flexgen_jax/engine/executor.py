@@ -27,6 +27,9 @@ from scheduling.simulate import look_ahead_of
 from scheduling.timeline import Span, Timeline
 from scheduling.workload import Workload
 
+# Seconds that an interrupted run waits for an op under way. Batch systems kill after 30.
+PATIENCE = 10.0
+
 
 class Effects(Protocol):
     """What the ops of a schedule do. Each method is called on the thread of the op's stream."""
@@ -131,6 +134,7 @@ class _Worker(threading.Thread):
         stage, stream = lane
         super().__init__(name=f"flexgen-{stage}-{stream.value}", daemon=True)
         self._run, self._lane, self._watch = run, lane, watch
+        self.op: Op | None = None  # what it is at
         self.queue: queue.SimpleQueue[tuple[Issue, list[_Place]] | None] = queue.SimpleQueue()
 
     def run(self) -> None:
@@ -141,6 +145,7 @@ class _Worker(threading.Thread):
                 since = run.now()
                 reason = run.wait_until_done(places)
                 if run.effects.wanted(issue.op):
+                    self.op = issue.op
                     run.effects.make_room(issue)
                     start = run.now()
                     ready = run.effects.perform(issue)
@@ -154,6 +159,7 @@ class _Worker(threading.Thread):
             except BaseException as error:
                 run.cancel((issue.op, error))
                 return
+            self.op = None
             run.mark_done(self._lane)
 
 
@@ -189,19 +195,32 @@ class _Watch(threading.Thread):
 _Kind = tuple[type, Lane, bool]
 
 
-def _end(run: _Run, threads: Sequence[_Worker | _Watch]) -> None:
-    """Waits for the threads, the watch last, whatever interrupts: none may outlive the run."""
-    interrupt: KeyboardInterrupt | None = None
+def _end(
+    run: _Run, threads: Sequence[_Worker | _Watch], interrupt: KeyboardInterrupt | None
+) -> None:
+    """Waits for the threads, the watch last: none may outlive the run.
+
+    Unless somebody wants it to end, and a thread does not come back: the disk may never answer.
+    """
+    deadline = None if interrupt is None else time.monotonic() + PATIENCE
     while any(thread.is_alive() for thread in threads):
         try:
             for thread in threads:
                 thread.queue.put(None)
-                thread.join()
+                thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
         except KeyboardInterrupt as error:
-            interrupt = error
             run.cancel()
-    if interrupt is not None:
-        raise interrupt
+            interrupt, deadline = error, deadline or time.monotonic() + PATIENCE
+        if deadline is not None and time.monotonic() >= deadline:
+            break
+    if interrupt is None:
+        return
+    # A watch waits for what a worker's op would compute.
+    stuck = [str(t.op) for t in threads if isinstance(t, _Worker) and t.is_alive() and t.op]
+    stuck = stuck or [t.name for t in threads if t.is_alive()]
+    if stuck:
+        interrupt.add_note(f"{', '.join(stuck)} did not come back: a disk or a device may hang")
+    raise interrupt
 
 
 def execute(
@@ -219,7 +238,7 @@ def execute(
         ScheduleError: the order is not valid; nothing beyond the valid part has run. Callers that
             want nothing to run at all call :func:`scheduling.validate` before.
         ExecutionError: an op failed; all threads have ended.
-        KeyboardInterrupt: likewise.
+        KeyboardInterrupt: likewise; unless a note to it says which op does not come back.
     """
     limit = look_ahead or look_ahead_of(workload)
     run = _Run(effects)
@@ -249,6 +268,7 @@ def execute(
     for watch in watches:
         watch.start()
     total = 0
+    interrupt: KeyboardInterrupt | None = None
     try:
         for issue in bind(ops, workload):
             with run.changed:
@@ -278,13 +298,14 @@ def execute(
         with run.changed:
             while total > sum(run.done.values()) and not run.cancelled:
                 run.changed.wait()
-    except BaseException:
+    except BaseException as error:
         run.cancel()
+        interrupt = error if isinstance(error, KeyboardInterrupt) else None
         raise
     finally:
-        _end(run, [*workers.values(), *watches])
+        _end(run, [*workers.values(), *watches], interrupt)
     if run.failure is not None:
-        op, error = run.failure
-        raise ExecutionError(op, error) from error
+        op, cause = run.failure
+        raise ExecutionError(op, cause) from cause
     run.spans.sort(key=lambda span: span.start)
     return Timeline(spans=tuple(run.spans), label="measured")

@@ -147,7 +147,7 @@ def test_what_is_no_text_or_no_number_is_one_bad_line(job):
     ):
         assert words in message
     assert "line 2: half of a surrogate pair" in result.stderr
-    assert "and 4 more bad lines" in result.stderr
+    assert "and 4 more errors" in result.stderr
 
 
 def test_outputs_that_must_not_be_replaced(job, tmp_path, offload):
