@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from flexgen_jax.requests.outputs import CompletionOutput, Logprob, RequestOutput
     from flexgen_jax.requests.prompts import RequestError
     from flexgen_jax.requests.sampling_params import SamplingParams
+    from flexgen_jax.requests.unanswered import NoAnswerError
     from flexgen_jax.scoring import Perplexity, Score, perplexity
     from flexgen_jax.weights.checkpoint import convert, convert_dummy, open_store
     from flexgen_jax.weights.exporting import export
@@ -48,6 +49,7 @@ __all__ = [
     "ExecutionError",
     "Hardware",
     "Logprob",
+    "NoAnswerError",
     "OPTConfig",
     "Perplexity",
     "Plan",
@@ -92,6 +94,7 @@ _HOME = {
     "ExecutionError": "flexgen_jax.engine.executor",
     "LLM": "flexgen_jax.llm",
     "RequestError": "flexgen_jax.requests.prompts",
+    "NoAnswerError": "flexgen_jax.requests.unanswered",
     "CompletionOutput": "flexgen_jax.requests.outputs",
     "Logprob": "flexgen_jax.requests.outputs",
     "RequestOutput": "flexgen_jax.requests.outputs",

@@ -26,6 +26,7 @@ from flexgen_jax.requests.outputs import RequestOutput
 from flexgen_jax.requests.prompts import RequestError
 from flexgen_jax.requests.request import Request
 from flexgen_jax.requests.sampling_params import SamplingParams
+from flexgen_jax.requests.unanswered import answered
 from scheduling.policy import Policy
 
 
@@ -103,11 +104,13 @@ def compare(
                     reference = np.memmap(file, np.float32, "w+", shape=shape)
                 meter = _Meter(llm.planner.blocks(windows), reference, record=first)
                 _warm_up(llm, windows)
-                outputs = llm.run(
-                    windows,
-                    progress=progress,
-                    on_logits=meter.logits,
-                    on_block=meter.next_block,
+                outputs = answered(
+                    llm.run(
+                        windows,
+                        progress=progress,
+                        on_logits=meter.logits,
+                        on_block=meter.next_block,
+                    )
                 )
                 assert llm.report is not None
                 found.append(_compared(name, outputs, meter, llm.report))

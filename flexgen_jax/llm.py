@@ -25,6 +25,7 @@ from flexgen_jax.requests.request import Request
 from flexgen_jax.requests.sampling_params import SamplingParams
 from flexgen_jax.requests.texts import encode, make_request
 from flexgen_jax.requests.tokenization import Tokenizer
+from flexgen_jax.requests.unanswered import answered
 from flexgen_jax.scoring import Score, score
 from flexgen_jax.streaming import generate_iter
 from flexgen_jax.weights.checkpoint import cache_directory
@@ -206,6 +207,8 @@ class LLM:
 
         Raises:
             RequestError: prompts that cannot be run, all of them named; nothing has run.
+            NoAnswerError: some have no answer (a model whose logits are not numbers); its
+                ``outputs`` are those of all.
             ExecutionError: an op failed.
         """
         prompts = as_list(prompts)
@@ -218,7 +221,8 @@ class LLM:
             )
         pairs = zip(prompts, sampling_params, strict=True)
         requests = made_of_each(pairs, lambda index, pair: self.request(index, *pair))
-        return self.run(requests, progress=progress, on_block=on_block, on_logits=on_logits)
+        outputs = self.run(requests, progress=progress, on_block=on_block, on_logits=on_logits)
+        return answered(outputs)
 
     def generate_iter(
         self,
@@ -241,8 +245,8 @@ class LLM:
             progress: As :meth:`generate` takes it.
 
         Raises:
-            RequestError: a prompt that cannot be run, when the outputs of those before it have been
-                taken.
+            RequestError: a prompt that cannot be run, or has no answer, when the outputs of those
+                before it have been taken.
             ExecutionError: an op failed.
         """
         if window is not None and (not isinstance(window, int) or window < 1):
@@ -293,6 +297,7 @@ class LLM:
 
         Raises:
             RequestError: what cannot be scored, all of it named; nothing has run.
+            NoAnswerError: some have no answer, as :meth:`generate` has it.
             ExecutionError: an op failed.
         """
         return score(self, prompts, continuations, progress=progress)
@@ -305,7 +310,10 @@ class LLM:
         on_block: OnBlock | None = None,
         on_logits: OnLogits | None = None,
     ) -> list[RequestOutput]:
-        """Completes checked requests; results in their order. Sets :attr:`report`."""
+        """Completes checked requests; results in their order. Sets :attr:`report`.
+
+        Those that have no answer say so in ``error``.
+        """
         self.runner.check()
         self.choose_policy(requests)
         outputs: dict[int, RequestOutput] = {}
@@ -356,7 +364,9 @@ class LLM:
                 if complete is not None:
                     whole[request.index] = complete
             report = Report.of_block(planner, blocks[number], done)
-            on_block(number, whole, dataclasses.replace(report, requests=len(whole)))
+            failed = sum(output.error is not None for output in whole.values())
+            counted = dataclasses.replace(report, requests=len(whole), failed=failed)
+            on_block(number, whole, counted)
 
         self.runner.run(
             planner,

@@ -9,7 +9,9 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import math
 import sys
+from collections.abc import Mapping
 from typing import Any, Literal, TextIO
 
 LOGGER = logging.getLogger("flexgen_jax")
@@ -100,7 +102,17 @@ class _Json(logging.Formatter):
         values |= {"message": record.getMessage()} if fields is None else fields
         if record.exc_info:
             values["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(values, default=str)
+        try:
+            return json.dumps(values, default=str, allow_nan=False)
+        except ValueError:  # NaN and infinity are not JSON
+            return json.dumps({name: _finite(value) for name, value in values.items()}, default=str)
+
+
+def _finite(value: Any) -> Any:
+    """With texts for numbers that JSON has not."""
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _brief(value: Any) -> str:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from flexgen_jax.jobs.dialects import LineError, parse_values, plain_answer
+from flexgen_jax.jobs.dialects import NO_ANSWER, LineError, parse_values, plain_answer
 from flexgen_jax.logs import LOGGER
 from flexgen_jax.replicas.ray_cluster import Workers, import_ray, missing_model, patient
 from flexgen_jax.requests.sampling_params import SamplingParams
@@ -151,7 +151,11 @@ class _Worker:
                 found[index] = {"error": {"type": kind, "message": str(error)}}
         if requests:
             for request, output in zip(requests, self._llm.run(requests), strict=True):
-                found[request.index] = plain_answer(asked[request.index], output)
+                found[request.index] = (
+                    plain_answer(asked[request.index], output)
+                    if output.error is None
+                    else {"error": {"type": NO_ANSWER, "message": output.error}}
+                )
         return _with(table, found)
 
 
@@ -179,7 +183,9 @@ def _with(table: Any, found: list[dict[str, Any]]) -> Any:
     for name, kind in types.items():
         values = [answer.get(name) for answer in found]
         if name == "outputs" or name.endswith("logprobs"):
-            values = [None if value is None else json.dumps(value) for value in values]
+            values = [
+                None if value is None else json.dumps(value, allow_nan=False) for value in values
+            ]
         elif name == "stop_reason":
             values = [None if value is None else str(value) for value in values]
         if name in table.column_names:

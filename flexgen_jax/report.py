@@ -40,6 +40,7 @@ class Report:
         seconds: Wall time of the blocks, compilation included. Of a job, of its finished blocks
             with the reading and writing between them.
         prompt_tokens: Tokens of the prompts, as given.
+        failed: Of the requests, those that have an error for an answer.
         padded_tokens: Positions that prefill computed, padding and empty rows included.
         generated_tokens: New tokens of all requests.
         blocks: How many blocks the requests made; ``batches``: how many device batches.
@@ -81,6 +82,7 @@ class Report:
     lower_bound: Callable[[], float] = dataclasses.field(repr=False)
     why: str | None = None
     compile_seconds: float = 0.0
+    failed: int = 0
 
     @functools.cached_property
     def lower_bound_seconds(self) -> float:
@@ -209,6 +211,7 @@ class Report:
 
 _SUMMED = (
     "requests",
+    "failed",
     "blocks",
     "batches",
     "prompt_tokens",

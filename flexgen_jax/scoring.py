@@ -15,6 +15,7 @@ from flexgen_jax.requests.outputs import RequestOutput
 from flexgen_jax.requests.prompts import Prompt, RequestError, as_list, made_of_each, parse_prompt
 from flexgen_jax.requests.request import Request
 from flexgen_jax.requests.sampling_params import SamplingParams
+from flexgen_jax.requests.unanswered import answered
 
 _PARAMS = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, prompt_logprobs=0)
 
@@ -112,7 +113,7 @@ def run_scores(
     progress: Callable[[int], None] | None = None,
 ) -> list[Score]:
     """Runs what :func:`sequence_request` made; scores in the order of ``requests``."""
-    outputs = llm.run(requests, progress=progress)
+    outputs = answered(llm.run(requests, progress=progress))
     return [score_of(r, o) for r, o in zip(requests, outputs, strict=True)]
 
 

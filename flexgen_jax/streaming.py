@@ -11,6 +11,7 @@ from flexgen_jax.requests.outputs import RequestOutput
 from flexgen_jax.requests.prompts import Prompt, RequestError
 from flexgen_jax.requests.request import Request
 from flexgen_jax.requests.sampling_params import SamplingParams
+from flexgen_jax.requests.unanswered import answered
 
 _TOKEN_NBYTES = 4  # of a prompt's text, about
 
@@ -59,7 +60,7 @@ def generate_iter(
         llm.run_blocks(llm.planner.blocks(requests), keep, progress=progress)
         llm.report = total.total()
         for request in requests:
-            yield found.pop(request.index)
+            yield from answered([found.pop(request.index)])
     if wrong is not None:
         raise wrong
 

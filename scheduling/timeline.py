@@ -222,4 +222,4 @@ def write_trace(path: str | Path, *timelines: Timeline) -> None:
     Raises:
         OSError: ``path`` cannot be written.
     """
-    Path(path).write_text(json.dumps(to_perfetto(*timelines)), encoding="utf-8")
+    Path(path).write_text(json.dumps(to_perfetto(*timelines), allow_nan=False), encoding="utf-8")

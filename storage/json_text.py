@@ -55,7 +55,7 @@ def digest_of(values: Any) -> str:
 
 def sealed(values: Mapping[str, Any]) -> bytes:
     """``values``, which are not empty, as a line with their checksum."""
-    body = json.dumps(values).encode()[:-1]
+    body = json.dumps(values, allow_nan=False).encode()[:-1]
     return body + _SEAL % zlib.crc32(body)
 
 

@@ -56,7 +56,9 @@ def doctor(
 
         machine = Hardware.load(hardware) if hardware else None
         found = diagnose(offload_dir, hardware=machine, models=models, dtype=dtype)
-        click.echo(json.dumps(found.to_json(), indent=2) if as_json else _described(found))
+        click.echo(
+            json.dumps(found.to_json(), indent=2, allow_nan=False) if as_json else _described(found)
+        )
     if not found.healthy:
         sys.exit(1)
 

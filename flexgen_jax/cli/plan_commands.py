@@ -68,7 +68,7 @@ def plan(**options: Any) -> None:
         if options["trace"] or options["plot"]:
             write_pictures([found.timeline], options["trace"], options["plot"], say)
         if options["as_json"]:
-            click.echo(json.dumps(found.to_json(), indent=2))
+            click.echo(json.dumps(found.to_json(), indent=2, allow_nan=False))
         else:
             click.echo(_described(found))
 
@@ -95,7 +95,9 @@ def simulate(others: tuple[str, ...], **options: Any) -> None:
         if options["trace"] or options["plot"]:
             write_pictures(timelines, options["trace"], options["plot"], say)
         if options["as_json"]:
-            click.echo(json.dumps([_simulated(found) for found in plans], indent=2))
+            click.echo(
+                json.dumps([_simulated(found) for found in plans], indent=2, allow_nan=False)
+            )
             return
         for found in plans:
             click.echo("\n".join(_streams(found)))
@@ -191,7 +193,7 @@ def profile(
         save(hardware, path)
         say(f"{hardware.name}: {path}")
         if as_json:
-            click.echo(json.dumps(hardware.to_json(), indent=2))
+            click.echo(json.dumps(hardware.to_json(), indent=2, allow_nan=False))
 
 
 def _calibrated(hardware: Hardware, reports: tuple[Path, ...]) -> Hardware:

@@ -98,7 +98,7 @@ def perplexity(
             "logprob": found.logprob,
             "num_tokens": found.num_tokens,
         }
-        click.echo(json.dumps(figures, indent=2))
+        click.echo(json.dumps(figures, indent=2, allow_nan=False))
     else:
         click.echo(f"perplexity {found.perplexity:.4f} over {found.num_tokens} tokens")
 
@@ -151,7 +151,7 @@ def compare(
                 progress=advance,
             )
     if as_json:
-        click.echo(json.dumps([row.to_json() for row in rows], indent=2))
+        click.echo(json.dumps([row.to_json() for row in rows], indent=2, allow_nan=False))
     else:
         click.echo(_table(rows))
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flexgen_jax.engine.no_token import why_no_score, why_no_token
 from flexgen_jax.engine.sampling import History, Sampled, batch_arrays, seed_words
 from flexgen_jax.planning.blocks import Batch, Block
 from flexgen_jax.requests.generated import Generated
@@ -117,6 +118,8 @@ class BatchState:
             result = self.results[row]
             wanted = result.request.params.prompt_logprobs or 0
             result.scores.append(_logprobs(scores, i, wanted))
+            if (why := why_no_score(scores, i)) is not None:
+                result.fail(why)
 
     def collect(self) -> int:
         """Waits for the tokens of the step before, books them; returns how many were wanted."""
@@ -125,10 +128,14 @@ class BatchState:
             return 0
         sampled = jax.device_get(self.sampled)
         self.sampled = None
-        self.tokens = sampled.token[:, None]
+        self.tokens = np.maximum(sampled.token, 0)[:, None]
         count = 0
         for row, result in enumerate(self.results):
             if result.finish_reason is None:
+                step = len(result.token_ids)
+                if (why := why_no_token(sampled, row, step)) is not None:
+                    result.fail(why)
+                    continue
                 count += 1
                 result.accept(int(sampled.token[row]))
                 wanted = result.request.params.logprobs
@@ -206,6 +213,7 @@ def _logprobs(sampled: Sampled, row: int, wanted: int) -> dict[int, Logprob]:
         for rank, (i, p) in enumerate(
             zip(sampled.top_ids[row, :wanted], sampled.top_logprobs[row, :wanted], strict=True), 1
         )
+        if p > -np.inf  # what cannot come is not likely
     }
     token = int(sampled.token[row])
     found.setdefault(token, Logprob(float(sampled.logprob[row]), int(sampled.rank[row])))

@@ -22,6 +22,8 @@ from jaxtyping import Array, Float, Int, UInt32
 from flexgen_jax.requests.sampling_params import SamplingParams
 
 _MASKED = float(np.finfo(np.float32).min)
+# In place of a token: the logits are not numbers; or none of the tokens may come.
+NOT_NUMBERS, NOTHING_LEFT = -1, -2
 
 
 class SamplingArrays(NamedTuple):
@@ -64,6 +66,8 @@ class SamplingFeatures:
 
 class Sampled(NamedTuple):
     """One new token per row, and log-probabilities (natural log, of the unmodified logits).
+
+    Where no token can be chosen, ``token`` is ``NOT_NUMBERS`` or ``NOTHING_LEFT``.
 
     ``rank`` is 1 for the likeliest token. The last four have no columns, or are empty, where no
     request of the batch asked for log-probabilities.
@@ -241,13 +245,15 @@ def sample(
         token = _draw(logits, arrays, step, features.truncated)
     else:
         token = jnp.argmax(logits, axis=-1)
-    token = token.astype(jnp.int32)
+    token = jnp.where(logits.max(axis=-1) > _MASKED, token.astype(jnp.int32), NOTHING_LEFT)
     if forced is not None:
         token = jnp.where(forced >= 0, forced, token)
+    # A NaN is less than nothing. Minus infinity is the logit of what cannot come.
+    token = jnp.where(jnp.all(raw < jnp.inf, axis=-1), token, NOT_NUMBERS)
     k = features.num_logprobs
     if k is None:
         none = jnp.zeros(0, jnp.float32)
         return Sampled(
             token, none, none.astype(jnp.int32), jnp.zeros((0, 0), jnp.int32), none[None]
         )
-    return scores(raw, token, k)
+    return scores(raw, jnp.maximum(token, 0), k)._replace(token=token)

@@ -17,6 +17,7 @@ from flexgen_jax.requests.outputs import CompletionOutput, Logprob, RequestOutpu
 from flexgen_jax.requests.prompts import shown
 
 MAX_ID = 1000  # characters
+NO_ANSWER = "no_answer"  # the kind of error of a request that was run
 _MAX_MESSAGE = 1000
 _PROMPT_FIELDS = ("prompt", "prompt_token_ids")
 # Fields of an OpenAI body that change nothing here, and those that would: with the value that
@@ -233,6 +234,11 @@ def _choice(completion: CompletionOutput) -> dict[str, Any]:
     }
 
 
+def failed_record(asked: Asked, why: str) -> dict[str, Any]:
+    """The output record of a request that was run and has no answer."""
+    return error_record(asked.line, LineError(NO_ANSWER, why, asked.id, asked.openai))
+
+
 def error_record(line: int, error: LineError) -> dict[str, Any]:
     """The output record of a line that could not be run."""
     message = str(error)
@@ -251,4 +257,4 @@ def error_record(line: int, error: LineError) -> dict[str, Any]:
 
 def dump(record: Mapping[str, Any]) -> bytes:
     """``record`` as a line, its end included."""
-    return json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n"
+    return json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"

@@ -16,7 +16,7 @@ from logging import WARNING
 from typing import TYPE_CHECKING, Any
 
 from flexgen_jax.engine.snapshots import Snapshot, Snapshots, are_kept_in
-from flexgen_jax.jobs.dialects import Asked, answer, dump
+from flexgen_jax.jobs.dialects import Asked, answer, dump, failed_record
 from flexgen_jax.jobs.job_input import JobError, JobInput
 from flexgen_jax.jobs.results import Position, Results
 from flexgen_jax.jobs.windows import Task, Window, Windows
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from flexgen_jax.planning.blocks import Block
     from flexgen_jax.requests.request import Request
 
-_MESSAGES = 3
+_MESSAGES, _MESSAGE = 3, 300  # so many, of so many characters
 # Fields of a policy on which the grouping depends, or the last bits of a result.
 _POLICY = (
     "device_batch_size",
@@ -81,8 +81,8 @@ class JobReport:
     """What a job did, earlier processes included.
 
     Attributes:
-        requests: How many lines were run. ``errors``: how many could not be.
-        messages: What is wrong with the first of them.
+        requests: How many lines have an answer. ``errors``: how many have an error.
+        messages: What is wrong with the first of these; of those that were run, in this process.
         report: Figures; its ``requests`` are those of the finished blocks.
     """
 
@@ -132,6 +132,7 @@ class Job:
         check_same(results, identity)
         self._header = {"identity": identity, "policy": llm.policy.to_json()}
         self._total = Sum.of(llm.planner)
+        self._failures: list[str] = []  # of this process
         # What an earlier process has left is gone on from, even if nothing more is to be saved.
         self._snapshots: Snapshots | None = None
         if results.snapshots is not None and (checkpoint_seconds or are_kept_in(results.snapshots)):
@@ -173,8 +174,9 @@ class Job:
                     self._run_window(windows, window, progress, on_window)
         results.finish()
         self._llm.report = report = self._total.total()
-        position = results.position
-        return JobReport(position.requests, position.errors, position.messages, report)
+        position, failed = results.position, report.failed
+        messages = (*position.messages, *self._failures)[:_MESSAGES]
+        return JobReport(position.requests - failed, position.errors + failed, messages, report)
 
     def _run_window(
         self,
@@ -209,7 +211,7 @@ class Job:
             nonlocal lap, records, sums
             for index, output in finished.items():
                 asked, request = window.asked[index - first], window.requests[index - first]
-                records[asked.line] = dump(self._task.answer(asked, request, output))
+                records[asked.line] = dump(self._record(asked, request, output))
             # With the reading and writing between the blocks: what a job really takes. The report
             # may know of more: of an earlier process that began the block.
             now = time.perf_counter()
@@ -237,6 +239,14 @@ class Job:
             )
         results.end_window(window.error_records(), self._after(window))
 
+    def _record(self, asked: Asked, request: Request, output: RequestOutput) -> dict[str, Any]:
+        if output.error is None:
+            return self._task.answer(asked, request, output)
+        event("request failed", level=WARNING, line=asked.line, message=output.error)
+        self._failures.append(f"line {asked.line}: {output.error}"[:_MESSAGE])
+        del self._failures[_MESSAGES:]
+        return failed_record(asked, output.error)
+
     def _after(self, window: Window) -> Position:
         before = self._results.position
         messages = [f"line {line}: {error}" for line, error in window.errors.items()]
@@ -246,7 +256,7 @@ class Job:
             digest=window.digest,
             requests=before.requests + len(window.requests),
             errors=before.errors + len(window.errors),
-            messages=(*before.messages, *(m[:300] for m in messages))[:_MESSAGES],
+            messages=(*before.messages, *(m[:_MESSAGE] for m in messages))[:_MESSAGES],
             nbytes=before.nbytes,
             sums=self._total.sums(),
         )

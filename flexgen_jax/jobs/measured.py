@@ -44,7 +44,7 @@ def prompts(where: Path, llm: LLM, prompt_len: int, params: SamplingParams) -> P
         for row in range(llm.policy.block_size):
             ids = [(7919 * row + 31 * i + 11) % vocab for i in range(prompt_len)]
             llm.request(row, ids, params)
-            file.write(json.dumps({"prompt_token_ids": ids}) + "\n")
+            file.write(json.dumps({"prompt_token_ids": ids}, allow_nan=False) + "\n")
     return path
 
 

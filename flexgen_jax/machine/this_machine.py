@@ -47,4 +47,6 @@ def save(hardware: Hardware, path: Path) -> None:
         OSError: it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(hardware.to_json(), indent=2) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(hardware.to_json(), indent=2, allow_nan=False) + "\n", encoding="utf-8"
+    )

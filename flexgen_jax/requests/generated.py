@@ -23,6 +23,7 @@ class Generated:
     scores: list[dict[int, Logprob]] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None
     stop_string: str | None = None  # that ended it
+    error: str | None = None  # why there is no answer
 
     def accept(self, token: int) -> None:
         self.token_ids.append(token)
@@ -40,6 +41,10 @@ class Generated:
         elif len(self.token_ids) >= self.request.params.max_tokens:
             self.finish_reason = "length"
 
+    def fail(self, why: str) -> None:
+        """Ends it without an answer."""
+        self.finish_reason, self.error = "error", why
+
     def to_json(self) -> dict[str, Any]:
         """What was produced, as plain JSON."""
         return {
@@ -48,6 +53,7 @@ class Generated:
             "scores": list(map(_plain, self.scores)),
             "finish_reason": self.finish_reason,
             "stop_string": self.stop_string,
+            "error": self.error,
         }
 
     def restore(self, values: Mapping[str, Any]) -> None:
@@ -56,6 +62,7 @@ class Generated:
         self.logprobs = list(map(_entry, values["logprobs"]))
         self.scores = list(map(_entry, values["scores"]))
         self.finish_reason, self.stop_string = values["finish_reason"], values["stop_string"]
+        self.error = values["error"]
 
 
 def _plain(entry: dict[int, Logprob]) -> dict[str, Any]:

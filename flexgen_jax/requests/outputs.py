@@ -57,6 +57,7 @@ class RequestOutput:
         outputs: The completions, ``n`` of them.
         prompt_logprobs: An entry per prompt token, as ``CompletionOutput.logprobs`` has per new
             one; the first is None, since nothing comes before it. None unless asked for.
+        error: Why there is no answer, and ``outputs`` is empty; None: there is one.
     """
 
     request_id: str
@@ -65,6 +66,7 @@ class RequestOutput:
     outputs: tuple[CompletionOutput, ...]
     prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
     finished: bool = True
+    error: str | None = None
 
 
 class Gathered:
@@ -79,7 +81,9 @@ class Gathered:
         parts.append(output)
         if len(parts) < n:
             return None
-        outputs = tuple(
-            completion for part in self._parts.pop(output.request_id) for completion in part.outputs
-        )
+        del self._parts[output.request_id]
+        error = next((part.error for part in parts if part.error is not None), None)
+        if error is not None:
+            return dataclasses.replace(parts[0], outputs=(), error=error)
+        outputs = tuple(completion for part in parts for completion in part.outputs)
         return dataclasses.replace(parts[0], outputs=outputs)

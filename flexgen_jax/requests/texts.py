@@ -97,6 +97,10 @@ def _check_vocabulary(what: str, ids: Iterable[int], config: Config) -> None:
 def output_of(generated: Generated, tokenizer: Tokenizer | None) -> RequestOutput:
     """What a request has produced, with one completion."""
     request, ids = generated.request, generated.token_ids
+    if generated.error is not None:
+        return RequestOutput(
+            str(request.index), request.prompt, request.token_ids, (), error=generated.error
+        )
     text, logprobs, cumulative = "", None, None
     stop = generated.stop_string
     by_token = generated.finish_reason == "stop" and stop is None

@@ -27,7 +27,12 @@ import numpy as np
 from flexgen_jax.models.family import Config, Param
 from flexgen_jax.models.params import param_records
 from flexgen_jax.models.registry import load_config, preset, write_config
-from flexgen_jax.weights.element_blocks import read_array, read_elements, transposed_blocks
+from flexgen_jax.weights.element_blocks import (
+    finite,
+    read_array,
+    read_elements,
+    transposed_blocks,
+)
 from flexgen_jax.weights.huggingface import (
     COMPANION_FILES,
     HuggingFaceModel,
@@ -199,7 +204,7 @@ def convert_dummy(
         name, config = Path(model).resolve().name, load_config(model)
     else:
         name, config = str(model), preset(str(model))
-    text = json.dumps(write_config(config), indent=1).encode()
+    text = json.dumps(write_config(config), indent=1, allow_nan=False).encode()
     identity = f"dummy {_DUMMY_VERSION} {DUMMY_SCALE} {seed} ".encode() + text
     source = Source(f"dummy:{name}", hashlib.sha256(identity).hexdigest())
     records = param_records(config)
@@ -408,11 +413,14 @@ class _Stored:
         form = self._model.format
         file = self._model.arrays[form.array_name(self.config, name)]
         if form.transposes(self.config, name) != transposed:
-            yield from transposed_blocks(read_array(file), dtype)
-            return
-        most, count = _COPY_NBYTES // file.dtype.itemsize, math.prod(file.shape)
-        for first in range(0, count, most):
-            yield read_elements(file, first, min(most, count - first))
+            blocks = transposed_blocks(read_array(file), dtype)
+        else:
+            most, count = _COPY_NBYTES // file.dtype.itemsize, math.prod(file.shape)
+            blocks = (
+                read_elements(file, first, min(most, count - first))
+                for first in range(0, count, most)
+            )
+        yield from finite(blocks, f"{self.directory}: the tensor {name}")
 
     def fingerprint(self) -> str:
         return self._model.manifest.source.fingerprint
@@ -433,7 +441,7 @@ def _convert(
     files["config.json"] = (model.directory / "config.json").read_bytes()
     if model.changed:
         config = {**parse_json(files["config.json"]), **model.changed}
-        files["config.json"] = json.dumps(config, indent=2).encode() + b"\n"
+        files["config.json"] = json.dumps(config, indent=2, allow_nan=False).encode() + b"\n"
     config_of, dtype = model.config, dtype_of(form.dtype)
     source = Source(model.name, model.fingerprint())
 

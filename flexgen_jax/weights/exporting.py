@@ -71,7 +71,9 @@ def export(
         _write_weights(stored, partial, max_shard_nbytes, progress or (lambda *_: None))
         config = json.loads((stored.path / "config.json").read_text(encoding="utf-8"))
         config.update({"torch_dtype": stored.dtype, "dtype": stored.dtype})
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (partial / "config.json").write_text(
+            json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8"
+        )
         for name in COMPANION_FILES:
             if (stored.path / name).is_file():
                 shutil.copyfile(stored.path / name, partial / name)
@@ -110,7 +112,9 @@ def _write_weights(stored: StoredModel, into: Path, limit: int, progress: Progre
         del tensors
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (into / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (into / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=2, allow_nan=False) + "\n"
+        )
 
 
 def _shards(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:

@@ -23,7 +23,7 @@ import numpy as np
 from flexgen_jax.models.params import TOKEN_TABLE, param_records
 from flexgen_jax.models.registry import family_of, load_config
 from flexgen_jax.weights import flax_files
-from flexgen_jax.weights.element_blocks import blocks_of, transposed_blocks
+from flexgen_jax.weights.element_blocks import blocks_of, finite, transposed_blocks
 from flexgen_jax.weights.naming import Naming, naming
 from flexgen_jax.weights.safetensors_file import SafetensorsFile
 from flexgen_jax.weights.tensor_file import (
@@ -120,9 +120,8 @@ class HuggingFaceModel:
         file = self._file(at.file)
         whole = file.array(at.source.key)
         part = whole if at.source.rows is None else whole[slice(*at.source.rows)]
-        yield from (transposed_blocks if at.source.transposed != transposed else blocks_of)(
-            part, dtype
-        )
+        blocks = transposed_blocks if at.source.transposed != transposed else blocks_of
+        yield from finite(blocks(part, dtype), f"{at.file}: the tensor {at.source.key}")
         del whole, part
         file.release()
 

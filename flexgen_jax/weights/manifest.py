@@ -95,7 +95,10 @@ class Manifest:
             "source": dataclasses.asdict(self.source),
             "tensors": {name: dataclasses.asdict(e) for name, e in self.tensors.items()},
         }
-        write_durably(directory / MANIFEST_NAME, json.dumps(values, indent=1).encode() + b"\n")
+        write_durably(
+            directory / MANIFEST_NAME,
+            json.dumps(values, indent=1, allow_nan=False).encode() + b"\n",
+        )
 
     @classmethod
     def load(cls, directory: Path) -> Manifest:

@@ -84,7 +84,7 @@ def save_params(params: Mapping[str, Any], config: Config, directory: str | Path
     partial.mkdir(parents=True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(partial / "params", dict(params))
-    text = json.dumps(write_config(config), indent=2) + "\n"
+    text = json.dumps(write_config(config), indent=2, allow_nan=False) + "\n"
     (partial / "config.json").write_text(text, encoding="utf-8")
     os.rename(partial, target)
     return target

@@ -146,7 +146,7 @@ def _finish(partial: Path, manifest: Manifest, files: Mapping[str, bytes]) -> No
     for name, content in files.items():
         write_durably(partial / name, content)
     for name, values in _orbax_metadata(manifest).items():
-        write_durably(partial / name, json.dumps(values).encode())
+        write_durably(partial / name, json.dumps(values, allow_nan=False).encode())
     manifest.save(partial)
     _sync_directory(partial)
 
@@ -233,7 +233,7 @@ class _Journal:
         if recorded is None:
             _clear(partial)
             with open(self._path, "w", encoding="utf-8") as file:
-                file.write(json.dumps(identity) + "\n")
+                file.write(json.dumps(identity, allow_nan=False) + "\n")
                 file.flush()
                 os.fsync(file.fileno())  # what comes later is ours by this line
             return
