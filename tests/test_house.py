@@ -1,5 +1,6 @@
 """What holds the house together: checked shapes, a README that is true, an honest version."""
 
+import ast
 import dataclasses
 import functools
 import inspect
@@ -79,6 +80,26 @@ def test_what_has_no_docstring_is_noticed():
 
     assert list(_undocumented(_members("Bare", Bare))) == ["Bare", "Bare.method"]
     assert list(_undocumented(_members("Heir", Heir))) == ["Heir"]
+
+
+# Whose JSON is read by themselves only, or parsed strictly: a NaN does no harm there.
+_OWN_JSON = {
+    *("windows.py", "dialects.py", "job.py", "parquet.py", "ray.py", "json_text.py"),
+    *("logs.py", "bus_errors.py", "store_writer.py"),
+}
+
+
+def test_json_that_is_written_has_no_nan():
+    """``json`` writes ``NaN`` unless it is told not to, which is not JSON."""
+    for file in (f for name in ("flexgen_jax", "scheduling", "storage") for f in files_of(name)):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dumps", "json.dump"):
+                strict = "allow_nan=False" in ast.unparse(node)
+                assert strict or file.name in _OWN_JSON, f"{file}:{node.lineno}"
+
+
+def files_of(package):
+    return (ROOT / package).rglob("*.py")
 
 
 def test_packages_are_typed_and_shipped():

@@ -16,6 +16,8 @@ from flexgen_jax.jobs.job import Completing, Job
 from flexgen_jax.jobs.job_input import JobInput
 from flexgen_jax.jobs.results import results
 from flexgen_jax.planning.window_size import WindowSize
+from flexgen_jax.requests.generated import Generated
+from flexgen_jax.requests.request import Request
 from flexgen_jax.weights.checkpoint import convert, open_store
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -167,6 +169,14 @@ def test_all_tokens_are_held_back(llm):
     ) as caught:
         llm.generate([SOUND, SOUND], [GREEDY, stopped])
     assert list(caught.value.outputs[0].outputs[0].token_ids) == TOKENS[2][:NEW]
+
+
+def test_a_snapshot_keeps_what_failed():
+    request = Request(0, None, (1,), GREEDY)
+    before, after = Generated(request, frozenset()), Generated(request, frozenset())
+    before.fail("why")
+    after.restore(json.loads(json.dumps(before.to_json())))
+    assert (after.finish_reason, after.error) == ("error", "why")
 
 
 ROWS = np.zeros((6, 5), np.float32)

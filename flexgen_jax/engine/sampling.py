@@ -190,7 +190,8 @@ def truncate(
 
 def _draw(logits: Array, arrays: SamplingArrays, step: Array, truncated: bool) -> Array:
     def one(row: Array, a: SamplingArrays) -> Array:
-        scaled = row / jnp.where(a.temperature > 0, a.temperature, 1.0)
+        # Less would make several logits infinite, of which the first would be taken.
+        scaled = row / jnp.where(a.temperature > 0, jnp.maximum(a.temperature, 1e-30), 1.0)
         if truncated:
             scaled = truncate(scaled, a.top_k, a.top_p, a.min_p)
         key = jax.random.fold_in(jax.random.wrap_key_data(a.seed, impl="threefry2x32"), step)

@@ -1,7 +1,9 @@
 """Stages in several processes: real ones, over loopback, with gloo."""
 
+import contextlib
 import json
 import os
+import pickle
 import shutil
 import signal
 import socket
@@ -292,6 +294,29 @@ def test_an_interrupt_ends_all_and_says_how_to_go_on(tmp_path, store, lines):
     assert "run the same command again to go on" in errors
     assert following != 0
     assert "process 0 (stage 0, layers 0 to 3) failed: interrupted" in complaint
+
+
+def test_garbage_at_the_coordinators_port_changes_nothing(tmp_path, store, lines, expected):
+    """From before the others join, until it is answered or not."""
+    found, said = [], [b"GET / HTTP/1.1\r\n\r\n", pickle.dumps([os.getcwd]), os.urandom(1 << 16)]
+    said += [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\xff" * 4096, b""]
+
+    def arguments(index, address):
+        found.append(address)
+        return ["-m", "flexgen_jax", *job(tmp_path, store, *lines, index=index, address=address)]
+
+    with Pipeline(arguments) as pipeline:
+        host, port = found[0].split(":")
+        while said and pipeline.processes[0].poll() is None:
+            # Not there yet; or it hangs up on what it does not understand.
+            with contextlib.suppress(OSError), socket.create_connection((host, int(port))) as peer:
+                garbage = said.pop()
+                peer.sendall(garbage)
+        (code, _, errors), (following, _, complaint) = pipeline.ends()
+    assert not said
+    assert code == 0, errors
+    assert following == 0, complaint
+    assert (tmp_path / "out.jsonl").read_bytes() == expected
 
 
 @pytest.mark.parametrize(

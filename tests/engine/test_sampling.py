@@ -48,6 +48,13 @@ def test_temperature_zero_is_arg_max(logits):
     np.testing.assert_array_equal(out.token, np.argmax(logits, axis=1))
 
 
+def test_a_temperature_next_to_zero_is_arg_max(logits):
+    for temperature in (1e-30, 1e-37, 1e-40):
+        params = [SamplingParams(temperature=temperature, seed=i) for i in range(4)]
+        found = draw(50 * logits, params).token
+        np.testing.assert_array_equal(found, jnp.argmax(logits, axis=1))
+
+
 def test_a_row_draws_the_same_whatever_its_neighbours(logits):
     """Alone, among greedy rows, among truncated rows, on another row: the same token."""
     mine = SamplingParams(temperature=1.3, seed=7)

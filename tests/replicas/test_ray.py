@@ -1,6 +1,7 @@
 """Many replicas over a real local Ray of two workers: the outputs of one process, whatever dies."""
 
 import dataclasses
+import errno
 import json
 import os
 import random
@@ -376,6 +377,24 @@ def test_what_fails_in_a_worker_is_an_answer(store, monkeypatch):
             "flexgen_jax.engine.block_run.execute", lambda *_: (_ for _ in ()).throw(torn)
         )
         assert worker.run(block, policy) == _Failed("compute(0, 0, 0) failed: torn", again=True)
+    assert len(worker.run(block, policy).outputs) == 3
+    worker._close()
+
+
+def test_a_worker_whose_disk_is_full_says_so_and_the_next_attempt_may_do(store, monkeypatch):
+    block, policy = block_of(store)
+    policy = dataclasses.replace(policy, cache=fg.Split(device=0, disk=100))
+    worker = Worker(arguments_of(store), 1)
+
+    def full(file, buffers, offset):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("storage.chunks.os.pwritev", full)
+        failed = worker.run(block, policy)
+    assert failed.again
+    assert "cannot write" in failed.message
+    assert "No space left on device" in failed.message
     assert len(worker.run(block, policy).outputs) == 3
     worker._close()
 
