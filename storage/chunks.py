@@ -57,6 +57,11 @@ class Layout:
         return parts
 
 
+def touched(start: int, count: int, layout: Layout) -> range:
+    """The chunks that ``count`` positions from ``start`` on lie in."""
+    return range(start // layout.positions, -(-(start + count) // layout.positions))
+
+
 class Chunks(Protocol):
     """Where the full chunks of a group lie."""
 
@@ -64,6 +69,22 @@ class Chunks(Protocol):
         """Stores ``count`` chunks from the arrays ``views``, (rows, positions, dim) each.
 
         The last chunk of a ring may have fewer positions than the layout says.
+        """
+        ...
+
+    def renew(
+        self,
+        name: str,
+        start: int,
+        layout: Layout,
+        rows: Sequence[np.ndarray],
+        views: Views,
+    ) -> None:
+        """Replaces positions of stored chunks, from ``start`` on; called as :meth:`write` is.
+
+        Args:
+            rows: Of each array, which of its rows: (count,).
+            views: What comes there, (count, positions, dim) each.
         """
         ...
 
@@ -85,7 +106,8 @@ class RawChunks:
     def __init__(self, directory: Path, *, direct: bool) -> None:
         self._directory = directory
         self._flags = _direct_flag(directory) if direct else 0
-        # Storing and loading are two threads: each has its own bounce buffers.
+        # Storing and loading are two threads: each has its own bounce buffers. What is renewed is
+        # read by the thread that stores.
         self._write_buffer = np.empty(0, np.uint8)
         self._read_buffers = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
         self._reading = threading.Lock()  # loading and taking may be two threads as well
@@ -106,6 +128,33 @@ class RawChunks:
                         new = view[:, at : at + layout.positions]
                         part[:, : new.shape[1]] = new
                 self._all(os.pwritev, file, block, start * layout.nbytes)
+        finally:
+            os.close(file)
+
+    def renew(
+        self,
+        name: str,
+        start: int,
+        layout: Layout,
+        rows: Sequence[np.ndarray],
+        views: Views,
+    ) -> None:
+        end = start + views[0].shape[1]
+        chunks = touched(start, end - start, layout)
+        file = self._open(name, os.O_RDWR)
+        try:
+            per_run = max(1, _RUN_NBYTES // layout.nbytes)
+            self._write_buffer = _at_least(self._write_buffer, per_run * layout.nbytes)
+            for first in chunks[::per_run]:
+                run = range(first, min(first + per_run, chunks.stop))
+                block = self._write_buffer[: len(run) * layout.nbytes]
+                self._all(os.preadv, file, block, first * layout.nbytes)
+                for chunk, number in zip(np.split(block, len(run)), run, strict=True):
+                    at = number * layout.positions
+                    low, high = max(start, at), min(end, at + layout.positions)
+                    for part, some, view in zip(layout.parts(chunk), rows, views, strict=True):
+                        part[some, low - at : high - at] = view[:, low - start : high - start]
+                self._all(os.pwritev, file, block, first * layout.nbytes)
         finally:
             os.close(file)
 
@@ -204,6 +253,22 @@ class ZarrChunks:
             if end > arrays[i].shape[1]:
                 arrays[i] = arrays[i].resize(exclusive_max=[None, end, None]).result()
             futures.append(arrays[i][:, begin:end].write(np.ascontiguousarray(view)))
+        for future in futures:
+            future.result()
+
+    def renew(
+        self,
+        name: str,
+        start: int,
+        layout: Layout,
+        rows: Sequence[np.ndarray],
+        views: Views,
+    ) -> None:
+        end = start + views[0].shape[1]
+        futures = [
+            array[some, start:end].write(np.ascontiguousarray(view))
+            for array, some, view in zip(self._arrays(name, layout), rows, views, strict=True)
+        ]
         for future in futures:
             future.result()
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from storage.ring_index import spans
 from storage.slots import Slot
-from storage.store import check_capacity, sequence_length
+from storage.store import check_capacity, check_renewal, sequence_length
 
 
 class DeviceStore:
@@ -55,6 +55,7 @@ class _Group:
     length: int
     capacity: int
     ring: bool
+    shared: bool  # the caller may still read the arrays
 
 
 class DeviceSequences:
@@ -86,16 +87,20 @@ class DeviceSequences:
         ring: bool = False,
     ) -> None:
         length = sequence_length(name, arrays, capacity, length, ring)
-        if self._device not in arrays[0].devices():
-            arrays = jax.device_put(tuple(arrays), self._device)
+        arrays = self._here(arrays)
         if length < capacity:
-            whole = grow(tuple(arrays), capacity)
+            whole = grow(arrays, capacity)
         elif ring:
             # A full ring is still written to, in place: the caller's arrays stay what they are.
             whole = tuple(array.copy() for array in arrays)
         else:
-            whole = tuple(arrays)
-        self._groups[name] = _Group(whole, length, capacity, ring)
+            whole = arrays
+        self._groups[name] = _Group(whole, length, capacity, ring, whole is arrays)
+
+    def _here(self, arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+        if self._device in arrays[0].devices():
+            return tuple(arrays)
+        return jax.device_put(tuple(arrays), self._device)
 
     def append(self, name: str, arrays: Sequence[jax.Array]) -> None:
         group, more = self._groups[name], arrays[0].shape[-2]
@@ -107,6 +112,15 @@ class DeviceSequences:
                 part = tuple(array[..., source : source + size, :] for array in arrays)
             group.arrays = _write(group.arrays, part, np.int32(start))
         group.length += more
+
+    def renew(self, name: str, rows: np.ndarray, arrays: Sequence[jax.Array]) -> None:
+        group, positions = self._groups[name], arrays[0].shape[-2]
+        check_renewal(name, positions, group.length, group.capacity)
+        if group.shared:
+            group.arrays = tuple(array.copy() for array in group.arrays)
+            group.shared = False
+        start = np.int32((group.length - positions) % group.capacity)
+        group.arrays = _renew(group.arrays, rows, self._here(arrays), start)
 
     def load(self, name: str, slot: Slot) -> tuple[jax.Array, ...]:
         return self._groups[name].arrays
@@ -147,3 +161,23 @@ def _write(
         jax.lax.dynamic_update_slice_in_dim(a, m, start, axis=a.ndim - 2)
         for a, m in zip(arrays, more, strict=True)
     )
+
+
+@partial(jax.jit, donate_argnums=0)
+def _renew(
+    arrays: tuple[jax.Array, ...], rows: jax.Array, new: tuple[jax.Array, ...], start: jax.Array
+) -> tuple[jax.Array, ...]:
+    """``new`` in ``rows`` from ``start`` on, round the ring's end; in place, as :func:`_write`.
+
+    A scatter: where the ring ends is a value, so it takes no program of its own.
+    """
+    nowhere = arrays[0].shape[0] + jnp.arange(rows.shape[0])  # each another one: they stay unique
+    rows = jnp.where(rows < 0, nowhere, rows)
+
+    def renewed(a: jax.Array, n: jax.Array) -> jax.Array:
+        index = (start + jnp.arange(n.shape[-2])) % a.shape[-2]
+        at = (rows[:, None], ..., index, slice(None))
+        # Indices that are apart come first in what is set.
+        return a.at[at].set(jnp.moveaxis(n, -2, 1), mode="drop", unique_indices=True)
+
+    return tuple(map(renewed, arrays, new))

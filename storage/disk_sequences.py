@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from storage.chunks import Chunks, Layout, RawChunks, Views, ZarrChunks
+from storage.chunks import Chunks, Layout, RawChunks, Views, ZarrChunks, touched
 from storage.device import take_positions
 from storage.disk import DiskContext
 from storage.memory import available_memory, round_up
-from storage.ring_index import even_pieces
+from storage.ring_index import even_pieces, spans
 from storage.slots import Slot
-from storage.store import StorageError, check_capacity, sequence_length
+from storage.store import (
+    StorageError,
+    check_capacity,
+    check_renewal,
+    renewed_rows,
+    sequence_length,
+)
 
 
 @dataclasses.dataclass
@@ -97,6 +104,7 @@ class DiskSequences:
         self._taken = Slot()
         self.free_load = self.free_store = False
         self.bytes_read = self.bytes_written = 0
+        self._counting = threading.Lock()  # any of the threads may read
 
     @property
     def nbytes(self) -> int:
@@ -196,6 +204,45 @@ class DiskSequences:
         group.chunks = max(group.chunks, first + count)
         self.bytes_written += count * group.layout.nbytes
 
+    def renew(self, name: str, rows: np.ndarray, arrays: Sequence[jax.Array]) -> None:
+        group, positions = self._groups[name], arrays[0].shape[-2]
+        check_renewal(name, positions, group.length, group.capacity)
+        rows, host = renewed_rows(rows, arrays)
+        if rows.size == 0:
+            return
+        layout = group.layout
+        flat = [_flat_rows(rows, shape) for shape in group.shapes]
+        views = [
+            array.reshape(len(some), positions, array.shape[-1])
+            for array, some in zip(host, flat, strict=True)
+        ]
+        filled = group.index % layout.positions
+        newest = min(filled, positions)
+        older = spans(group.length - positions, positions - newest, group.capacity)
+        for start, source, size in older:
+            part = [view[:, source : source + size] for view in views]
+            self._renew(name, layout, start, flat, part)
+        for kept, some, view in zip(group.tail, flat, views, strict=True):
+            kept[some, filled - newest : filled] = view[:, positions - newest :]
+
+    def _renew(
+        self, name: str, layout: Layout, start: int, rows: Sequence[np.ndarray], views: Views
+    ) -> None:
+        count = views[0].shape[1]
+        if count == 0:
+            return
+        try:
+            self._chunks.renew(name, start, layout, rows, views)
+        except (OSError, ValueError) as error:
+            raise self._failed("renew", name, error) from error
+        nbytes = len(touched(start, count, layout)) * layout.nbytes
+        self._count_read(nbytes)
+        self.bytes_written += nbytes
+
+    def _count_read(self, nbytes: int) -> None:
+        with self._counting:
+            self.bytes_read += nbytes
+
     def load(self, name: str, slot: Slot) -> tuple[jax.Array, ...]:
         group = self._groups[name]
         layout = group.layout
@@ -209,7 +256,7 @@ class DiskSequences:
                 self._chunks.read(name, group.chunks, layout, views)
             except (OSError, ValueError) as error:
                 raise self._failed("read", name, error) from error
-            self.bytes_read += group.chunks * layout.nbytes
+            self._count_read(group.chunks * layout.nbytes)
         filled = group.index % layout.positions
         for view, tail in zip(views, group.tail, strict=True):
             view[:, group.index - filled : group.index] = tail[:, :filled]
@@ -238,3 +285,9 @@ class DiskSequences:
         self._groups.clear()
         self._taken.begin()
         self._chunks.close()
+
+
+def _flat_rows(rows: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Which rows those of the first axis are once the leading axes are flattened."""
+    each = math.prod(shape[1:-2])
+    return (rows[:, None] * each + np.arange(each)).reshape(-1)

@@ -18,10 +18,16 @@ import numpy as np
 
 from storage.device import grow, take_positions, take_rows
 from storage.memory import aligned_bytes
-from storage.pinned_ring import PinnedRing
+from storage.pinned_ring import PinnedRing, patched
 from storage.ring_index import spans
 from storage.slots import Slot
-from storage.store import check_capacity, full_nbytes, sequence_length
+from storage.store import (
+    check_capacity,
+    check_renewal,
+    full_nbytes,
+    renewed_rows,
+    sequence_length,
+)
 
 
 class HostStore:
@@ -79,6 +85,7 @@ class HostSequences:
     For the CPU backend; and beside an accelerator, which pinned memory serves faster, for attention
     on the host and for taking single positions. Appending writes into
     memory that computations alias; by then they are done, since what is appended is their result.
+    Renewing does the same, after that.
     """
 
     free_store = False
@@ -141,6 +148,14 @@ class HostSequences:
             for kept, array in zip(group.arrays, host, strict=True):
                 kept[..., start : start + size, :] = array[..., source : source + size, :]
         group.length += more
+
+    def renew(self, name: str, rows: np.ndarray, arrays: Sequence[jax.Array]) -> None:
+        group, positions = self._groups[name], arrays[0].shape[-2]
+        check_renewal(name, positions, group.length, group.capacity)
+        rows, host = renewed_rows(rows, arrays)
+        for start, source, size in spans(group.length - positions, positions, group.capacity):
+            for kept, array in zip(group.arrays, host, strict=True):
+                kept[rows, ..., start : start + size, :] = array[..., source : source + size, :]
 
     def load(self, name: str, slot: Slot) -> tuple[jax.Array, ...]:
         return tuple(jax.device_put(self._groups[name].arrays, self._device))
@@ -239,6 +254,32 @@ class PinnedSequences:
                 )
                 group.filled = 0
         group.length += more
+
+    def renew(self, name: str, rows: np.ndarray, arrays: Sequence[jax.Array]) -> None:
+        group, positions = self._groups[name], arrays[0].shape[-2]
+        check_renewal(name, positions, group.length, group.capacity)
+        rows, host = renewed_rows(rows, arrays)
+        if rows.size == 0:
+            return
+        if isinstance(group, PinnedRing):
+            group.renew(rows, host)
+            return
+        oldest = group.length - positions
+        start = 0
+        for number, piece in enumerate(group.pieces):
+            end = start + piece[0].shape[-2]
+            at = max(start, oldest)
+            if at < end:
+                new = [array[..., at - oldest : end - oldest, :] for array in host]
+                group.pieces[number] = jax.block_until_ready(
+                    jax.device_put(patched(piece, rows, at - start, new), self._pinned)
+                )
+            start = end
+        newest = min(group.filled, positions)
+        for kept, array in zip(group.tail, host, strict=True):
+            kept[rows, ..., group.filled - newest : group.filled, :] = array[
+                ..., positions - newest :, :
+            ]
 
     def load(self, name: str, slot: Slot) -> tuple[jax.Array, ...]:
         group = self._groups[name]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from storage.device import grow
-from storage.ring_index import even_pieces
+from storage.ring_index import even_pieces, spans
 from storage.store import full_nbytes
 
 
@@ -31,7 +31,7 @@ class PinnedRing:
     def __init__(
         self, arrays: Sequence[jax.Array], capacity: int, length: int, piece: int, pinned: Any
     ) -> None:
-        self._capacity, self._length = capacity, length
+        self.capacity, self.length = capacity, length
         self._piece = even_pieces(capacity, piece)
         self._pinned = pinned
         self._pieces: dict[int, tuple[jax.Array, ...]] = {}
@@ -50,14 +50,14 @@ class PinnedRing:
 
     @property
     def nbytes(self) -> int:
-        return sum(full_nbytes(self._tail, self._capacity))
+        return sum(full_nbytes(self._tail, self.capacity))
 
     def _size(self, number: int) -> int:
-        return min(self._piece, self._capacity - number * self._piece)
+        return min(self._piece, self.capacity - number * self._piece)
 
     def _next(self) -> tuple[int, int]:
         """The piece that the next position belongs to, and how many of its positions are newer."""
-        return divmod(self._length % self._capacity, self._piece)
+        return divmod(self.length % self.capacity, self._piece)
 
     def _pin(self, number: int, arrays: tuple[Any, ...]) -> None:
         self._pieces[number] = jax.block_until_ready(jax.device_put(arrays, self._pinned))
@@ -65,8 +65,8 @@ class PinnedRing:
     def append(self, arrays: Sequence[jax.Array]) -> None:
         host = [np.asarray(array) for array in arrays]
         more = host[0].shape[-2]
-        taken = max(0, more - self._capacity)
-        self._length += taken
+        taken = max(0, more - self.capacity)
+        self.length += taken
         while taken < more:
             number, filled = self._next()
             size = self._size(number)
@@ -77,7 +77,25 @@ class PinnedRing:
                 # Copied: a transfer may read it later.
                 self._pin(number, tuple(kept[..., :size, :].copy() for kept in self._tail))
             taken += count
-            self._length += count
+            self.length += count
+
+    def renew(self, rows: np.ndarray, host: Sequence[np.ndarray]) -> None:
+        """Replaces what ``rows`` hold at the last positions, (count, ..., positions, dim) each."""
+        positions = host[0].shape[-2]
+        _, filled = self._next()
+        newest = min(filled, positions)
+        older = spans(self.length - positions, positions - newest, self.capacity)
+        for start, source, size in older:
+            taken = 0
+            while taken < size:
+                number, at = divmod(start + taken, self._piece)
+                count = min(size - taken, self._size(number) - at)
+                first = source + taken
+                new = [array[..., first : first + count, :] for array in host]
+                self._pin(number, patched(self._pieces[number], rows, at, new))
+                taken += count
+        for kept, array in zip(self._tail, host, strict=True):
+            kept[rows, ..., filled - newest : filled, :] = array[..., positions - newest :, :]
 
     def load(self, on_device: Any) -> tuple[jax.Array, ...]:
         """The whole ring on the device, in ring order, ready."""
@@ -88,7 +106,17 @@ class PinnedRing:
         # nothing is in it: the program that joins them stays the same.
         pieces, tail = jax.device_put((pinned, tail), on_device)
         start = np.int32(number * self._piece)
-        return jax.block_until_ready(_joined(pieces, tail, start, np.int32(filled), self._capacity))
+        return jax.block_until_ready(_joined(pieces, tail, start, np.int32(filled), self.capacity))
+
+
+def patched(
+    piece: Sequence[jax.Array], rows: np.ndarray, at: int, new: Sequence[np.ndarray]
+) -> tuple[np.ndarray, ...]:
+    """A copy of a piece with ``new`` in ``rows`` from position ``at`` on."""
+    copies = tuple(np.array(array) for array in piece)
+    for copy, array in zip(copies, new, strict=True):
+        copy[rows, ..., at : at + array.shape[-2], :] = array
+    return copies
 
 
 @partial(jax.jit, static_argnums=2)

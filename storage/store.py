@@ -113,6 +113,25 @@ class SequenceStore(Protocol):
         """
         ...
 
+    def renew(self, name: str, rows: np.ndarray, arrays: Sequence[jax.Array]) -> None:
+        """Replaces what some rows hold at the newest positions: others have moved in there.
+
+        What the rows had before these positions stays, and means nothing. The length stays.
+
+        Args:
+            rows: (count,) int32: rows of the arrays' first axis; -1: what comes for it is dropped.
+                No row twice.
+            arrays: Of each array of the group, (count, ..., positions, dim): what the rows now have
+                at the last ``positions`` positions of the sequence, in the sequence's order (not
+                the ring's).
+
+        Raises:
+            KeyError: no such name.
+            StorageError: the tier did not take them.
+            ValueError: more positions than the sequence has, or than a ring keeps.
+        """
+        ...
+
     def load(self, name: str, slot: Slot) -> tuple[jax.Array, ...]:
         """The group on the device, ready, each array of ``capacity`` positions, by index.
 
@@ -161,6 +180,25 @@ def check_capacity(name: str, have: int, more: int, capacity: int) -> None:
         raise StorageError(
             f"{name} has room for {capacity} positions: {have} are filled and {more} more came"
         )
+
+
+def check_renewal(name: str, positions: int, length: int, capacity: int) -> None:
+    """Refuses to renew positions that are not kept.
+
+    Raises:
+        ValueError: says how many there are and came.
+    """
+    kept = min(length, capacity)
+    if positions > kept:
+        raise ValueError(f"{name} keeps {kept} positions: {positions} cannot be renewed")
+
+
+def renewed_rows(
+    rows: np.ndarray, arrays: Sequence[jax.Array]
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The rows that are not dropped, and what comes for them, on the host."""
+    kept = rows >= 0
+    return rows[kept], [np.asarray(array)[kept] for array in arrays]
 
 
 def sequence_length(

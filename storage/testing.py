@@ -27,6 +27,23 @@ def _values(seed: int, positions: int, dtype: Any = jnp.float32) -> tuple[jax.Ar
     )
 
 
+def _codes(seed: int, positions: int) -> list[np.ndarray]:
+    """Quantized keys, values and their scales: of several dtypes and dims."""
+    rng = np.random.default_rng(seed)
+    kinds = [(np.int8, 4), (np.uint8, 5), (jnp.bfloat16, 1)]
+    return [rng.integers(0, 99, (2, 3, positions, dim)).astype(dtype) for dtype, dim in kinds]
+
+
+def _numbers(seed: int, positions: int) -> list[np.ndarray]:
+    """As :func:`_values`, to be written to."""
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=(2, 3, positions, dim)).astype(np.float32) for dim in (4, 5)]
+
+
+# What is renewed, as rows and positions: few shapes, since the device compiles one program each.
+RENEWALS = [((1,), 5), ((-1, 0), 5), ((1, 0), 20), ((0,), 5), ((-1,), 5)]
+
+
 def in_ring_order(sequence: np.ndarray, capacity: int) -> np.ndarray:
     """The last ``capacity`` positions of a whole sequence, position p at index p % capacity."""
     length = sequence.shape[-2]
@@ -39,7 +56,7 @@ def in_ring_order(sequence: np.ndarray, capacity: int) -> np.ndarray:
 class SequenceStoreContract:
     """What a :class:`SequenceStore` must do."""
 
-    def load(self, store: Any, name: str, sizes: tuple[int, ...] = (8192, 8192)) -> list[Any]:
+    def load(self, store: Any, name: str, sizes: tuple[int, ...] = (8192,) * 3) -> list[Any]:
         slot = Slot(max(1, store.slot_nbytes(sizes)))
         slot.begin()
         return [np.array(array) for array in store.load(name, slot)]
@@ -240,3 +257,86 @@ class SequenceStoreContract:
             store.put("cell", _values(0, 5), 0, ring=True)
         store.put("cell", _values(0, 5), 8, length=5)
         self.check(store, "cell", _values(0, 5), 8)
+
+    def renew(
+        self, store: Any, whole: list[np.ndarray], length: int, rows: Any, new: list[np.ndarray]
+    ) -> None:
+        """Renews rows of "a", and of ``whole``, which has what "a" should."""
+        store.renew("a", np.array(rows, np.int32), [jnp.asarray(n) for n in new])
+        for array, values in zip(whole, new, strict=True):
+            for row, value in zip(rows, values, strict=True):
+                if row >= 0:
+                    array[row, :, length - value.shape[-2] : length] = value
+
+    def new(self, source: list[np.ndarray], rows: Any, positions: int, at: int) -> list[np.ndarray]:
+        """Values of ``source`` for some rows."""
+        return [np.roll(s, at, axis=-2)[: len(rows), :, :positions] for s in source]
+
+    @pytest.mark.parametrize("make", [_numbers, _codes])
+    def test_rows_of_a_ring_are_renewed(self, store: Any, make: Any) -> None:
+        capacity = 20
+        whole, source = make(0, 64), make(1, 64)
+        for first in (6, 33):
+            self.put_ring(store, "a", whole, first, capacity)
+            for length in range(first + 1, first + 26):
+                self.append(store, "a", whole, length - 1, length)
+                rows, positions = RENEWALS[length % len(RENEWALS)]
+                if positions <= length:
+                    new = self.new(source, rows, positions, length)
+                    self.renew(store, whole, length, rows, new)
+                    self.check_ring(store, "a", whole, length, capacity)
+
+    def test_rows_of_what_does_not_wrap_are_renewed(self, store: Any) -> None:
+        whole, source = _numbers(0, 30), _numbers(1, 30)
+        store.put("a", [jnp.asarray(w[..., :11, :]) for w in whole], 30)
+        for length in range(12, 31):
+            self.append(store, "a", whole, length - 1, length)
+            rows, positions = RENEWALS[length % len(RENEWALS)]
+            if positions <= length:
+                self.renew(store, whole, length, rows, self.new(source, rows, positions, length))
+                self.check(store, "a", tuple(w[..., :length, :] for w in whole), 30)
+
+    def test_what_cannot_grow_is_renewed_and_what_it_was_put_from_is_not(self, store: Any) -> None:
+        whole = _numbers(2, 20)
+        given = [jnp.asarray(w) for w in whole]
+        store.put("a", given, 20)
+        for rows, positions in RENEWALS[:2]:
+            self.renew(store, whole, 20, rows, self.new(_numbers(3, 20), rows, positions, 0))
+            self.check(store, "a", tuple(whole), 20)
+        for array, want in zip(given, _numbers(2, 20), strict=True):
+            np.testing.assert_array_equal(np.asarray(array), want)
+
+    @pytest.mark.parametrize("capacity", [5, 20])
+    def test_what_is_renewed_is_overwritten_by_a_lap_and_a_put(
+        self, store: Any, capacity: int
+    ) -> None:
+        whole = _numbers(4, 80)
+        for length in (27, 35):
+            self.put_ring(store, "a", whole, length, capacity)
+            self.renew(store, whole, length, (1, 0), self.new(_numbers(5, 80), (1, 0), capacity, 0))
+            self.check_ring(store, "a", whole, length, capacity)
+            self.append(store, "a", whole, length, length + 3)
+            self.check_ring(store, "a", whole, length + 3, capacity)
+            self.append(store, "a", whole, length + 3, length + 3 + capacity)
+            self.check_ring(store, "a", whole, length + 3 + capacity, capacity)
+
+    def test_no_other_name_is_renewed(self, store: Any) -> None:
+        whole, other = _numbers(6, 33), _numbers(7, 33)
+        for name, values in {"a": whole, "b": other}.items():
+            self.put_ring(store, name, values, 33, 20)
+        self.renew(store, whole, 33, (1,), self.new(_numbers(8, 33), (1,), 5, 0))
+        self.check_ring(store, "a", whole, 33, 20)
+        self.check_ring(store, "b", other, 33, 20)
+
+    def test_positions_that_are_not_kept_cannot_be_renewed(self, store: Any) -> None:
+        whole, rows = _numbers(9, 33), np.array([1], np.int32)
+        new = [jnp.asarray(w[:1, :, :21]) for w in whole]
+        with pytest.raises(KeyError):
+            store.renew("a", rows, new)
+        self.put_ring(store, "a", whole, 33, 20)
+        store.put("b", [jnp.asarray(w[..., :20, :]) for w in whole], 30)
+        for name in "ab":
+            with pytest.raises(ValueError, match=f"{name} keeps 20 positions: 21 cannot"):
+                store.renew(name, rows, new)
+        self.check_ring(store, "a", whole, 33, 20)
+        self.check(store, "b", tuple(w[..., :20, :] for w in whole), 30)

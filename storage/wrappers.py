@@ -51,6 +51,9 @@ class _Wrapper:
     def append(self, name: str, arrays: Any) -> None:
         self._move("append", name, lambda: self._store.append(name, arrays), arrays)
 
+    def renew(self, name: str, rows: Any, arrays: Any) -> None:
+        self._move("renew", name, lambda: self._store.renew(name, rows, arrays), arrays)
+
     def _move(self, verb: str, names: Any, call: Callable[[], Any], moved: Any = None) -> Any:
         raise NotImplementedError
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 import storage.chunks
+import storage.device
 from storage.device import DeviceSequences
 from storage.disk import DiskContext
 from storage.disk_sequences import DiskSequences
@@ -155,8 +157,59 @@ def test_any_ring_holds_its_last_positions(kind, tmp_path_factory):
     check()
 
 
+@pytest.mark.parametrize("kind", ["device", "host", "pinned", "mapped", "direct", "tensorstore"])
+def test_any_order_of_appending_and_renewing_agrees_with_an_array(kind, tmp_path_factory):
+    append = st.sampled_from([1, 2, 11])
+    # Few shapes: each is a program on the device.
+    renew = st.tuples(
+        st.sampled_from([(-1, 0), (2, 1), (1, -1), (0, 2)]), st.sampled_from([1, 7, 12])
+    )
+
+    @settings(max_examples=15, deadline=None)
+    @given(
+        ring=st.booleans(),
+        cut=st.integers(1, 14),
+        first=st.integers(1, 40),
+        steps=st.lists(append | renew, max_size=12),
+    )
+    def check(ring, cut, first, steps):
+        capacity = 12 if ring else 172
+        store = cut_by(cut, kind, tmp_path_factory.mktemp("renewed"))
+        whole = np.arange(3 * 172 * 2, dtype=np.float32).reshape(3, 172, 2)
+        end, fresh = first, whole.size
+        begin = in_ring_order(whole[:, :end], capacity)
+        store.put("a", [jnp.asarray(begin)], capacity, length=end, ring=ring)
+        for step in steps:
+            if isinstance(step, int):
+                store.append("a", [jnp.asarray(whole[:, end : end + step])])
+                end += step
+            elif step[1] <= end:
+                rows, positions = step
+                new = fresh + np.arange(2 * positions * 2, dtype=np.float32)
+                new = new.reshape(2, positions, 2)
+                fresh += new.size
+                store.renew("a", np.array(rows, np.int32), [jnp.asarray(new)])
+                for row, values in zip(rows, new, strict=True):
+                    if row >= 0:
+                        whole[row, end - positions : end] = values
+            slot = Slot(max(1, store.slot_nbytes([whole.nbytes])))
+            slot.begin()
+            (got,) = store.load("a", slot)
+            want = in_ring_order(whole[:, :end], capacity)
+            np.testing.assert_array_equal(np.asarray(got)[:, : want.shape[1]], want)
+        store.close()
+
+    check()
+
+
 def cell(positions, seed=0):
     return [jax.random.normal(jax.random.key(seed), (2, 4, positions, 16))]
+
+
+def newer(positions, seed=0):
+    """What comes for one row of a cell."""
+    values = np.random.default_rng(seed).normal(size=(1, 4, positions, 16))
+    return [jnp.asarray(values.astype(np.float32))]
 
 
 def load(store, name):
@@ -220,6 +273,22 @@ def test_a_ring_on_disk_is_written_a_chunk_a_time_and_once_a_lap(tmp_path):
     store.close()
 
 
+@pytest.mark.parametrize("mode", ["mapped", "direct", "tensorstore"])
+def test_only_the_chunks_that_are_touched_are_renewed(tmp_path, mode):
+    store = DiskSequences(tmp_path, DiskContext(mode=mode, chunk_positions=8))
+    chunk, row = 4096, np.array([1], np.int32)
+    store.put("a", cell(22), 22, length=27, ring=True)  # chunks of 8, 8 and 6; five wait
+    written = store.bytes_written
+    moved = 0
+    for positions, chunks in [(5, 0), (6, 1), (11, 1), (12, 2), (19, 2), (20, 3), (22, 3)]:
+        store.renew("a", row, newer(positions))
+        moved += chunks * chunk
+        assert (store.bytes_read, store.bytes_written - written) == (moved, moved), positions
+    store.renew("a", -row, newer(22))
+    assert store.bytes_read == moved
+    store.close()
+
+
 def test_any_zarr_reader_finds_a_ring_of_its_capacity(tmp_path):
     store = DiskSequences(tmp_path, DiskContext(mode="tensorstore", chunk_positions=8))
     store.put("a", cell(22), 22, length=22 * 3, ring=True)
@@ -254,6 +323,47 @@ def test_a_disk_that_is_full_when_a_ring_goes_round_is_named(tmp_path, monkeypat
     store.append("cell", cell(1, 9))
     (after,) = load(store, "cell")
     np.testing.assert_array_equal(np.asarray(after)[..., 7:8, :], cell(1, 9)[0])
+    store.close()
+
+
+@pytest.mark.parametrize("mode", ["mapped", "direct", "tensorstore"])
+def test_a_disk_that_does_not_take_what_is_renewed_is_named(tmp_path, monkeypatch, mode):
+    store = DiskSequences(tmp_path, DiskContext(mode=mode, chunk_positions=8))
+    store.put("cell", cell(22), 22, length=27, ring=True)
+    before = np.array(load(store, "cell")[0])
+    with monkeypatch.context() as disk:
+        fill(disk, store, mode)
+        with pytest.raises(StorageError, match=r"cannot renew .*cell: No space left on device"):
+            store.renew("cell", np.array([1], np.int32), newer(9))
+    np.testing.assert_array_equal(np.array(load(store, "cell")[0]), before)
+    store.close()
+
+
+def test_one_thread_may_renew_what_is_in_runs_while_another_one_loads(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage.chunks, "_RUN_NBYTES", 4096)
+    store = DiskSequences(tmp_path, DiskContext(mode="direct", chunk_positions=8))
+    for name in "ab":
+        store.put(name, cell(22), 22, length=27, ring=True)
+    before = np.array(load(store, "b")[0])
+    want = np.array(load(store, "a")[0])
+    read = store.bytes_read
+    slot = Slot(store.slot_nbytes([1 << 20]))
+
+    def renew():
+        for i in range(30):
+            store.renew("a", np.array([1], np.int32), newer(20, i))
+
+    with ThreadPoolExecutor(1) as other:
+        renewing = other.submit(renew)
+        loads = 0
+        while loads < 10 or not renewing.done():
+            slot.begin()
+            np.testing.assert_array_equal(np.array(store.load("b", slot)[0]), before)
+            loads += 1
+        renewing.result()
+    assert store.bytes_read == read + 3 * 4096 * (loads + 30)
+    want[1][:, np.arange(7, 27) % 22] = newer(20, 29)[0][0]
+    np.testing.assert_array_equal(np.array(load(store, "a")[0]), want)
     store.close()
 
 
@@ -326,11 +436,25 @@ def test_a_ring_on_the_device_is_written_in_place(first):
     assert array.unsafe_buffer_pointer() == where
 
 
+def test_a_ring_on_the_device_is_renewed_in_place_by_one_program():
+    store = DeviceSequences()
+    store.put("a", cell(16), 16, length=37, ring=True)
+    (where,) = (array.unsafe_buffer_pointer() for array in store.load("a", Slot()))
+    programs = storage.device._renew._cache_size()
+    for i in range(20):
+        store.append("a", cell(1, i))
+        store.renew("a", np.array([1], np.int32), newer(9, i))
+        (array,) = store.load("a", Slot())
+        assert array.unsafe_buffer_pointer() == where
+    assert storage.device._renew._cache_size() == programs + 1
+
+
 def test_a_ring_in_pinned_memory_takes_its_capacity_and_no_more():
     store = PinnedSequences(piece=8)
     store.put("a", cell(22), 22, length=45, ring=True)
     for i in range(50):
         store.append("a", cell(1, i))
+        store.renew("a", np.array([1], np.int32), newer(9))
         pinned = store._groups["a"]._pieces.values()
         assert sum(array.nbytes for piece in pinned for array in piece) == store.nbytes
         assert {a.sharding.memory_kind for piece in pinned for a in piece} == {"pinned_host"}
@@ -342,8 +466,14 @@ class TestWrappers:
         store = Logged(HostSequences(), lambda *line: lines.append(line))
         store.put("a", cell(2), 4)
         store.append("a", cell(1))
+        store.renew("a", np.array([1], np.int32), newer(1))
         store.load("a", Slot())
-        assert lines == [("put", "a", 1024), ("append", "a", 512), ("load", "a", 2048)]
+        assert lines == [
+            ("put", "a", 1024),
+            ("append", "a", 512),
+            ("renew", "a", 256),
+            ("load", "a", 2048),
+        ]
 
     def test_a_ring_is_passed_on(self):
         lines = []
