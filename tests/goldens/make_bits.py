@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -39,9 +40,13 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 def platform() -> str:
     """What bits depend on beside the code."""
-    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
-    known = [flag for flag in ("avx2", "avx512f", "avx512_bf16") if flag in flags]
-    return f"jax {jax.__version__}, {jax.default_backend()}, {' '.join(known)}"
+    about = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    # Flags do not tell: of two processors with AVX-512 each has its own tiles and caches.
+    kind = [
+        found[1] if (found := re.search(rf"^{name}\s*:\s*(\S+)", about, re.MULTILINE)) else "?"
+        for name in ("vendor_id", "cpu family", "model")
+    ]
+    return f"jax {jax.__version__}, {jax.default_backend()}, {' '.join(kind)}"
 
 
 def digest(case: str) -> str:
