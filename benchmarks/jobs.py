@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=4)
     parser.add_argument("--device-batch-size", type=int, default=64)
     parser.add_argument("--num-device-batches", type=int, default=4)
+    parser.add_argument("--no-refill", action="store_true")
     parser.add_argument("--every", type=float, default=5.0, help="seconds between samples")
     args = parser.parse_args()
     samples: list[tuple[float, int, int]] = []
@@ -65,6 +66,7 @@ def main() -> None:
         command += ["--device-batch-size", str(args.device_batch_size), "--json", "--ignore-eos"]
         command += ["--num-device-batches", str(args.num_device_batches)]
         command += ["--max-tokens", str(args.max_tokens)]
+        command += ["--no-refill"] if args.no_refill else []
         lines = Lines(target, target.with_name("out.jsonl.ordered"))
         started = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.PIPE)

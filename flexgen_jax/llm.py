@@ -12,6 +12,7 @@ from flexgen_jax.engine.cells import WrapStore
 from flexgen_jax.engine.effects import OnLogits
 from flexgen_jax.engine.runner import Finished, Runner
 from flexgen_jax.engine.snapshots import Snapshot
+from flexgen_jax.engine.waiting import More
 from flexgen_jax.logs import LOGGER
 from flexgen_jax.placed_model import Asked, PlacedModel
 from flexgen_jax.planning.auto import Auto, Demand
@@ -202,7 +203,8 @@ class LLM:
             prompts: Strings, lists of token ids, or dicts with ``prompt`` or ``prompt_token_ids``.
             sampling_params: One for all, or one per prompt; None: the defaults.
             progress: Told the number of new tokens whenever some are booked.
-            on_block: Given the results of the prompts that are complete as each block finishes.
+            on_block: Given the results of prompts as they are complete: of those that have finished
+                since the last time, or without refill with each block.
             on_logits: Given (step, batch, logits [rows, vocab]) of every head computation.
 
         Raises:
@@ -322,7 +324,7 @@ class LLM:
         def keep(_: int, finished: dict[int, RequestOutput], report: Report) -> None:
             total.add(report)
             outputs.update(finished)
-            if on_block is not None:
+            if on_block is not None and finished:
                 on_block(list(finished.values()))
 
         blocks = self.planner.blocks(requests)
@@ -338,14 +340,18 @@ class LLM:
         progress: Callable[[int], None] | None = None,
         on_logits: OnLogits | None = None,
         snapshot_of: Callable[[int], Snapshot] | None = None,
+        more: More | None = None,
     ) -> None:
         """Runs ``blocks`` one after another, keeping no results.
 
         Args:
             on_block: Given the block's place in ``blocks``, the outputs of the requests that are
-                complete with it, by their index, and its report, as each finishes.
+                complete with it, by their index, and its report, as each finishes; of a rolling
+                block several times, with what has come since the last.
             progress: As :meth:`generate` takes it, like ``on_logits``.
             snapshot_of: Given a block's place, says where its state is kept while it runs.
+            more: Gives the rows that come after those of a single rolling block
+                (``planning.blocks.in_turn``), some at a time; None: no more.
 
         Raises:
             ScheduleError: the schedule is wrong; nothing has run.
@@ -359,7 +365,7 @@ class LLM:
 
         def gather(number: int, done: Finished) -> None:
             whole = {}
-            for request, output in zip(blocks[number].requests, done.outputs, strict=True):
+            for request, output in zip(done.requests, done.outputs, strict=True):
                 complete = gathered.add(output, request.params.n)
                 if complete is not None:
                     whole[request.index] = complete
@@ -375,6 +381,7 @@ class LLM:
             progress=progress,
             on_logits=on_logits,
             snapshot_of=snapshot_of,
+            more=more,
         )
 
     @property

@@ -43,6 +43,10 @@ class Report:
         failed: Of the requests, those that have an error for an answer.
         padded_tokens: Positions that prefill computed, padding and empty rows included.
         generated_tokens: New tokens of all requests.
+        rows_computed: Rows of all steps of all batches. ``rows_used``: of these, those that gave a
+            token; see :attr:`occupancy`.
+        passes: Over the weights. ``ideal_passes``: those that it takes if every row of the block is
+            somebody's until nobody waits, first come, first served.
         blocks: How many blocks the requests made; ``batches``: how many device batches.
         compilations: Programs compiled for layers and heads during this run.
         disk_bytes: Bytes read from the disk tier: weights, cache and hidden states.
@@ -69,6 +73,10 @@ class Report:
     prompt_tokens: int
     padded_tokens: int
     generated_tokens: int
+    rows_computed: int
+    rows_used: int
+    passes: int
+    ideal_passes: int
     seconds: float
     compilations: int
     disk_bytes: int
@@ -120,29 +128,34 @@ class Report:
 
     @classmethod
     def of_block(cls, planner: Planner, block: Block, finished: Finished) -> Report:
-        """Of one block; without a timeline there is nothing to predict either."""
+        """Of one block, or a part of it; without a timeline there is nothing to predict either."""
         report = dataclasses.replace(
             cls.empty(planner),
-            placement=planner.placement([block]),
-            requests=len(block.requests),
-            blocks=1,
-            batches=len(block.batches),
-            prompt_tokens=sum(len(r.token_ids) for r in block.requests),
-            padded_tokens=sum(b.rows * b.prompt_len for b in block.batches),
+            requests=len(finished.requests),
+            prompt_tokens=sum(len(r.token_ids) for r in finished.requests),
             generated_tokens=finished.generated_tokens,
             peak_bytes=finished.peak_bytes,
-            moved=planner.traffic([block]),
             **finished.counts,
         )
+        if finished.ended:
+            report = dataclasses.replace(
+                report,
+                placement=planner.placement([block]),
+                blocks=1,
+                batches=len(block.batches),
+                moved=planner.traffic(block, finished.lives, finished.counts["passes"]),
+            )
         timeline = finished.timeline
         if timeline is None:
             return report
         return dataclasses.replace(
             report,
             timeline=timeline,
-            predict=functools.partial(planner.predict, block),
-            observe=functools.partial(planner.observe, block, timeline),
-            lower_bound=functools.partial(planner.lower_bound, block),
+            predict=functools.partial(planner.predict, block, finished.lives, finished.passes),
+            observe=functools.partial(planner.observe, block, timeline, finished.lives),
+            lower_bound=functools.partial(
+                planner.lower_bound, block, finished.lives, finished.passes
+            ),
         )
 
     def __repr__(self) -> str:
@@ -156,6 +169,11 @@ class Report:
     def tokens_per_second(self) -> float:
         """Generated tokens over wall time: FlexGen's throughput."""
         return self.generated_tokens / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def occupancy(self) -> float:
+        """The share of the computed rows that were of use, in [0, 1]."""
+        return self.rows_used / self.rows_computed if self.rows_computed else 0.0
 
     @property
     def padding(self) -> float:
@@ -190,6 +208,7 @@ class Report:
             "moved_bytes": {link.value: nbytes for link, nbytes in self.moved.items()},
             "tokens_per_second": self.tokens_per_second,
             "padding": self.padding,
+            "occupancy": self.occupancy,
             "streams": self.timeline.summary(),
             "stages": self.timeline.stage_table(),
             "predicted": compare(self.predicted, self.timeline),
@@ -217,6 +236,10 @@ _SUMMED = (
     "prompt_tokens",
     "padded_tokens",
     "generated_tokens",
+    "rows_computed",
+    "rows_used",
+    "passes",
+    "ideal_passes",
     "seconds",
     "compile_seconds",
     "compilations",

@@ -139,19 +139,23 @@ class CostModel:
         batch = sizes.batches[op.batch]
         positions = batch.positions(op.step)
         head = op.layer == self.workload.num_layers - 1
-        rows = batch.rows * (1 if head else positions)  # logits: of the last position only
-        flops = rows * sizes.matmul_flops[op.layer]
+        come, length = batch.newcomers(op.step)
         found = [Term("overhead", DEVICE, h.overhead)]
-        if flops:
-            found.append(Term(f"matmul@{rows}", DEVICE, flops / h.matmul_rate(rows)))
+        for count, each in ((batch.rows, positions), (come, length)):
+            rows = count * (1 if head else each)  # logits: of the last position only
+            if flops := rows * sizes.matmul_flops[op.layer]:
+                found.append(Term(f"matmul@{rows}", DEVICE, flops / h.matmul_rate(rows)))
         if unpack and sizes.dense[op.layer]:
             found.append(Term("dequantize", DEVICE, sizes.dense[op.layer] / h.dequantize))
         if not self.workload.has_cache(op.layer):
             return found
-        if op.step == 0:
-            pairs = batch.rows * positions * min(positions, sizes.windows.get(op.layer, positions))
+        begins = batch.begins(op.step)
+        prompts = (batch.rows if begins else 0, positions), (come, length)
+        window = sizes.windows.get(op.layer, positions + length)
+        if pairs := sum(count * each * min(each, window) for count, each in prompts):
             seconds = 4.0 * pairs * sizes.hidden_size / h.attention
             found.append(Term("attention", DEVICE, seconds))
+        if begins:
             return found
         cell = sizes.cache[op.layer, op.batch]
         read = cell.kept(batch.cached(op.step)) * (cell.dense_nbytes or cell.position_nbytes)
@@ -176,18 +180,19 @@ class CostModel:
                 total[resource] = total.get(resource, 0.0) + times * seconds
 
         kept: dict[tuple[int, str], list[float]] = {}
+        steps = w.num_steps - min(w.first_step(b) for b in range(w.num_batches))
         for layer in range(w.num_layers):
             load = self.pieces(LoadWeights(0, layer))
-            add(load, w.num_steps)
+            add(load, steps)
             for resource, seconds in load:
                 kept.setdefault((w.stage_of(layer), resource), []).append(seconds)
         for (_, resource), each in kept.items():
             spared = sum(sorted(each, reverse=True)[: w.weight_slots])
-            total[resource] -= (w.num_steps - 1) * spared
+            total[resource] -= (steps - 1) * spared
         for (layer, of), count in alike(w).items():
             if of is None:
                 continue
-            for step in range(sizes.batches[of].num_steps):
+            for step in range(w.first_step(of), sizes.batches[of].num_steps):
                 add(self.pieces(Compute(step, layer, of)), count)
                 if w.has_cache(layer):
                     add(self.pieces(StoreCache(step, layer, of)), count)

@@ -72,6 +72,9 @@ class Policy:
         num_groups: Of the batches of a block, which go through the stages one group behind
             another, each a pass over the weights; None: as many as there are stages, or, where all
             weights lie on the devices, batches.
+        refill: Requests that wait take the places of those that have finished, while the others go
+            on; and those who are left in the end are put together into fewer batches. False: a
+            block begins and ends with the same requests, as in the paper.
 
     Raises:
         ValueError: a value out of range.
@@ -90,6 +93,7 @@ class Policy:
     attention_sparsity: float = 1.0
     num_stages: int = 1
     num_groups: int | None = None
+    refill: bool = True
 
     def __post_init__(self) -> None:
         for name in ("device_batch_size", "num_device_batches", "num_stages", "num_groups"):
@@ -103,7 +107,7 @@ class Policy:
                 raise ValueError(
                     f"{name} must be a Split(device=, host=, disk=), got {getattr(self, name)!r}"
                 )
-        for name in ("overlap", "host_attention"):
+        for name in ("overlap", "host_attention", "refill"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name in ("weight_bits", "cache_bits"):

@@ -130,7 +130,7 @@ def diagonal(w: Workload) -> Iterator[Op]:
     sum is smaller than where all grow together. It takes more passes than zig-zag: it pays where
     more batches follow one another than are held at once.
     """
-    gap = max(1, w.num_steps // w.num_batches)
+    gap = max(1, min(w.life or w.num_steps, w.num_steps) // w.num_batches)
     for turn, layer, batches in passes(w, (w.num_batches - 1) * gap + w.num_steps):
         # Old batches first: what they leave makes room.
         active = [b for b in batches if 0 <= turn - b * gap < w.num_steps]

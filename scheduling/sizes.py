@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Iterable, Mapping
 
 from scheduling.ops import (
@@ -75,6 +76,9 @@ class BatchSizes:
         hidden_nbytes: Of one position of all its rows.
         workspace: Bytes that computing it takes beside what is kept, at most.
         stride: Decode steps that one stands for: itself, but in estimates.
+        begun: (step, positions) where it begins anew, with other prompts in all its rows.
+        joined: (step, rows, positions of each) where newcomers' prompts are computed beside the
+            others' step.
     """
 
     rows: int
@@ -85,14 +89,37 @@ class BatchSizes:
     hidden_nbytes: int
     workspace: int = 0
     stride: float = 1.0
+    begun: tuple[tuple[int, int], ...] = ()
+    joined: tuple[tuple[int, int, int], ...] = ()
+
+    @functools.cached_property
+    def _begun(self) -> dict[int, int]:
+        return {0: self.prompt_len, **dict(self.begun)}
+
+    @functools.cached_property
+    def _joined(self) -> dict[int, tuple[int, int]]:
+        return {step: (rows, positions) for step, rows, positions in self.joined}
+
+    def begins(self, step: int) -> bool:
+        """Whether ``step`` computes whole prompts."""
+        return step in self._begun
 
     def cached(self, step: int) -> int:
-        """Positions in the cache when ``step`` begins."""
-        return self.prompt_len + int((step - 0.5) * self.stride) if step else 0
+        """Positions in the cache when ``step`` begins; a ring keeps the last of them."""
+        if step in self._begun:
+            return 0
+        if not self.begun:
+            return self.prompt_len + int((step - 0.5) * self.stride)
+        begun = max(s for s in self._begun if s < step)
+        return self._begun[begun] + step - begun - 1
 
     def positions(self, step: int) -> int:
-        """Positions that ``step`` computes."""
-        return 1 if step else self.prompt_len
+        """Positions that ``step`` computes of each row; newcomers come on top."""
+        return self._begun.get(step, 1)
+
+    def newcomers(self, step: int) -> tuple[int, int]:
+        """How many rows come with ``step``, and the positions of each."""
+        return self._joined.get(step, (0, 0))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,10 +187,16 @@ class Sizes:
                     whole = new  # on average
                 else:
                     whole = self._whole(filled + new) - self._whole(filled)
+                # Of newcomers, whole prompts of some rows; on disk, the chunks of all rows.
+                come, length = batch.newcomers(op.step)
+                share, length = come / batch.rows, cell.kept(length)
+                more = self._whole(length) if come else 0
                 return _links(
                     {
-                        Link.DEVICE_TO_HOST: _if(cell.tier is not Tier.DEVICE, cell, new),
-                        Link.HOST_TO_DISK: _if(cell.tier is Tier.DISK, cell, whole),
+                        Link.DEVICE_TO_HOST: _if(
+                            cell.tier is not Tier.DEVICE, cell, new + length * share
+                        ),
+                        Link.HOST_TO_DISK: _if(cell.tier is Tier.DISK, cell, whole + more),
                     }
                 )
             case LoadHidden() | StoreHidden():
@@ -183,7 +216,9 @@ class Sizes:
         edge = 0 if isinstance(op, LoadHidden) else len(self.weights) - 1
         if op.layer == edge:  # tokens, which a step begins and ends with
             return {}
-        nbytes = batch.positions(op.step) * batch.hidden_nbytes
+        come, length = batch.newcomers(op.step)
+        positions = batch.positions(op.step) + come * length / batch.rows
+        nbytes = round(positions * batch.hidden_nbytes)
         where = {batch.hidden_tier: nbytes}
         if isinstance(op, LoadHidden):
             return _inward(where)
@@ -215,7 +250,7 @@ class Sizes:
         return total
 
 
-def _if(there: bool, cell: CacheCell, positions: int, share: float = 1.0) -> int:
+def _if(there: bool, cell: CacheCell, positions: float, share: float = 1.0) -> int:
     return round(positions * cell.position_nbytes * share) if there else 0
 
 

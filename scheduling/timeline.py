@@ -155,6 +155,15 @@ class Timeline:
         ]
         return cls(tuple(sorted(spans, key=lambda s: s.start)), label)
 
+    def later(self, steps: int) -> Timeline:
+        """The same, of steps that come after so many others."""
+        if not steps:
+            return self
+        moved = (
+            s if s.step is None else dataclasses.replace(s, step=s.step + steps) for s in self.spans
+        )
+        return Timeline(tuple(moved), self.label)
+
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists."""
         return {"label": self.label, "spans": [dataclasses.asdict(s) for s in self.spans]}

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from scheduling.sizes import Sizes
 
-_NOT_NUMBERS = ("cached_layers", "done", "stages", "hosts", "sizes")
+_NOT_NUMBERS = ("cached_layers", "done", "stages", "hosts", "sizes", "life")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,7 @@ class Workload:
         num_groups: Groups of batches that go through the stages one behind another, each a pass
             over the weights; as many as there are batches, at most.
         hosts: Of each stage, the number of the machine that it is on; empty: all on one.
+        life: Steps that a row takes at most, where rows come and go; None: all.
         sizes: What its ops move, for cost models; two workloads are equal without them.
     """
 
@@ -49,6 +50,7 @@ class Workload:
     stages: tuple[int, ...] = (0,)
     num_groups: int = 1
     hosts: tuple[int, ...] = ()
+    life: int | None = None
     sizes: Sizes | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:

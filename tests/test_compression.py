@@ -143,9 +143,8 @@ def test_bytes_read_and_written_are_as_planned(offload, tmp_path, changes, chunk
     context = fg.DiskContext(mode="mapped", chunk_positions=chunk)
     prompts = [[3 + i] * n for i, n in enumerate((16, 15, 9, 16, 12, 7, 3, 16))]
     with fg.LLM(store, policy=everything, disk=context, offload_dir=str(tmp_path)) as llm:
-        planned = llm.planner.traffic(
-            llm.planner.blocks([llm.request(i, p, GREEDY) for i, p in enumerate(prompts)])
-        )
+        (block,) = llm.planner.blocks([llm.request(i, p, GREEDY) for i, p in enumerate(prompts)])
+        planned = llm.planner.traffic(block)
         llm.generate(prompts, GREEDY)
         report = llm.report
     read, written = planned[Link.DISK_TO_HOST], planned[Link.HOST_TO_DISK]

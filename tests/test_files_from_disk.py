@@ -227,7 +227,8 @@ def test_journal(tmp_path, seal, data):
 def test_state_of_a_snapshot(tmp_path, data):
     place = tmp_path / "out.checkpoint"
     shutil.rmtree(place, ignore_errors=True)
-    state = State((1,), [{"tokens": [[3]]}], {"seconds": 1.0}, Timeline(()), {"disk": 3})
+    batches, counts = [{"rows": [None]}], {"seconds": 1.0}
+    state = State(batches, (1, 2, 3), [], counts, 4, Timeline(()), {"disk": 3})
     Snapshots(place, seconds=1).of(block=0).save(state, iter(()))
     file = place / "0" / "state.json"
     tree = json.loads(file.read_text())

@@ -191,14 +191,16 @@ def test_what_the_kernel_tells(temperature, logprobs):
     params = [fg.SamplingParams(temperature=temperature, logprobs=logprobs, top_k=3)] * 6
     seeds = [seed_words(p, (0, i)) for i, p in enumerate(params)]
     arrays, features = batch_arrays(params, seeds, [[]] * 6, 6)
-    found = sample(jnp.asarray(ROWS), arrays, np.int32(0), features=features)
+    found = sample(jnp.asarray(ROWS), arrays, np.zeros(len(ROWS), np.int32), features=features)
     token = np.asarray(found.token)
     assert token[1:5].tolist() == [NOT_NUMBERS, NOT_NUMBERS, NOTHING_LEFT, 4]
     assert all(token[[0, 5]] >= 0)
     if logprobs:
         assert np.isfinite(np.asarray(found.logprob)[[0, 4, 5]]).all()
     forced = jnp.asarray([3, 3, -1, 3, 3, 3], jnp.int32)
-    found = sample(jnp.asarray(ROWS), arrays, np.int32(0), forced, features=features)
+    found = sample(
+        jnp.asarray(ROWS), arrays, np.zeros(len(ROWS), np.int32), forced, features=features
+    )
     assert np.asarray(found.token).tolist() == [3, NOT_NUMBERS, NOT_NUMBERS, 3, 3, 3]
 
 

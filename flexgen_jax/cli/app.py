@@ -31,7 +31,7 @@ from flexgen_jax.cli.ray_options import OverRay, ray_options
 from flexgen_jax.cli.signals import terminable
 
 if TYPE_CHECKING:
-    from flexgen_jax.jobs.windows import Window
+    from flexgen_jax.jobs.open_windows import OpenWindow
     from flexgen_jax.llm import LLM
     from flexgen_jax.planning.blocks import Block
 
@@ -328,7 +328,7 @@ main.add_command(
 )
 
 
-def _before(llm: LLM, window: Window, blocks: list[Block], whole: bool) -> str:
+def _before(llm: LLM, window: OpenWindow, blocks: list[Block], whole: bool) -> str:
     planner, policy = llm.planner, llm.policy
     how = [f"schedule {planner.schedule_name}", f"overlap {'on' if policy.overlap else 'off'}"]
     if policy.host_attention:

@@ -16,8 +16,9 @@ from flexgen_jax.cli.failures import Failure, interrupted, say, silent
 if TYPE_CHECKING:
     from flexgen_jax.jobs.job import JobReport
     from flexgen_jax.jobs.job_input import JobInput
+    from flexgen_jax.jobs.open_windows import OpenWindow
     from flexgen_jax.jobs.results import Results
-    from flexgen_jax.jobs.windows import Task, Window
+    from flexgen_jax.jobs.windows import Task
     from flexgen_jax.llm import LLM
     from flexgen_jax.planning.blocks import Block
     from flexgen_jax.progress import Bar
@@ -205,7 +206,7 @@ class JobFiles:
         with progress.count(None, *what, quiet=self._quiet) as bar:
             expected = _Expected(source, bar, self.results.position.line)
 
-            def on_window(window: Window, blocks: list[Block], left: list[int]) -> None:
+            def on_window(window: OpenWindow, blocks: list[Block], left: list[int]) -> None:
                 if expected.windows == 0:
                     self._tell(describe(window, blocks, source.share_read == 1))
                 amount = sum(r.params.max_tokens for k in left for r in blocks[k].requests)
@@ -265,7 +266,8 @@ class JobFiles:
             lines.append(
                 f"{report.generated_tokens} tokens in {report.seconds:.1f} s: "
                 f"{report.tokens_per_second:.1f} tokens/s; "
-                f"{report.padding:.0%} of the prompt positions were padding; "
+                f"{report.padding:.0%} of the prompt positions were padding, "
+                f"{report.occupancy:.0%} of the computed rows of use; "
                 f"{report.disk_bytes / 1e9:.2f} GB read from disk"
                 + (
                     f", {report.disk_bytes_written / 1e9:.2f} GB written"

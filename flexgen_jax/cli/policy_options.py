@@ -60,6 +60,11 @@ _OPTIONS = [
     ),
     click.option("--no-overlap", is_flag=True, help="The same as --overlap false."),
     click.option(
+        "--no-refill",
+        is_flag=True,
+        help="Run blocks as in the paper: rows whose requests have finished stay empty.",
+    ),
+    click.option(
         "--host-attention",
         "--cpu-cache-compute",
         is_flag=True,
@@ -116,6 +121,7 @@ NAMES = (
     "num_device_batches",
     "overlap",
     "no_overlap",
+    "no_refill",
     "host_attention",
     "weight_bits",
     "compress_weight",
@@ -157,6 +163,7 @@ def read_policy(values: Mapping[str, Any]) -> tuple[Policy | Literal["auto"], di
         "device_batch_size": values["device_batch_size"],
         "num_device_batches": values["num_device_batches"],
         "overlap": False if values["no_overlap"] else values["overlap"],
+        "refill": False if values["no_refill"] else None,
         "host_attention": values["host_attention"] or None,
         "weight_bits": _bits(values, "weight_bits", "compress_weight"),
         "cache_bits": _bits(values, "cache_bits", "compress_cache"),

@@ -16,7 +16,7 @@ from flexgen_jax.cli.signals import terminable
 
 if TYPE_CHECKING:
     from flexgen_jax.compare import Compared
-    from flexgen_jax.jobs.windows import Window
+    from flexgen_jax.jobs.open_windows import OpenWindow
     from flexgen_jax.planning.blocks import Block
 
 _QUIET = click.option("--quiet", is_flag=True, help="Say nothing but errors.")
@@ -60,7 +60,7 @@ def score(as_json: bool, quiet: bool, **options: Any) -> None:
     exit_if_none_succeeded(done)
 
 
-def _before(window: Window, blocks: Sequence[Block], whole: bool) -> str:
+def _before(window: OpenWindow, blocks: Sequence[Block], whole: bool) -> str:
     first = "" if whole else "of the first window: "
     return f"{first}{len(window.requests)} sequences, {len(window.errors)} bad lines"
 

@@ -12,9 +12,10 @@ from flexgen_jax.distributed.frames import HEAD_NBYTES, MessageError, frame, unf
 from flexgen_jax.distributed.plain import from_plain, to_plain
 from flexgen_jax.engine.sampling import Sampled
 from flexgen_jax.planning.blocks import Block
+from flexgen_jax.requests.request import Request
 from scheduling.policy import Policy
 
-_RUN, _END, _TOKENS = "run", "end", "tokens"
+_RUN, _MORE, _END, _TOKENS = "run", "more", "end", "tokens"
 # Of the fields of Sampled.
 _DTYPES = ("int32", "float32", "int32", "int32", "float32")
 _NDIMS = (1, 1, 1, 2, 2)
@@ -28,20 +29,48 @@ class Run:
 
     Attributes:
         settings: Name -> what it is in process 0: it has to be the same everywhere.
+        more: Whether others come after those of the blocks, as :class:`Newcomers`.
     """
 
     settings: dict[str, str]
     policy: Policy
     blocks: list[Block]
+    more: bool = False
 
 
-def encode(message: Run | None) -> bytes:
+@dataclasses.dataclass(frozen=True)
+class Newcomers:
+    """A request for each row, who come next; ``over``: nobody does any more."""
+
+    rows: list[Request]
+    over: bool = False
+
+
+def encode(message: Run | Newcomers | None) -> bytes:
     """None: there is nothing more to do."""
-    return frame(_END, None) if message is None else frame(_RUN, to_plain(message))
+    if message is None:
+        return frame(_END, None)
+    return frame(_RUN if isinstance(message, Run) else _MORE, to_plain(message))
+
+
+def decode_newcomers(came: bytes) -> Newcomers:
+    """The inverse of :func:`encode`.
+
+    Raises:
+        MessageError: it says something else.
+    """
+    kind, content, _ = unframed(came)
+    if kind != _MORE:
+        raise MessageError(f"expected more requests, got a message of kind {kind[:40]!r}")
+    try:
+        found: Newcomers = from_plain(Newcomers, content)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise MessageError(f"the requests that come next cannot be read ({error})") from error
+    return found
 
 
 def decode(came: bytes) -> Run | None:
-    """The inverse of :func:`encode`.
+    """The inverse of :func:`encode`, of what is to be run.
 
     Raises:
         MessageError: it is none of these.

@@ -76,9 +76,9 @@ class ProcessHandOver(HandOver):
             return arrays
         receives = target.process_index == self._processes.index
         if receives:
-            length = state.batch.prompt_len if op.step == 0 else 1
-            shape = (state.batch.rows, length, self._width)
-            arrays = (_nothing(shape, self._dtype, target),)
+            arrays = tuple(
+                _nothing((*shape, self._width), self._dtype, target) for shape in state.shapes
+            )
         try:
             here = target if receives else source
             moved = [_sent(jax.device_put(a, here), source, target) for a in arrays]
@@ -88,8 +88,8 @@ class ProcessHandOver(HandOver):
         return tuple(moved) if receives else ()
 
     def tokens(self, op: StoreHidden, state: BatchState) -> None:
-        rows, chunks = state.batch.rows, state.num_score_chunks if op.step == 0 else 0
-        columns = 3 + 2 * max(state.num_scores, state.features.num_logprobs or 0)
+        rows, chunks, sampling = len(state.rows), state.num_score_chunks, state.sampling
+        columns = 3 + 2 * max(sampling.num_scores, sampling.features.num_logprobs or 0)
         room = TOKENS_NBYTES + SAMPLED_NBYTES * (1 + chunks)
         room += 4 * columns * (rows + SCORE_CHUNK * chunks)
         said = np.zeros(room, np.uint8)

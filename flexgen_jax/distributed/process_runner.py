@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from flexgen_jax._version import __version__
-from flexgen_jax.distributed.messages import Run
+from flexgen_jax.distributed.messages import Newcomers, Run
 from flexgen_jax.distributed.process_hand_over import ProcessHandOver
 from flexgen_jax.distributed.processes import Processes, process_count
 from flexgen_jax.distributed.stage_devices import stage_devices
@@ -18,9 +19,11 @@ from flexgen_jax.engine.effects import OnLogits, OnTokens
 from flexgen_jax.engine.local_runner import LocalRunner
 from flexgen_jax.engine.runner import Finished, OnFinished, Runner
 from flexgen_jax.engine.snapshots import Snapshot
+from flexgen_jax.engine.waiting import More
 from flexgen_jax.planning.blocks import Block
 from flexgen_jax.planning.planner import Planner, in_place
 from flexgen_jax.planning.stage_layout import layers_of
+from flexgen_jax.requests.request import Request
 from scheduling.policy import Policy
 from scheduling.stages import hosts_of
 from scheduling.workload import Workload
@@ -129,13 +132,32 @@ class ProcessRunner(Runner):
         progress: OnTokens | None = None,
         on_logits: OnLogits | None = None,
         snapshot_of: Callable[[int], Snapshot] | None = None,
+        more: More | None = None,
     ) -> None:
         if snapshot_of is not None:
             raise ValueError("the state of a running block cannot be saved over several processes")
         with self._failing_together():
             settings = self._settings(planner, blocks)
-            self._processes.send(Run(settings, planner.policy, list(blocks)))
-            self._local.run(planner, blocks, on_finished, progress=progress, on_logits=on_logits)
+            self._processes.send(Run(settings, planner.policy, list(blocks), more is not None))
+            self._local.run(
+                planner,
+                blocks,
+                on_finished,
+                progress=progress,
+                on_logits=on_logits,
+                more=None if more is None else functools.partial(self._told, more),
+            )
+
+    def _told(self, more: More) -> Sequence[Request] | None:
+        """Who comes next; all processes are told."""
+        rows = more()
+        self._processes.send(Newcomers(list(rows or ()), over=rows is None))
+        return rows
+
+    def _heard(self) -> Sequence[Request] | None:
+        """Likewise, from process 0."""
+        newcomers = self._processes.receive_newcomers()
+        return None if newcomers.over else newcomers.rows
 
     def follow(self, planner_under: Callable[[Policy], Planner]) -> None:
         """See :meth:`Runner.follow`.
@@ -159,7 +181,8 @@ class ProcessRunner(Runner):
                             f"{name} is {own} here and {value} in process 0: start all "
                             "processes with the same model, options and software"
                         )
-                self._local.run(planner, blocks, _ignore)
+                more = self._heard if message.more else None
+                self._local.run(planner, blocks, _ignore, more=more)
 
     @contextlib.contextmanager
     def _failing_together(self) -> Iterator[None]:

@@ -16,16 +16,17 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from flexgen_jax.distributed.frames import MessageError
-from flexgen_jax.distributed.messages import Run, decode, encode
+from flexgen_jax.distributed.messages import Newcomers, Run, decode, decode_newcomers, encode
 from flexgen_jax.distributed.sentry import Sentry
 from flexgen_jax.logs import event
 
 TIMEOUT = 60.0
 # After a verdict: how long a process may take to end by itself before it is ended.
+T = TypeVar("T")
 _GRACE = 5.0
 _CHUNK = 1 << 20  # of a message: the store's values travel whole
 _MOST_CHUNKS = 1 << 12
@@ -258,7 +259,7 @@ class Processes:
         """Whether this is process 0."""
         return self.index == 0
 
-    def send(self, message: Run | None) -> None:
+    def send(self, message: Run | Newcomers | None) -> None:
         """To all others; they get messages in order. None: there are no more."""
         data = encode(message)
         chunks = [data[i : i + _CHUNK] for i in range(0, len(data), _CHUNK)]
@@ -277,6 +278,19 @@ class Processes:
         Raises:
             ProcessError: another process is lost or has failed, or what came is no message.
         """
+        message = self._receive(decode)
+        self._over = message is None
+        return message
+
+    def receive_newcomers(self) -> Newcomers:
+        """The next message, which says who comes next; waits for it.
+
+        Raises:
+            ProcessError: another process is lost or has failed, or what came is no such message.
+        """
+        return self._receive(decode_newcomers)
+
+    def _receive(self, decoded: Callable[[bytes], T]) -> T:
         name = f"{self._space}/message/{self._received}"
         while True:
             self.check()
@@ -287,11 +301,10 @@ class Processes:
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise self.explained(error) from error
         try:
-            message = decode(self._chunks(name, count))
+            message = decoded(self._chunks(name, count))
         except MessageError as error:
             raise self.misspoken(0, error) from error
         self._received += 1
-        self._over = message is None
         return message
 
     def _chunks(self, name: str, count: str) -> bytes:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexgen_jax.engine.batch_state import BatchState
 from flexgen_jax.engine.cells import Cells
-from flexgen_jax.engine.snapshots import Arrays
 from flexgen_jax.models.params import unit_kinds
 from flexgen_jax.planning.blocks import Block
 from flexgen_jax.planning.cell_layout import (
@@ -34,6 +32,24 @@ Load = LoadCache | LoadHidden
 Store = StoreCache | StoreHidden
 
 _NO_SLOT = Slot()
+
+
+class Kept(NamedTuple):
+    """What a computation leaves for a cell of the cache.
+
+    Attributes:
+        arrays: Keys and values: of one position of all rows, or of whole prompts.
+        length: Positions so far, where the batch begins; None: it goes on.
+        joined: Likewise of the prompts of newcomers. ``rows``: where they go; -1: nowhere.
+    """
+
+    arrays: tuple[jax.Array, ...]
+    length: int | None = None
+    joined: tuple[jax.Array, ...] = ()
+    rows: np.ndarray | None = None
+
+
+Leaving = Kept | tuple[jax.Array, ...]  # the latter: hidden states
 
 
 class BlockCell(NamedTuple):
@@ -60,11 +76,27 @@ class BlockCell(NamedTuple):
         half = len(arrays) // 2
         return [(self.name, arrays[:half]), (self.values, arrays[half:])]
 
+    @property
+    def names(self) -> list[str]:
+        """Of all parts."""
+        return [self.name] if self.values is None else [self.name, self.values]
+
     def begin(self, arrays: tuple[jax.Array, ...], length: int) -> None:
         """Puts the first ``length`` positions, or what a ring keeps of them."""
         ring: dict[str, Any] = {"length": length, "ring": True} if self.room.ring else {}
         for name, part in self.parts(arrays):
             self.store.put(name, part, self.room.capacity, **ring)
+
+    def add(self, kept: Kept) -> None:
+        """Puts or appends what was computed."""
+        if kept.length is not None:
+            self.begin(kept.arrays, kept.length)
+            return
+        for name, part in self.parts(kept.arrays):
+            self.store.append(name, part)
+        if kept.rows is not None:
+            for name, part in self.parts(kept.joined):
+                self.store.renew(name, kept.rows, part)
 
 
 class BlockCells:
@@ -86,6 +118,7 @@ class BlockCells:
     ) -> None:
         config, dtype, policy = stores.config, stores.dtype, stores.policy
         self._head = workload.num_layers - 1
+        self._rows = [batch.rows for batch in block.batches]
         self._stage_of = [workload.stage_of(layer) for layer in range(workload.num_layers)]
         self.form = cache_format(policy)
         self.host = jax.local_devices(backend="cpu")[0]
@@ -99,7 +132,10 @@ class BlockCells:
         }
         for index, batch in enumerate(block.batches):
             name = hidden_name(index)
-            sizes = [hidden_nbytes(batch, config, dtype)]
+            whole = hidden_nbytes(batch, config, dtype)
+            each = whole // batch.longest_prompt  # of one position of all rows
+            # Newcomers are prefilled beside a step of those who are there.
+            sizes = [whole] if batch.room is None else [whole, each]
             for stage in stages:
                 store = stores.hidden[stage][tier_of[name]]
                 self.hidden[stage, index] = BlockCell(name, store, sizes)
@@ -125,7 +161,8 @@ class BlockCells:
         # What was loaded for a computation, and what is to be stored after it.
         self._arrived: dict[tuple[type, int, int], tuple[jax.Array, ...]] = {}
         self._slots: dict[tuple[int, int], list[Slot]] = {}
-        self._leaving: dict[tuple[type, int, int], tuple[jax.Array, ...]] = {}
+        self._leaving: dict[tuple[type, int, int], Leaving] = {}
+        self._with_newcomers: set[str] = set()  # hidden states that newcomers' lie beside
 
     def of(self, op: Load | Store) -> BlockCell | None:
         """None for what has no cell: the tokens that a step begins and ends with, and a cache
@@ -144,24 +181,34 @@ class BlockCells:
         """
         cell = self.of(op)
         assert cell is not None
-        arrays = cell.store.load(cell.name, slot)
+        arrays = self._load(cell, slot)
         self._slots.setdefault((op.layer, op.batch), []).append(slot)
         self._arrived[_key(op)] = arrays
 
+    def _load(self, cell: BlockCell, slot: Slot) -> tuple[jax.Array, ...]:
+        arrays = cell.store.load(cell.name, slot)
+        if cell.name in self._with_newcomers:
+            arrays = (*arrays, *cell.store.load(_newcomers(cell.name), slot))
+        return arrays
+
     def taken(self, op: Load) -> tuple[jax.Array, ...]:
-        """What was loaded, or what need not be."""
+        """What was loaded, or what need not be; of hidden states the newcomers' behind them."""
         cell = self.of(op)
         assert cell is not None
         if cell.store.free_load:
-            return cell.store.load(cell.name, _NO_SLOT)
+            return self._load(cell, _NO_SLOT)
         return self._arrived.pop(_key(op))
+
+    def drop(self, op: Load) -> None:
+        """What was loaded for ``op`` is not needed: the batch begins anew."""
+        self._arrived.pop(_key(op), None)
 
     def read(self, layer: int, batch: int, marker: jax.Array) -> None:
         """``marker`` is ready when what was loaded for the computation has been read."""
         for slot in self._slots.pop((layer, batch), ()):
             slot.release([marker])
 
-    def leaving(self, op: Store) -> tuple[jax.Array, ...] | None:
+    def leaving(self, op: Store) -> Leaving | None:
         """What waits to be stored; it waits no more."""
         return self._leaving.pop(_key(op), None)
 
@@ -169,42 +216,57 @@ class BlockCells:
         """Until what is to be stored has been computed."""
         jax.block_until_ready(self._leaving.get(_key(op)))
 
-    def keep(self, op: Store, arrays: tuple[jax.Array, ...]) -> None:
-        """Has ``arrays`` wait until ``op`` comes."""
-        self._leaving[_key(op)] = arrays
+    def keep(self, op: Store, leaving: Leaving) -> None:
+        """Has it wait until ``op`` comes."""
+        self._leaving[_key(op)] = leaving
 
-    def store(self, op: Store, arrays: tuple[jax.Array, ...] | None, prompt_len: int) -> None:
+    def store(self, op: Store, leaving: Leaving | None) -> None:
         """Puts what was computed where it is kept.
 
         Raises:
             KeyError: the cell was discarded.
         """
         cell = self.of(op)
-        if cell is None or arrays is None:
+        if cell is None or leaving is None:
             return
-        if isinstance(op, StoreHidden):
-            cell.store.put(cell.name, arrays, arrays[0].shape[-2])
-        elif op.step == 0:
-            cell.begin(arrays, prompt_len)
+        if isinstance(leaving, Kept):
+            cell.add(leaving)
         else:
-            for name, part in cell.parts(arrays):
-                cell.store.append(name, part)
+            self._put_hidden(cell, leaving)
+
+    def _put_hidden(self, cell: BlockCell, arrays: tuple[jax.Array, ...]) -> None:
+        names = cell.name, _newcomers(cell.name)
+        for name, array in zip(names, arrays, strict=False):
+            cell.store.put(name, (array,), array.shape[-2])
+        if len(arrays) == len(names):
+            self._with_newcomers.add(cell.name)
+        elif cell.name in self._with_newcomers:
+            self._with_newcomers.discard(cell.name)
+            cell.store.discard(names[1])
 
     def arrive(self, stage: int, batch: int, arrays: tuple[jax.Array, ...]) -> None:
         """Keeps hidden states that another stage has handed over."""
         cell = self.hidden.get((stage, batch))
         if cell is None:
             return
-        cell.store.put(cell.name, arrays, arrays[0].shape[-2])
+        self._put_hidden(cell, arrays)
         if cell.store.free_store:  # dispatched is not done
-            jax.block_until_ready(cell.store.load(cell.name, _NO_SLOT))
+            jax.block_until_ready(self._load(cell, _NO_SLOT))
 
     def discard(self, cell: BlockCell) -> None:
         """Gives its room back."""
-        cell.store.discard(cell.name)
-        if cell.values is not None:
-            cell.store.discard(cell.values)
-            self.value_sums.pop(cell.name, None)
+        for name in cell.names:
+            cell.store.discard(name)
+        self.value_sums.pop(cell.name, None)
+        if cell.name in self._with_newcomers:
+            cell.store.discard(_newcomers(cell.name))
+            self._with_newcomers.discard(cell.name)
+
+    def discard_layer(self, layer: int) -> None:
+        """Gives back the room of the cache of a layer."""
+        for (number, _), cell in self.cache.items():
+            if number == layer:
+                self.discard(cell)
 
     def leave(self, batch: int) -> None:
         """The batch's cells make room at once."""
@@ -219,39 +281,65 @@ class BlockCells:
         for kept in (self._arrived, self._slots, self._leaving):
             kept.clear()
 
-    def saved(self, states: Sequence[BatchState]) -> Iterator[tuple[str, Arrays]]:
-        """The cache, cell by cell, of the batches that go on: for a snapshot at a step's border."""
-        for (_, number), cell in self.cache.items():
-            state = states[number]
-            if state.left or not state.begun:
-                continue
-            filled = min(state.length, cell.room.capacity)
-            slot, arrays = Slot(), []
-            for name in (cell.name, cell.values):
-                if name is not None:
-                    slot.begin(cell.store.slot_nbytes(cell.sizes))
-                    # Copied: the slot is used again.
-                    arrays += [np.array(a[..., :filled, :]) for a in cell.store.load(name, slot)]
-            found = {f"{place}": array for place, array in enumerate(arrays)}
-            if cell.name in self.value_sums:
-                found["value_sum"] = np.asarray(self.value_sums[cell.name])
-            yield cell.name, found
+    def positions(self, layer: int, batch: int, column: int) -> list[np.ndarray]:
+        """What a cell has up to ``column``, between two steps, copied.
 
-    def restore(
-        self,
-        states: Sequence[BatchState],
-        cells: Iterator[tuple[str, Arrays]],
-        devices: Mapping[int, Any],
+        Returns:
+            Of each array (rows, heads, positions, dim), in the order of the columns: those that
+            there are, at most as many as the cell keeps.
+        """
+        cell = self.cache[layer, batch]
+        count = min(column + 1, cell.room.capacity)
+        index = np.arange(column + 1 - count, column + 1) % cell.room.capacity
+        slot, arrays = Slot(), []
+        for name in cell.names:
+            slot.begin(cell.store.slot_nbytes(cell.sizes))
+            # Copied: the slot is used again.
+            loaded = cell.store.load(name, slot)
+            arrays += [np.take(np.asarray(array), index, axis=-2) for array in loaded]
+        return arrays
+
+    def begin(
+        self, layer: int, batch: int, arrays: Sequence[np.ndarray], column: int, device: Any
     ) -> None:
-        """Takes what :meth:`saved` gave; ``devices``: of the stages."""
-        of_name = {cell.name: (*place, cell) for place, cell in self.cache.items()}
-        for name, found in cells:
-            layer, number, cell = of_name[name]
-            home = self.host if cell.hosted else devices[self._stage_of[layer]]
-            if "value_sum" in found:
-                self.value_sums[name] = jnp.array(found.pop("value_sum"), device=home)
-            arrays = tuple(jnp.array(found[f"{i}"], device=home) for i in range(len(found)))
-            cell.begin(arrays, states[number].length)
+        """Fills a cell with the newest positions up to ``column``, as :meth:`positions` gives them.
+
+        Args:
+            device: Of the layer's stage.
+        """
+        cell = self.cache[layer, batch]
+        capacity, length = cell.room.capacity, column + 1
+        count = min(length, capacity)
+        home = self.host if cell.hosted else device
+        there = []
+        for array in arrays:
+            have = array.shape[-2]
+            array = array[..., max(0, have - count) :, :]
+            if have < count:
+                room = [(0, 0)] * (array.ndim - 2) + [(count - have, 0), (0, 0)]
+                array = np.pad(array, room)
+            shift = (length - count) % capacity
+            there.append(jnp.array(np.roll(array, shift, axis=-2), device=home))
+        cell.begin(tuple(there), length)
+
+    def set_value_sum(self, layer: int, batch: int, value_sum: np.ndarray, device: Any) -> None:
+        """Of a cell that sparse attention attends to; ``device``: of the layer's stage."""
+        cell = self.cache[layer, batch]
+        home = self.host if cell.hosted else device
+        self.value_sums[cell.name] = jnp.array(value_sum, device=home)
+
+    def num_rows(self, batch: int) -> int:
+        """Of a batch."""
+        return self._rows[batch]
+
+    def homes(self, devices: Mapping[int, Any]) -> dict[int, Any]:
+        """Layer -> the device of its stage, of ``devices``, for layers with a cache."""
+        return {layer: devices[self._stage_of[layer]] for layer, _ in self.cache}
+
+
+def _newcomers(name: str) -> str:
+    """Where the hidden states of newcomers lie, beside those of ``name``."""
+    return f"{name}.newcomers"
 
 
 def _key(op: Load | Store) -> tuple[type, int, int]:

@@ -13,6 +13,7 @@ from flexgen_jax.models.family import Config
 from flexgen_jax.planning.blocks import Block
 from flexgen_jax.planning.cell_layout import cache_places, place_cache, place_hidden
 from flexgen_jax.planning.stage_layout import layers_of
+from scheduling.placement import Placement
 from scheduling.policy import Policy, Tier
 from storage.device import DeviceSequences
 from storage.disk import DiskContext
@@ -56,8 +57,10 @@ class Cells:
         wrap: WrapStore | None = None,
     ) -> None:
         self.config, self.dtype, self.policy = config, dtype, policy
-        self.cache_of = [place_cache(b, config, dtype, policy) for b in blocks]
-        self.hidden_of = [place_hidden(b, config, dtype, policy.hidden) for b in blocks]
+        self.cache_of: list[Placement] = []
+        self.hidden_of: list[Placement] = []
+        for block in blocks:
+            self.add(block)
         self._stack = contextlib.ExitStack()
         self._disks: list[DiskSequences] = []
         layers = layers_of(config, policy.num_stages)
@@ -74,11 +77,17 @@ class Cells:
             "cache": max(cached, default=0),
             "hidden": max((p.nbytes(Tier.DISK) for p in self.hidden_of), default=0),
         }
+        # What a rolling block becomes later may be dealt otherwise.
+        rolling = any(block.room is not None for block in blocks)
+        self._on_disk = {
+            "cache": needs["cache"] > 0 or (rolling and policy.cache.disk > 0),
+            "hidden": needs["hidden"] > 0 or (rolling and policy.hidden.disk > 0),
+        }
         self.cache: dict[int, Stores] = {}
         self.hidden: dict[int, Stores] = {}
         with contextlib.ExitStack() as stack:
             root = None
-            if sum(needs.values()):
+            if any(self._on_disk.values()):
                 made = stack.enter_context(Scratch(scratch))
                 made.require(sum(needs.values()), "the cache and hidden states of a block")
                 root = made.path
@@ -89,6 +98,13 @@ class Cells:
                         stack, device, directory, kind, needs, context, wrap
                     )
             self._stack = stack.pop_all()
+
+    def add(self, block: Block) -> int:
+        """Places the cells of one more block; returns its number."""
+        policy = self.policy
+        self.cache_of.append(place_cache(block, self.config, self.dtype, policy))
+        self.hidden_of.append(place_hidden(block, self.config, self.dtype, policy.hidden))
+        return len(self.cache_of) - 1
 
     def _stores(
         self,
@@ -108,7 +124,7 @@ class Cells:
             # Pinned memory cannot be indexed where it lies.
             Tier.HOST: HostSequences(device) if hosted or sparse else host_sequences(device),
         }
-        if needs[kind]:
+        if self._on_disk[kind]:
             assert directory is not None
             directory.mkdir()
             disk = DiskSequences(directory, context, device, nbytes=sum(needs.values()))

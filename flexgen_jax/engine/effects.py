@@ -7,19 +7,19 @@ role in its own way; :mod:`~flexgen_jax.engine.layer_loading` fetches weights, a
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
-from flexgen_jax.engine.batch_state import BatchState
-from flexgen_jax.engine.block_cells import BlockCells
+from flexgen_jax.engine.batch_state import BatchState, Step
+from flexgen_jax.engine.block_cells import BlockCells, Kept
 from flexgen_jax.engine.cells import Cells
 from flexgen_jax.engine.hand_over import HandOver
 from flexgen_jax.engine.layer_loading import LayerWeights
 from flexgen_jax.engine.pipeline import Rings, Stage, fullest
-from flexgen_jax.engine.snapshots import Arrays
 from flexgen_jax.engine.unit_effects import (
     DecoderEffects,
     EmbeddingEffects,
@@ -27,6 +27,7 @@ from flexgen_jax.engine.unit_effects import (
     UnitEffects,
 )
 from flexgen_jax.engine.unpacking import Dense
+from flexgen_jax.engine.waiting import Waiting
 from flexgen_jax.models.params import unit_kinds
 from flexgen_jax.planning.blocks import Block
 from flexgen_jax.requests.generated import Generated
@@ -63,39 +64,85 @@ class Watch(NamedTuple):
     on_logits: OnLogits | None = None
 
 
+@dataclasses.dataclass
+class Tally:
+    """What a block has computed.
+
+    Attributes:
+        passes: Over the weights.
+        rows_computed, rows_used: Of all steps; of them those that gave a token.
+        padded_tokens: Positions of prompts, padding and empty rows included.
+    """
+
+    passes: int = 0
+    rows_computed: int = 0
+    rows_used: int = 0
+    padded_tokens: int = 0
+
+    def step(self, rows: int, used: int, now: Step) -> None:
+        """Counts a step of a batch."""
+        self.rows_computed += rows
+        self.rows_used += used
+        if now.fresh:
+            self.padded_tokens += rows * (now.column + 1)
+        elif now.joining is not None:
+            joined = now.joining.batch
+            self.padded_tokens += joined.rows * joined.prompt_len
+
+
 class BlockEffects:
     """The ``Effects`` of one block. Use :meth:`results` after the schedule has run.
 
     Args:
+        block: As it begins.
         states: Of its batches.
         number: Which block of ``stores`` it is.
         workload: Of the block.
         stages: Those that are here, by number, with their rings made.
         stores: Where its cells lie.
         hand_over: Between the stages.
+        waiting: Who takes the places of those that have finished.
+        tally: Goes on counting.
+        most_steps: Of a run of the schedule: then the batches pause; None: no limit.
+        gathers: Whether all pause once the rows that are left fit into fewer batches.
+
+    Attributes:
+        finished_rows: What was finished and is not taken yet.
+        peak_bytes: Of weights, cells, slots and dense copies, by tier.
     """
 
     def __init__(
         self,
+        block: Block,
         states: Sequence[BatchState],
         number: int,
         workload: Workload,
         stages: Mapping[int, Stage],
         stores: Cells,
         hand_over: HandOver,
+        waiting: Waiting,
+        tally: Tally,
         watch: Watch = Watch(),  # noqa: B008 # immutable
+        *,
+        most_steps: int | None = None,
+        gathers: bool = False,
     ) -> None:
         self._states, self._stages, self._stores = states, stages, stores
+        self._room, self._waiting, self._tally = block.room, waiting, tally
+        self._most_steps, self._gathers = most_steps, gathers
+        self._gathering = False
+        self._at_batch = len(states)  # that was computed last; a smaller one begins a pass
+        self.finished_rows: deque[Generated] = deque()
         self._between, self._watch = hand_over, watch
         layers = range(workload.num_layers)
         self._stage_of = [workload.stage_of(layer) for layer in layers]
         self._hands_over = [workload.hands_over(layer) for layer in layers]
         self._head = workload.num_layers - 1
-        config, block = stores.config, Block(tuple(state.batch for state in states))
-        self._cells = BlockCells(block, number, workload, list(stages), stores)
+        config = stores.config
+        self.cells = BlockCells(block, number, workload, list(stages), stores)
         self._dense = {stage: Dense(stores.dtype) for stage in stages}
         kinds = unit_kinds(config)
-        about = config, self._cells, workload
+        about = config, self.cells, workload
         by_role: dict[str, UnitEffects] = {
             "embed": EmbeddingEffects(*about),
             "decoder": DecoderEffects(
@@ -113,7 +160,7 @@ class BlockEffects:
         self._readers: defaultdict[int, list[jax.Array]] = defaultdict(list)
         self._last_marker: dict[int, jax.Array] = {}  # by stage
         self._finished = False
-        self.peak_bytes = dict.fromkeys(Tier, 0)  # of weights, cells, slots and dense copies
+        self.peak_bytes = dict.fromkeys(Tier, 0)
 
     def _sample(self) -> None:
         """Notes what the stores, the slots and the dense copies hold now."""
@@ -145,7 +192,7 @@ class BlockEffects:
             return stage.weights.resident(op.layer) is not None
         if isinstance(op, Compute):
             return False
-        cell = self._cells.of(op)
+        cell = self.cells.of(op)
         if cell is None:
             return True
         loads = isinstance(op, (LoadCache, LoadHidden))
@@ -158,12 +205,16 @@ class BlockEffects:
         if isinstance(op, LoadWeights):
             return not self._finished
         state = self._states[op.batch]
-        if isinstance(op, (LoadCache, StoreCache)) and op.step >= state.batch.num_steps:
-            return False  # its cell is gone, even before the batch leaves
-        return not state.left
+        now = state.now
+        if state.left or (state.paused and op.step > now.number):
+            return False
+        if isinstance(op, LoadCache):
+            # Nobody reads what the last step has left, nor what was there before a beginning.
+            return not (now.last if op.step > now.number else now.fresh)
+        return True
 
     def finished(self) -> bool:
-        """Whether all batches have left."""
+        """Whether all batches have left or pause."""
         return self._finished
 
     def make_room(self, issue: Issue) -> None:
@@ -173,11 +224,11 @@ class BlockEffects:
                 slot = self._weight_slot(issue)
                 slot.begin(self._stages[issue.stage].weights.slot_nbytes(issue.op.layer))
             case LoadCache() | LoadHidden():
-                cell = self._cells.of(issue.op)
+                cell = self.cells.of(issue.op)
                 assert cell is not None
                 self._cell_slot(issue).begin(cell.store.slot_nbytes(cell.sizes))
             case StoreCache() | StoreHidden():
-                self._cells.wait(issue.op)
+                self.cells.wait(issue.op)
             case _:
                 pass
 
@@ -204,16 +255,17 @@ class BlockEffects:
                     self._weight_slot(issue).release(readers)
             case LoadCache() | LoadHidden():
                 try:
-                    self._cells.load(op, self._cell_slot(issue))
+                    self.cells.load(op, self._cell_slot(issue))
                 except (KeyError, StorageError):
                     if self.wanted(op):  # else the batch, and its cells with it, left meanwhile
                         raise
             case StoreHidden() if self._hands_over[op.layer]:
-                self._hand_over(op, self._cells.leaving(op) or ())
+                leaving = self.cells.leaving(op) or ()
+                assert not isinstance(leaving, Kept)
+                self._hand_over(op, leaving)
             case StoreCache() | StoreHidden():
-                prompt_len = self._states[op.batch].batch.prompt_len
                 try:
-                    self._cells.store(op, self._cells.leaving(op), prompt_len)
+                    self.cells.store(op, self.cells.leaving(op))
                 except KeyError:
                     if self.wanted(op):
                         raise
@@ -237,12 +289,16 @@ class BlockEffects:
             self._border(op.batch, state)
             return
         arrived = self._between.hidden(op, arrays, state)
-        self._cells.arrive(self._stage_of[op.layer] + 1, op.batch, arrived)
+        self.cells.arrive(self._stage_of[op.layer] + 1, op.batch, arrived)
 
     def _compute(self, op: Compute) -> jax.Array | None:
         state = self._states[op.batch]
-        if op.layer == 0 and op.step > 0 and self._border(op.batch, state):
-            return None
+        if op.layer == 0:
+            if op.step > state.now.number and not self._border(op.batch, state):
+                return None
+            state.computing()
+            self._tally.passes += op.batch <= self._at_batch
+            self._at_batch = op.batch
         number = self._stage_of[op.layer]
         stage = self._stages[number]
         weights = stage.weights.resident(op.layer) or self._loaded[op.layer][0]
@@ -250,67 +306,89 @@ class BlockEffects:
         marker = self._units[op.layer].compute(op, state, stage, dense)
         if self._loaded[op.layer]:
             self._readers[op.layer].append(marker)
-        self._cells.read(op.layer, op.batch, marker)
+        self.cells.read(op.layer, op.batch, marker)
         self._last_marker[number] = marker
         return marker
 
     def _border(self, batch: int, state: BatchState) -> bool:
-        """Books the tokens of the step before; True if the batch is finished and leaves."""
+        """Books the tokens of the step before and begins the next; False: the batch does not."""
         if batch in (0, len(self._states) - 1):
             self._sample()
         self._book(state)
-        if state.finished:
+        if not self._may_gather() and state.now.number != self._most_steps:
+            return self._go_on(batch, state)
+        state.paused = True
+        if state.num_live == 0:
             self._leave(batch, state)
-            self._finished = all(s.left for s in self._states)
-        return state.left
+        self._note_finished()
+        return False
+
+    def _go_on(self, batch: int, state: BatchState) -> bool:
+        """Begins a step with those who wait; or the batch leaves."""
+        newcomers = self._waiting.take(state.num_free, self._room)
+        if newcomers or state.num_live:
+            state.over = self._waiting.over
+            state.step(newcomers)
+            return True
+        self._leave(batch, state)
+        self._note_finished()
+        return False
+
+    def _may_gather(self) -> bool:
+        """Whether nobody comes any more, and those who are left fit into fewer batches."""
+        if self._gathers and not self._gathering:
+            there = [state for state in self._states if not state.left]
+            live = sum(state.num_live for state in there)
+            rows = max(len(state.rows) for state in self._states)
+            fewer = -(-live // rows) < len(there) and live > 0
+            self._gathering = fewer and not self._waiting.open_to(self._room)
+        return self._gathering
+
+    def _note_finished(self) -> None:
+        self._finished = all(s.left or s.paused for s in self._states)
 
     def _leave(self, batch: int, state: BatchState) -> None:
         state.left = True
-        self._cells.leave(batch)
+        self.cells.leave(batch)
 
     def _book(self, state: BatchState) -> None:
+        computed, now = state.sampled is not None, state.now
         count = state.collect()
+        if computed:
+            self._tally.step(len(state.rows), count, now)
+        self.finished_rows.extend(state.take_finished())
         if count and self._watch.on_tokens is not None:
             self._watch.on_tokens(count)
 
-    def settle(self) -> None:
-        """Between two schedules of one block: books tokens, and drops what was loaded ahead."""
+    def begin_run(self) -> None:
+        """Before a run of the schedule: the batches that have begun take their next step."""
+        self._finished = self._gathering = False
+        self._at_batch = len(self._states)
         for number, state in enumerate(self._states):
+            state.resume(anew=self._room is not None)
+            if state.begun and not state.left:
+                self._go_on(number, state)
+        self._note_finished()
+
+    def settle(self) -> None:
+        """After a run: books tokens, takes back what was not computed, drops what was loaded."""
+        for state in reversed(self._states):
+            self._waiting.put_back(state.undo_step())
             if not state.left:
                 self._book(state)
-                if state.finished:
-                    self._leave(number, state)
-        self._finished = all(s.left for s in self._states)
         self._loaded.clear()
         self._readers.clear()
-        self._cells.forget()
+        self.cells.forget()
 
-    def batches(self) -> list[dict[str, Any]]:
-        """What each batch has produced, as plain JSON."""
-        return [state.to_json() for state in self._states]
+    @property
+    def gathering(self) -> bool:
+        """Whether those who are left fit into fewer batches."""
+        return self._gathering
 
-    def cells(self) -> Iterator[tuple[str, Arrays]]:
-        """The cache, cell by cell, of the batches that go on."""
-        return self._cells.saved(self._states)
-
-    def restore(
-        self,
-        batches: Sequence[Mapping[str, Any]],
-        cells: Iterator[tuple[str, Arrays]],
-        peak_bytes: Mapping[str, int],
-    ) -> None:
-        """Takes what :meth:`batches` and :meth:`cells` gave, and ``peak_bytes`` by tier."""
-        self.peak_bytes = {tier: peak_bytes[tier.value] for tier in Tier}
-        for state, values in zip(self._states, batches, strict=True):
-            state.restore(values)
-        devices = {number: stage.device for number, stage in self._stages.items()}
-        self._cells.restore(self._states, cells, devices)
-
-    def results(self) -> Iterator[Generated]:
-        """What every request of the block produced; books the last step's tokens first."""
-        for state in self._states:
-            self._book(state)
-            yield from state.results
+    @property
+    def devices(self) -> dict[int, Any]:
+        """Of the stages that are here, by number."""
+        return {number: stage.device for number, stage in self._stages.items()}
 
     def close(self) -> None:
         """Gives back the room of all cells."""

@@ -40,7 +40,7 @@ def embed(
     return hidden, _marker(hidden)
 
 
-@partial(jax.jit, static_argnames=("config", "kind", "form", "keep"))
+@partial(jax.jit, static_argnames=("config", "kind", "form", "keep", "in_turn"))
 def prefill_layer(
     params: Any,
     hidden: Float[Array, "batch seq hidden"],
@@ -50,17 +50,21 @@ def prefill_layer(
     kind: Kind,
     form: CacheFormat,
     keep: int | None = None,
+    in_turn: bool = False,
 ) -> tuple[Float[Array, "batch seq hidden"], KeptCache, Float[Array, ""]]:
     """A decoder layer over whole prompts, a few rows at a time; their keys and values as well.
 
     Args:
         keep: At most so many positions of these, the last ones, as a ring; None: all.
+        in_turn: Not as a ring, but one after the other.
     """
     batch, seq, _ = hidden.shape
     rows = rows_per_call(batch, seq)
 
     def some_rows(part: tuple[Array, Array]) -> tuple[Array, KeptCache]:
         out, (k, v) = decoding.prefill_layer(params, *part, config, kind)
+        if in_turn and keep is not None:
+            return out, form.pack(LayerCache(k[:, :, -keep:], v[:, :, -keep:]))
         return out, form.pack(last_positions(LayerCache(k, v), keep))
 
     if rows == batch:
@@ -194,6 +198,15 @@ def head(
     return decoding.head(params, token_table, hidden[:, -1], config)
 
 
+@partial(jax.jit, donate_argnums=0)
+def put_rows(
+    whole: Float[Array, "batch *dims"], some: Float[Array, "count *dims"], rows: Int[Array, "count"]
+) -> Float[Array, "batch *dims"]:
+    """``whole`` with ``some`` in its ``rows``; -1: nowhere."""
+    places = jnp.where(rows >= 0, rows, whole.shape[0])
+    return whole.at[places].set(some.astype(whole.dtype), mode="drop")
+
+
 @partial(jax.jit, static_argnames=("config", "k"))
 def score(
     params: Any,
@@ -223,6 +236,7 @@ def compilations() -> int:
         sum_values,
         decode_rest,
         head,
+        put_rows,
         score,
     )
     return sum(f._cache_size() for f in functions)

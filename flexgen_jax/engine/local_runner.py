@@ -11,20 +11,22 @@ from typing import Any
 
 import jax
 
-from flexgen_jax.engine.batch_state import batch_states
-from flexgen_jax.engine.block_run import Counts, run_block
+from flexgen_jax.engine.batch_state import Makings
+from flexgen_jax.engine.block_run import BlockRun, Counts, Ended, Setting, Since
 from flexgen_jax.engine.cells import Cells, WrapStore
-from flexgen_jax.engine.effects import BlockEffects, OnLogits, OnTokens, Watch
+from flexgen_jax.engine.effects import OnLogits, OnTokens, Watch
 from flexgen_jax.engine.hand_over import HandOver
 from flexgen_jax.engine.layer_loading import LayerLoader
 from flexgen_jax.engine.pipeline import Rings, Stage
 from flexgen_jax.engine.runner import Finished, OnFinished, Runner
 from flexgen_jax.engine.snapshots import Snapshot
+from flexgen_jax.engine.waiting import More, Waiting
 from flexgen_jax.logs import event
 from flexgen_jax.models.family import eos_token_ids
 from flexgen_jax.planning.blocks import Block
 from flexgen_jax.planning.planner import Planner
 from flexgen_jax.planning.stage_layout import layers_of, place_stages
+from flexgen_jax.requests.generated import Generated
 from flexgen_jax.requests.texts import output_of
 from scheduling.placement import Placement
 from scheduling.policy import Policy, Tier
@@ -89,24 +91,26 @@ class LocalRunner(Runner):
         progress: OnTokens | None = None,
         on_logits: OnLogits | None = None,
         snapshot_of: Callable[[int], Snapshot] | None = None,
+        more: More | None = None,
     ) -> None:
         _log_begun(planner.schedule_name, blocks, planner.placement(blocks))
         begun, tokens = time.perf_counter(), 0
+        watch = Watch(progress, on_logits)
         with self._cells(planner.policy, blocks) as cells:
             for number, block in enumerate(blocks):
                 event("block begun", block=number, of=len(blocks), requests=len(block.requests))
                 snapshot = snapshot_of(number) if snapshot_of is not None else None
-                finished = self._run_block(
-                    planner, block, number, cells, snapshot, progress, on_logits
-                )
-                timeline = finished.timeline
-                assert timeline is not None
-                tokens += finished.generated_tokens
-                _log_tokens(
-                    "block finished", finished.generated_tokens, timeline.seconds, block=number
-                )
-                event("streams", level=DEBUG, block=number, streams=timeline.summary())
-                on_finished(number, finished)
+                waiting = Waiting(block.waiting, more if number == len(blocks) - 1 else None)
+
+                def on_part(finished: Finished, number: int = number) -> None:
+                    nonlocal tokens
+                    tokens += finished.generated_tokens
+                    on_finished(number, finished)
+
+                before, lap = tokens, time.perf_counter()
+                self._run_block(planner, block, number, waiting, cells, snapshot, watch, on_part)
+                seconds = time.perf_counter() - lap
+                _log_tokens("block finished", tokens - before, seconds, block=number)
         _log_tokens("run finished", tokens, time.perf_counter() - begun)
 
     def _cells(self, policy: Policy, blocks: Sequence[Block]) -> Cells:
@@ -126,11 +130,12 @@ class LocalRunner(Runner):
         planner: Planner,
         block: Block,
         number: int,
+        waiting: Waiting,
         cells: Cells,
         snapshot: Snapshot | None,
-        progress: OnTokens | None,
-        on_logits: OnLogits | None,
-    ) -> Finished:
+        watch: Watch,
+        on_part: Callable[[Finished], None],
+    ) -> None:
         counts = Counts(
             lambda: (
                 sum(stage.weights.disk_bytes for stage in self._stages.values())
@@ -148,23 +153,30 @@ class LocalRunner(Runner):
         for stage in self._stages.values():
             stage.rings = None
         last = stages.get(workload.num_stages - 1)
-        states = batch_states(
-            block,
+        makings = Makings(
             self.seed,
             eos_token_ids(self.model.config),
             None if self._tokenizer is None else self._tokenizer.decode,
             None if last is None else last.device,
         )
-        effects = BlockEffects(
-            states, number, workload, stages, cells, self.hand_over, Watch(progress, on_logits)
-        )
-        timeline = run_block(planner.order, workload, effects, counts, snapshot)
+
+        def hand_out(results: list[Generated], since: Since, ended: Ended | None) -> None:
+            finished = Finished(
+                requests=tuple(result.request for result in results),
+                outputs=[output_of(result, self._tokenizer) for result in results],
+                peak_bytes=since.peak_bytes,
+                counts=since.counts,
+                ended=ended is not None,
+            )
+            if ended is not None:
+                streams = ended.timeline.summary()
+                event("streams", level=DEBUG, block=number, streams=streams)
+                finished = dataclasses.replace(finished, **ended._asdict())
+            on_part(finished)
+
+        setting = Setting(planner, stages, cells, self.hand_over, makings, watch)
+        BlockRun(setting, block, number, waiting, counts, hand_out, snapshot)()
         self._stages = stages
-        results = list(effects.results())
-        effects.close()
-        counted = counts()
-        outputs = [output_of(result, self._tokenizer) for result in results]
-        return Finished(outputs, effects.peak_bytes, counted, timeline)
 
     def close(self, error: BaseException | None = None) -> None:
         self._closed = True

@@ -16,9 +16,12 @@ import jax
 from flexgen_jax._version import __version__
 from flexgen_jax.engine.effects import OnLogits, OnTokens
 from flexgen_jax.engine.snapshots import Snapshot
+from flexgen_jax.engine.waiting import More
 from flexgen_jax.planning.blocks import Block
 from flexgen_jax.planning.planner import Planner
+from flexgen_jax.planning.refilling import Life
 from flexgen_jax.requests.outputs import RequestOutput
+from flexgen_jax.requests.request import Request
 from scheduling.hardware import Hardware
 from scheduling.limits import Limits
 from scheduling.policy import Policy, Tier
@@ -31,20 +34,30 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """What a block came to.
+    """What a block came to, or a part of it: of a rolling block the results come as they are there.
 
     Attributes:
-        outputs: The completions, in the order of the block's requests: of a prompt's several
-            completions those that the block has.
+        requests: Those that are finished, one for each row: a prompt's completions one after
+            another, those that the block has.
+        outputs: Of each of ``requests``.
+        ended: Whether it is the block's last part.
         peak_bytes: The most that each tier held.
-        counts: Seconds, compilations and bytes, by the names that a ``Report`` has for them.
-        timeline: Measured; None where several blocks run at once, which have none together.
+        counts: Seconds, compilations and bytes since the part before, by the names that a
+            ``Report`` has for them.
+        timeline: Measured, with the last part; None where several blocks run at once, which have
+            none together. ``passes``: over the weights, that it has.
+        lives: With the last part of a rolling block: what its requests turned out to be, in the
+            order in which they came.
     """
 
+    requests: tuple[Request, ...]
     outputs: list[RequestOutput]
     peak_bytes: Mapping[Tier, int]
     counts: Mapping[str, Any]
+    ended: bool = True
     timeline: Timeline | None = None
+    passes: int = 0
+    lives: Sequence[Life] = ()
 
     @property
     def generated_tokens(self) -> int:
@@ -75,6 +88,11 @@ class Runner(abc.ABC):
     def num_replicas(self) -> int:
         """How many blocks run at once."""
         return 1
+
+    @property
+    def takes_more(self) -> bool:
+        """Whether a rolling block may go on with requests that are not known when it begins."""
+        return True
 
     @property
     def hosts(self) -> tuple[int, ...]:
@@ -134,11 +152,15 @@ class Runner(abc.ABC):
         progress: OnTokens | None = None,
         on_logits: OnLogits | None = None,
         snapshot_of: Callable[[int], Snapshot] | None = None,
+        more: More | None = None,
     ) -> None:
         """Runs ``blocks``, whose schedule was checked.
 
         Args:
-            on_finished: Given a block's place in ``blocks`` and what it came to, in their order.
+            on_finished: Given a block's place in ``blocks`` and what it came to, in their order; of
+                a rolling block several times, each time a part.
+            more: Gives the rows that come after those of a single rolling block, some at a time;
+                None: no more.
             progress: Told the number of new tokens whenever some are booked.
             on_logits: Given (step, batch, logits [rows, vocab]) of every head computation.
             snapshot_of: Given a block's place, says where its state is kept while it runs.

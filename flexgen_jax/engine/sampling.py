@@ -100,15 +100,22 @@ def batch_arrays(
     seeds: Sequence[np.ndarray],
     stop_ids: Sequence[Sequence[int]],
     rows: int,
+    *,
+    num_stops: int = 1,
+    num_biases: int = 1,
 ) -> tuple[SamplingArrays, SamplingFeatures]:
-    """Parameters of a batch of ``rows`` rows, the last of which may be padding (greedy)."""
+    """Parameters of a batch of ``rows`` rows, the last of which may be padding (greedy).
+
+    Args:
+        num_stops: Columns of stop ids, at least. ``num_biases``: of biases.
+    """
     padded = [*params, *[SamplingParams(temperature=0.0)] * (rows - len(params))]
     stops = [*map(list, stop_ids), *[[]] * (rows - len(params))]
-    most = max(1, *(len(s) for s in stops))
+    most = max(num_stops, *(len(s) for s in stops))
     words = np.zeros((rows, 2), np.uint32)
     if len(params):
         words[: len(params)] = np.stack(list(seeds))
-    widest = max(1, *(len(p.logit_bias) for p in padded))
+    widest = max(num_biases, *(len(p.logit_bias) for p in padded))
     bias_ids = np.full((rows, widest), -1, np.int32)
     bias = np.zeros((rows, widest), np.float32)
     for row, p in enumerate(params):
@@ -188,8 +195,8 @@ def truncate(
     return jnp.where(logits < threshold, _MASKED, logits)
 
 
-def _draw(logits: Array, arrays: SamplingArrays, step: Array, truncated: bool) -> Array:
-    def one(row: Array, a: SamplingArrays) -> Array:
+def _draw(logits: Array, arrays: SamplingArrays, steps: Array, truncated: bool) -> Array:
+    def one(row: Array, a: SamplingArrays, step: Array) -> Array:
         # Less would make several logits infinite, of which the first would be taken.
         scaled = row / jnp.where(a.temperature > 0, jnp.maximum(a.temperature, 1e-30), 1.0)
         if truncated:
@@ -199,7 +206,7 @@ def _draw(logits: Array, arrays: SamplingArrays, step: Array, truncated: bool) -
         noisy = scaled + jax.random.gumbel(key, row.shape, jnp.float32)
         return jnp.argmax(jnp.where(a.temperature > 0, noisy, row))
 
-    return jax.vmap(one)(logits, arrays)
+    return jax.vmap(one)(logits, arrays, steps)
 
 
 def scores(logits: Float[Array, "rows vocab"], token: Int[Array, "rows"], k: int) -> Sampled:
@@ -215,13 +222,13 @@ def scores(logits: Float[Array, "rows vocab"], token: Int[Array, "rows"], k: int
 def sample(
     logits: Float[Array, "batch vocab"],
     arrays: SamplingArrays,
-    step: Int[Array, ""],
+    steps: Int[Array, "batch"],
     forced: Int[Array, "batch"] | None = None,
     history: History | None = None,
     *,
     features: SamplingFeatures,
 ) -> Sampled:
-    """Draws the token of generated index ``step`` (0: the first) of every row.
+    """Draws the token of generated index ``steps[row]`` (0: the first) of every row.
 
     Where ``forced`` is not negative, that is the token. ``history`` is looked at where a feature
     needs it.
@@ -239,11 +246,11 @@ def sample(
         ids = jnp.where(history.banned >= 0, history.banned, logits.shape[1])
         logits = logits.at[rows, ids].set(_MASKED, mode="drop")
     if features.delayed_stop:
-        early = step < arrays.min_tokens
+        early = steps < arrays.min_tokens
         ids = jnp.where(early[:, None] & (arrays.stop_ids >= 0), arrays.stop_ids, logits.shape[1])
         logits = logits.at[rows, ids].set(_MASKED, mode="drop")
     if features.random:
-        token = _draw(logits, arrays, step, features.truncated)
+        token = _draw(logits, arrays, steps, features.truncated)
     else:
         token = jnp.argmax(logits, axis=-1)
     token = jnp.where(logits.max(axis=-1) > _MASKED, token.astype(jnp.int32), NOTHING_LEFT)

@@ -40,16 +40,20 @@ class State:
     """A block at a step border.
 
     Attributes:
-        done: The steps of each batch that are done, as ``Workload.done``.
-        batches: What each batch has produced, as plain JSON.
+        batches: Who is in the rows of each, as plain JSON.
+        room: Of a row of a rolling block, as numbers; None: of another block.
+        finished: What was finished, but not handed out.
         counts: What the block has taken so far, in seconds, bytes and the like.
+        steps: How many its earlier runs of the schedule took.
         timeline: Measured so far.
         peak_bytes: By the name of the tier.
     """
 
-    done: tuple[int, ...]
     batches: list[dict[str, Any]]
+    room: tuple[int, int, int] | None
+    finished: list[dict[str, Any]]
     counts: dict[str, float]
+    steps: int
     timeline: Timeline
     peak_bytes: dict[str, int]
 
@@ -62,7 +66,7 @@ class State:
     def from_json(cls, values: Mapping[str, Any]) -> State:
         """The inverse of :meth:`to_json`."""
         timeline = Timeline.from_json(values["timeline"])
-        return cls(**{**values, "done": tuple(values["done"]), "timeline": timeline})
+        return cls(**{**values, "timeline": timeline})
 
 
 def are_kept_in(directory: Path) -> bool:
@@ -172,7 +176,7 @@ class Snapshot:
                 event("snapshot damaged", level=logging.WARNING, path=str(path), why=str(error))
                 continue
             if block == self._block:
-                event("snapshot read", path=str(path), done=list(state.done))
+                event("snapshot read", path=str(path))
                 self._latest = path
                 return state, _cells(path, groups)
         return None

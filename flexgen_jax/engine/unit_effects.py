@@ -14,7 +14,7 @@ import numpy as np
 
 from flexgen_jax.engine import kernels
 from flexgen_jax.engine.batch_state import BatchState
-from flexgen_jax.engine.block_cells import BlockCell, BlockCells
+from flexgen_jax.engine.block_cells import BlockCell, BlockCells, Kept, Leaving
 from flexgen_jax.engine.layer_loading import LayerWeights
 from flexgen_jax.engine.pipeline import Stage
 from flexgen_jax.engine.sampling import sample
@@ -44,21 +44,19 @@ class UnitEffects(abc.ABC):
     ) -> jax.Array:
         """Dispatches the computation; returns what is ready when it has run."""
 
-    def _output(
-        self, op: StoreCache | StoreHidden, arrays: tuple[jax.Array, ...], state: BatchState
-    ) -> None:
+    def _output(self, op: StoreCache | StoreHidden, leaving: Leaving, state: BatchState) -> None:
         """Keeps what a computation made: at once where that is no work, else until it is stored."""
         if isinstance(op, StoreHidden) and self._hands_over[op.layer]:
-            self._cells.keep(op, arrays)
+            self._cells.keep(op, leaving)
             return
         cell = self._cells.of(op)
         if cell is None:
             return
         if not cell.store.free_store:
-            self._cells.keep(op, arrays)
+            self._cells.keep(op, leaving)
             return
         try:
-            self._cells.store(op, arrays, state.batch.prompt_len)
+            self._cells.store(op, leaving)
         except KeyError:
             if not state.left:
                 raise
@@ -70,13 +68,30 @@ class EmbeddingEffects(UnitEffects):
     def compute(
         self, op: Compute, state: BatchState, stage: Stage, weights: LayerWeights
     ) -> jax.Array:
-        rows = stage.weights.token_rows(state.tokens)
-        first = state.position(op.step) if op.step else np.int32(0)
-        hidden, marker = kernels.embed(
-            weights.params, rows, first, state.padding_on(stage.device), config=self._config
-        )
-        self._output(StoreHidden(op.step, op.layer, op.batch), (hidden,), state)
+        now = state.now
+        first = np.int32(0 if now.fresh else now.column)
+        padding = state.padding_on(stage.device)
+        hidden, marker = self._embedded(state.tokens, first, padding, stage, weights)
+        found: tuple[jax.Array, ...] = (hidden,)
+        if now.joining is not None:
+            batch = now.joining.batch
+            padding = jax.device_put(batch.padding(), stage.device)
+            tokens = batch.tokens()
+            joined, marker = self._embedded(tokens, np.int32(0), padding, stage, weights)
+            found = (hidden, joined)
+        self._output(StoreHidden(op.step, op.layer, op.batch), found, state)
         return marker
+
+    def _embedded(
+        self,
+        tokens: np.ndarray,
+        first: np.int32,
+        padding: jax.Array,
+        stage: Stage,
+        weights: LayerWeights,
+    ) -> tuple[jax.Array, jax.Array]:
+        rows = stage.weights.token_rows(tokens)
+        return kernels.embed(weights.params, rows, first, padding, config=self._config)
 
 
 class DecoderEffects(UnitEffects):
@@ -105,34 +120,48 @@ class DecoderEffects(UnitEffects):
         self, op: Compute, state: BatchState, stage: Stage, weights: LayerWeights
     ) -> jax.Array:
         step, layer, number = op.step, op.layer, op.batch
-        (hidden,) = self._cells.taken(LoadHidden(step, layer, number))
-        cell = self._cells.cache.get((layer, number))
-        if step:
+        hidden, *joined = self._cells.taken(LoadHidden(step, layer, number))
+        cell, now = self._cells.cache.get((layer, number)), state.now
+        if now.fresh:
+            self._cells.drop(LoadCache(step, layer, number))
+            padding = state.padding_on(stage.device)
+            hidden, new, marker = self._prefill(layer, padding, weights, hidden, cell)
+            kept = Kept(_leaves(new), length=now.column + 1)
+            self._sum_values(cell, new, padding)
+        else:
             assert cell is not None
             hidden, new, marker = self._decode(op, state, stage, weights, hidden, cell)
-        else:
-            hidden, new, marker = self._prefill(layer, state, stage, weights, hidden, cell)
-        last = step + 1 == state.batch.num_steps
-        if last and step:
+            kept = Kept(_leaves(new))
+        found: tuple[jax.Array, ...] = (hidden,)
+        if now.joining is not None:
             assert cell is not None
+            padding = jax.device_put(now.joining.batch.padding(), stage.device)
+            out, theirs, marker = self._prefill(
+                layer, padding, weights, joined[0], cell, in_turn=True
+            )
+            self._sum_values(cell, theirs, padding, now.joining.rows)
+            kept = kept._replace(joined=_leaves(theirs), rows=now.joining.rows)
+            found = (hidden, out)
+        if not now.last:
+            self._output(StoreCache(step, layer, number), kept, state)
+        elif cell is not None and not now.fresh and state.over:
             self._cells.discard(cell)  # nobody reads it any more
-        if not last:
-            self._output(StoreCache(step, layer, number), tuple(jax.tree.leaves(new)), state)
-        self._output(StoreHidden(step, layer, number), (hidden,), state)
+        self._output(StoreHidden(step, layer, number), found, state)
         return marker
 
     def _prefill(
         self,
         layer: int,
-        state: BatchState,
-        stage: Stage,
+        padding: jax.Array,
         weights: LayerWeights,
         hidden: jax.Array,
         cell: BlockCell | None,
+        *,
+        in_turn: bool = False,
     ) -> tuple[jax.Array, KeptCache, jax.Array]:
-        padding = state.padding_on(stage.device)
+        """Args: ``in_turn``: the positions that a ring keeps come in their own order."""
         ring = cell is not None and cell.room.ring
-        hidden, new, marker = kernels.prefill_layer(
+        return kernels.prefill_layer(
             weights.params,
             hidden,
             padding,
@@ -140,13 +169,25 @@ class DecoderEffects(UnitEffects):
             kind=self._kinds[layer],
             form=self._cells.form,
             keep=cell.room.capacity if cell is not None and ring else None,
+            in_turn=in_turn,
         )
-        if cell is not None and cell.values is not None:
-            value_sum = kernels.sum_values(new.value, padding)
-            if cell.hosted:
-                value_sum = jax.device_put(value_sum, self._cells.host)
-            self._cells.value_sums[cell.name] = value_sum
-        return hidden, new, marker
+
+    def _sum_values(
+        self,
+        cell: BlockCell | None,
+        new: KeptCache,
+        padding: jax.Array,
+        rows: np.ndarray | None = None,
+    ) -> None:
+        """Of prompts, which sparse attention needs; ``rows``: of those that join."""
+        if cell is None or cell.values is None:
+            return
+        sums = kernels.sum_values(new.value, padding)
+        if cell.hosted:
+            sums = jax.device_put(sums, self._cells.host)
+        if rows is not None:
+            sums = kernels.put_rows(self._cells.value_sums[cell.name], sums, rows)
+        self._cells.value_sums[cell.name] = sums
 
     def _decode(
         self,
@@ -161,7 +202,7 @@ class DecoderEffects(UnitEffects):
         arrays = self._cells.taken(LoadCache(op.step, op.layer, op.batch))
         dense = self._dense[self._stage_of[op.layer]]
         cached = dense.of(form.unflatten(arrays, self._config.head_dim))
-        position = state.position(op.step)
+        position = np.int32(state.now.column)
         if cell.hosted or cell.values is not None:
             return self._in_parts(
                 state, stage.device, weights, hidden, cell, cached, position, kind
@@ -243,24 +284,31 @@ class HeadEffects(UnitEffects):
     def compute(
         self, op: Compute, state: BatchState, stage: Stage, weights: LayerWeights
     ) -> jax.Array:
-        (hidden,) = self._cells.taken(LoadHidden(op.step, op.layer, op.batch))
-        head = weights.params, weights.token_table, hidden
-        if op.step == 0:
-            state.scores = [
-                kernels.score(*head, wanted, config=self._config, k=state.num_scores)
-                for wanted in state.wanted_scores()
-            ]
-        logits = kernels.head(*head, config=self._config)
+        hidden, *joined = self._cells.taken(LoadHidden(op.step, op.layer, op.batch))
+        head = weights.params, weights.token_table
+        state.scores = [
+            kernels.score(*head, prompts, wanted, config=self._config, k=state.sampling.num_scores)
+            for prompts in (*joined, hidden)[:1]
+            for wanted in state.wanted_scores()
+        ]
+        logits = kernels.head(*head, hidden, config=self._config)
+        if state.now.joining is not None:
+            theirs = kernels.head(*head, joined[0], config=self._config)
+            logits = kernels.put_rows(logits, theirs, state.now.joining.rows)
         if self._on_logits is not None:
-            self._on_logits(op.step, op.batch, logits)
+            self._on_logits(state.num_done, op.batch, logits)
         state.sampled = sample(
             logits,
-            state.arrays,
-            np.int32(op.step),
-            state.forced(op.step),
+            state.sampling.arrays,
+            state.steps,
+            state.forced(),
             state.history(),
-            features=state.features,
+            features=state.sampling.features,
         )
         if self._hands_over[op.layer]:
             self._output(StoreHidden(op.step, op.layer, op.batch), tuple(state.sampled), state)
         return state.sampled.token
+
+
+def _leaves(new: KeptCache) -> tuple[jax.Array, ...]:
+    return tuple(jax.tree.leaves(new))

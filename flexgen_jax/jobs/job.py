@@ -12,16 +12,16 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from logging import WARNING
 from typing import TYPE_CHECKING, Any
 
+from flexgen_jax.engine.executor import ExecutionError
 from flexgen_jax.engine.snapshots import Snapshot, Snapshots, are_kept_in
-from flexgen_jax.jobs.dialects import Asked, answer, dump, failed_record
+from flexgen_jax.jobs.dialects import Asked, answer
 from flexgen_jax.jobs.job_input import JobError, JobInput
-from flexgen_jax.jobs.results import Position, Results
-from flexgen_jax.jobs.windows import Task, Window, Windows
-from flexgen_jax.logs import event
-from flexgen_jax.planning.blocks import last_blocks
+from flexgen_jax.jobs.open_windows import MESSAGES, OpenWindow, OpenWindows
+from flexgen_jax.jobs.results import Results
+from flexgen_jax.jobs.windows import Task, Windows
+from flexgen_jax.planning.blocks import in_turn, last_blocks
 from flexgen_jax.planning.window_size import WindowSize
 from flexgen_jax.report import Report, Sum
 from flexgen_jax.requests.outputs import RequestOutput
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from flexgen_jax.planning.blocks import Block
     from flexgen_jax.requests.request import Request
 
-_MESSAGES, _MESSAGE = 3, 300  # so many, of so many characters
 # Fields of a policy on which the grouping depends, or the last bits of a result.
 _POLICY = (
     "device_batch_size",
     "num_device_batches",
+    "refill",
     "host_attention",
     "weight_bits",
     "cache_bits",
@@ -95,6 +95,9 @@ class JobReport:
         return {**self.report.to_json(), "errors": self.errors}
 
 
+OnWindow = Callable[[OpenWindow, "list[Block]", list[int]], None]
+
+
 class Job:
     """A job that has not run yet, or not to its end.
 
@@ -145,7 +148,7 @@ class Job:
         self,
         *,
         progress: Callable[[int], None] | None = None,
-        on_window: Callable[[Window, list[Block], list[int]], None] | None = None,
+        on_window: OnWindow | None = None,
     ) -> JobReport:
         """Runs what is left. Sets the LLM's ``report``.
 
@@ -170,59 +173,48 @@ class Job:
             )
             with contextlib.closing(windows):
                 windows.skip(position.line, position.digest)
-                for window in windows:
-                    self._run_window(windows, window, progress, on_window)
+                for sums in results.unsummed:
+                    self._total.add_sums(sums)
+                self._open = OpenWindows(windows, self._task, results, self._total, self._failures)
+                if self._llm.policy.refill and self._llm.runner.takes_more:
+                    self._run_rolling(progress, on_window)
+                else:
+                    while (window := self._open.next()) is not None:
+                        self._run_window(window, progress, on_window)
         results.finish()
         self._llm.report = report = self._total.total()
         position, failed = results.position, report.failed
-        messages = (*position.messages, *self._failures)[:_MESSAGES]
+        messages = (*position.messages, *self._failures)[:MESSAGES]
         return JobReport(position.requests - failed, position.errors + failed, messages, report)
 
     def _run_window(
         self,
-        windows: Windows,
-        window: Window,
+        window: OpenWindow,
         progress: Callable[[int], None] | None,
-        on_window: Callable[[Window, list[Block], list[int]], None] | None,
+        on_window: OnWindow | None,
     ) -> None:
-        results = self._results
-        begun = results.begun
-        if begun is None:
-            results.begin_window(window.number, window.last_line, window.digest)
-        else:
-            windows.expect(window.last_line, window.digest, begun.last_line, begun.digest)
-            for earlier in begun.blocks.values():
-                self._total.add_sums(earlier)
-        for line, error in window.errors.items():
-            event("bad line", level=WARNING, line=line, message=str(error))
-        blocks = self._llm.planner.blocks(window.requests)
-        done = begun.blocks if begun is not None else {}
+        """Block by block; the next window begins when this one is done."""
+        replicas = self._llm.runner.num_replicas
+        refill = self._llm.policy.refill
+        # Without refill a block is run with all its requests, as if it were for the first time.
+        requests = window.unfinished if refill else window.requests
+        blocks = self._llm.planner.blocks(requests, at_once=replicas)
+        unfinished = {request.index for request in window.unfinished}
         last = last_blocks(blocks)
-        left = [number for number in range(len(blocks)) if last[number] not in done]
+        of_last: dict[int, set[int]] = {}
+        for number, block in enumerate(blocks):
+            of_last.setdefault(last[number], set()).update(r.index for r in block.requests)
+        left = [n for n in range(len(blocks)) if of_last[last[n]] & unfinished]
         if on_window is not None:
             on_window(window, blocks, left)
-        first = window.requests[0].index if window.requests else 0
-        lap = time.perf_counter()
-        # Blocks that share a request count when it is complete, as one.
-        records: dict[int, bytes] = {}
-        sums = Sum.of(self._llm.planner)
+        part = _Part(self._open, self._llm)
 
         def keep(place: int, finished: dict[int, RequestOutput], report: Report) -> None:
-            nonlocal lap, records, sums
-            for index, output in finished.items():
-                asked, request = window.asked[index - first], window.requests[index - first]
-                records[asked.line] = dump(self._record(asked, request, output))
-            # With the reading and writing between the blocks: what a job really takes. The report
-            # may know of more: of an earlier process that began the block.
-            now = time.perf_counter()
-            seconds, lap = max(report.seconds, now - lap), now
-            report = dataclasses.replace(report, seconds=seconds)
-            self._total.add(report)
-            sums.add_sums(report.sums())
             number = left[place]
+            part.add(finished, report)
+            # Blocks that share a request count when it is complete, as one.
             if last[number] == number:
-                results.add_block(number, records, sums.sums())
-                records, sums = {}, Sum.of(self._llm.planner)
+                part.keep()
                 if self._snapshots is not None:
                     self._snapshots.clear()
 
@@ -237,29 +229,81 @@ class Job:
                 progress=progress,
                 snapshot_of=None if self._snapshots is None else snapshot_of,
             )
-        results.end_window(window.error_records(), self._after(window))
+        self._open.end()
 
-    def _record(self, asked: Asked, request: Request, output: RequestOutput) -> dict[str, Any]:
-        if output.error is None:
-            return self._task.answer(asked, request, output)
-        event("request failed", level=WARNING, line=asked.line, message=output.error)
-        self._failures.append(f"line {asked.line}: {output.error}"[:_MESSAGE])
-        del self._failures[_MESSAGES:]
-        return failed_record(asked, output.error)
+    def _run_rolling(
+        self, progress: Callable[[int], None] | None, on_window: OnWindow | None
+    ) -> None:
+        """One block for all: requests of the next window enter as the last of this one leave."""
+        planner = self._llm.planner
 
-    def _after(self, window: Window) -> Position:
-        before = self._results.position
-        messages = [f"line {line}: {error}" for line, error in window.errors.items()]
-        return Position(
-            windows=window.number + 1,
-            line=window.last_line,
-            digest=window.digest,
-            requests=before.requests + len(window.requests),
-            errors=before.errors + len(window.errors),
-            messages=(*before.messages, *(m[:_MESSAGE] for m in messages))[:_MESSAGES],
-            nbytes=before.nbytes,
-            sums=self._total.sums(),
-        )
+        def more() -> list[Request] | None:
+            while (window := self._open.next()) is not None:
+                rows = in_turn(window.unfinished)
+                blocks = [planner.rolling(rows)] if rows else []
+                if on_window is not None:
+                    on_window(window, blocks, list(range(len(blocks))))
+                if rows:
+                    return rows
+            return None
+
+        rows = more()
+        part = _Part(self._open, self._llm)
+
+        def keep(place: int, finished: dict[int, RequestOutput], report: Report) -> None:
+            part.add(finished, report)
+            part.keep()
+            self._open.end()
+
+        def snapshot_of(place: int) -> Snapshot:
+            assert self._snapshots is not None
+            return self._snapshots.of(rolling=True)
+
+        if rows is not None:
+            try:
+                self._llm.run_blocks(
+                    [planner.rolling(rows)],
+                    keep,
+                    progress=progress,
+                    snapshot_of=None if self._snapshots is None else snapshot_of,
+                    more=more,
+                )
+            except ExecutionError as error:
+                if isinstance(error.__cause__, JobError):  # of reading more, amid an op
+                    raise error.__cause__ from None
+                raise
+        self._open.end()
+        if self._snapshots is not None:
+            self._snapshots.clear()
+
+
+class _Part:
+    """Finished requests that are not kept yet, and what they took."""
+
+    def __init__(self, windows: OpenWindows, llm: LLM) -> None:
+        self._windows, self._llm = windows, llm
+        self._lap = time.perf_counter()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._finished: dict[int, RequestOutput] = {}
+        self._sums = Sum.of(self._llm.planner)
+
+    def add(self, finished: Mapping[int, RequestOutput], report: Report) -> None:
+        """Takes what has come."""
+        # With the reading and writing between the blocks: what a job really takes. The report
+        # may know of more: of an earlier process that began the block.
+        now = time.perf_counter()
+        seconds, self._lap = max(report.seconds, now - self._lap), now
+        report = dataclasses.replace(report, seconds=seconds)
+        self._windows.total.add(report)
+        self._sums.add_sums(report.sums())
+        self._finished.update(finished)
+
+    def keep(self) -> None:
+        """Makes it safe."""
+        self._windows.keep(self._finished, self._sums.sums())
+        self._clear()
 
 
 def input_identity_of(source: JobInput, known: Mapping[str, Any] | None = None) -> dict[str, Any]:

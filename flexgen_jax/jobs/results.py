@@ -1,7 +1,7 @@
 """What a job has finished: on disk before it counts, and in the order of the input in the end.
 
-``OUT.partial`` is the journal: what job it is, how far the finished windows reach, and the records
-of the current window's blocks as they finish. ``OUT.ordered`` grows by whole windows, in order, and
+``OUT.partial`` is the journal: what job it is, how far the finished windows reach, and of those
+that were begun the records as they finish. ``OUT.ordered`` grows by whole windows, in order, and
 takes the name ``OUT`` when the job is done. ``OUT.checkpoint`` may hold the state of the block that
 was running. Each step leaves files from which the next process goes
 on, wherever it is killed; what somebody else has put there is refused, or kept aside.
@@ -30,7 +30,7 @@ from storage.array_file import whole_numbers
 from storage.checksums import checksum_between
 from storage.json_text import parse_json, sealed, unsealed
 
-_FORMAT = 2  # 1 had no checksums
+_FORMAT = 3  # 1 had no checksums; 2 had one window at a time
 _LONGEST = 64 << 20  # bytes of what job it is
 
 
@@ -72,19 +72,28 @@ class Position:
 
 @dataclasses.dataclass(frozen=True)
 class Begun:
-    """The window that was begun: its lines' end, and the sums of its finished blocks."""
+    """A window that was begun, and its lines' end."""
 
     number: int
     last_line: int
     digest: str
-    blocks: dict[int, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain."""
+        return {"window": self.number, "last_line": self.last_line, "digest": self.digest}
 
 
 class Results(Protocol):
-    """Where the records of a job go. A context manager: entering proves that it can be written."""
+    """Where the records of a job go. A context manager: entering proves that it can be written.
+
+    Attributes:
+        begun: The windows that were begun and not ended, in order.
+        unsummed: Of the reports of what is finished of them; the position knows of the others.
+    """
 
     position: Position
-    begun: Begun | None
+    begun: list[Begun]
+    unsummed: list[Mapping[str, Any]]
     header: Mapping[str, Any] | None
     done: bool
     snapshots: Path | None  # where the state of a running block may be kept
@@ -99,11 +108,20 @@ class Results(Protocol):
 
     def begin_window(self, number: int, last_line: int, digest: str) -> None: ...
 
-    def add_block(self, number: int, records: Mapping[int, bytes], sums: Mapping[str, Any]) -> None:
-        """Keeps the records (line -> record) of a block of the current window, durably."""
+    def has(self, line: int) -> bool:
+        """Whether there is a record of a line of a window that was begun."""
+        ...
+
+    def add_part(self, records: Mapping[int, bytes], sums: Mapping[str, Any]) -> None:
+        """Keeps records (line -> record) of windows that were begun, durably."""
 
     def end_window(self, errors: Mapping[int, bytes], position: Position) -> None:
-        """Puts the window's records in order; ``errors`` are those of its bad lines."""
+        """Puts the records of the first of the begun windows in order.
+
+        Args:
+            errors: Those of its bad lines.
+            position: With the sums of all that is finished, of the other windows, too.
+        """
 
     def finish(self) -> None: ...
 
@@ -129,14 +147,42 @@ class _Spool:
             self._places[line] = offset, size
             offset += size
 
-    def write_ordered(self, file: IO[bytes], errors: Mapping[int, bytes], out: IO[bytes]) -> None:
-        for line in sorted({*self._places, *errors}):
+    def __contains__(self, line: int) -> bool:
+        return line in self._places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def write_ordered(
+        self, file: IO[bytes], errors: Mapping[int, bytes], last_line: int, out: IO[bytes]
+    ) -> None:
+        """Writes the records up to ``last_line``, which are here no more."""
+        for line in sorted({*(n for n in self._places if n <= last_line), *errors}):
             if line in errors:
                 out.write(errors[line])
             else:
-                offset, size = self._places[line]
-                file.seek(offset)
-                out.write(file.read(size))
+                out.write(self._read(file, line))
+
+    def _read(self, file: IO[bytes], line: int) -> bytes:
+        offset, size = self._places[line]
+        file.seek(offset)
+        return file.read(size)
+
+    def after(self, file: IO[bytes], last_line: int) -> dict[int, bytes]:
+        """The records of later lines."""
+        return {n: self._read(file, n) for n in self._places if n > last_line}
+
+
+def _part(records: Mapping[int, bytes], sums: Mapping[str, Any] | None) -> tuple[bytes, bytes]:
+    """An entry of the journal, and what follows it; ``sums``: None: the position has them."""
+    payload = b"".join(records.values())
+    entry = {
+        "lines": list(records),
+        "sizes": list(map(len, records.values())),
+        "crc32": zlib.crc32(payload),
+        "sums": sums,
+    }
+    return sealed(entry), payload
 
 
 class FileResults:
@@ -155,7 +201,8 @@ class FileResults:
         self.path, self.partial, self.ordered = beside.output, beside.partial, beside.ordered
         self.snapshots: Path | None = beside.snapshots
         self.position = Position()
-        self.begun: Begun | None = None
+        self.begun: list[Begun] = []
+        self.unsummed: list[Mapping[str, Any]] = []
         self.header: Mapping[str, Any] | None = None
         self.done = False
         self._restart, self._foreign, self._ordering = restart, False, False
@@ -290,9 +337,10 @@ class FileResults:
     def _take(self, entry: dict[str, Any], journal: IO[bytes]) -> bool:
         if "window" in entry:
             number, last_line = whole_numbers([entry["window"], entry["last_line"]])
-            self.begun = Begun(number, last_line, entry["digest"])
-        elif "block" in entry and self.begun is not None:
-            number, _ = whole_numbers([entry["block"], entry["sums"]["requests"]])
+            self.begun.append(Begun(number, last_line, entry["digest"]))
+        elif "lines" in entry and self.begun:
+            if entry["sums"] is not None:
+                whole_numbers([entry["sums"]["requests"]])
             lines, sizes = whole_numbers(entry["lines"]), whole_numbers(entry["sizes"])
             offset = journal.tell()
             if offset + sum(sizes) > os.fstat(journal.fileno()).st_size:
@@ -300,7 +348,8 @@ class FileResults:
             if zlib.crc32(journal.read(sum(sizes))) != entry["crc32"]:
                 return False
             self._spool.add(lines, sizes, offset)
-            self.begun.blocks[number] = entry["sums"]
+            if entry["sums"] is not None:
+                self.unsummed.append(entry["sums"])
         elif "ordering" in entry:
             self._ordering = True
         else:
@@ -309,8 +358,10 @@ class FileResults:
 
     @property
     def requests_finished(self) -> int:
-        blocks = self.begun.blocks.values() if self.begun else ()
-        return self.position.requests + sum(sums["requests"] for sums in blocks)
+        return self.position.requests + len(self._spool)
+
+    def has(self, line: int) -> bool:
+        return line in self._spool
 
     def _drop_snapshots(self) -> None:
         assert self.snapshots is not None
@@ -337,8 +388,18 @@ class FileResults:
         """Begins the journal with how far the windows reach, at one stroke."""
         assert self.header is not None
         position = {"position": dataclasses.asdict(self.position), "done": self.done}
+        later: dict[int, bytes] = {}
+        if self._journal is not None and self.begun:
+            later = self._spool.after(self._journal, self.position.line)
+        spool = _Spool()
         with self._beside.new.open("wb") as file:
             file.write(sealed(self.header) + sealed(position))
+            file.writelines(sealed(begun.to_json()) for begun in self.begun)
+            if later:
+                entry, payload = _part(later, None)
+                file.write(entry)
+                spool.add(later, map(len, later.values()), file.tell())
+                file.write(payload)
             _sync(file)
         os.replace(self._beside.new, self.partial)
         _sync_directory(self.path.parent)
@@ -346,11 +407,12 @@ class FileResults:
             self._journal.close()
         self._journal = self.partial.open("r+b")
         self._journal.seek(0, os.SEEK_END)
-        self._spool, self._ordering = _Spool(), False
+        self._spool, self._ordering = spool, False
 
     def begin_window(self, number: int, last_line: int, digest: str) -> None:
-        self.begun = Begun(number, last_line, digest)
-        self._append(sealed({"window": number, "last_line": last_line, "digest": digest}))
+        begun = Begun(number, last_line, digest)
+        self._append(sealed(begun.to_json()))
+        self.begun.append(begun)
 
     def _append(self, data: bytes) -> int:
         """Writes an entry durably; returns where it ends."""
@@ -361,19 +423,11 @@ class FileResults:
             _sync(self._journal)
             return self._journal.tell()
 
-    def add_block(self, number: int, records: Mapping[int, bytes], sums: Mapping[str, Any]) -> None:
-        assert self.begun is not None
-        payload, sizes = b"".join(records.values()), list(map(len, records.values()))
-        entry = {
-            "block": number,
-            "lines": list(records),
-            "sizes": sizes,
-            "crc32": zlib.crc32(payload),
-            "sums": sums,
-        }
-        end = self._append(sealed(entry) + payload)
-        self._spool.add(records, sizes, end - len(payload))
-        self.begun.blocks[number] = sums
+    def add_part(self, records: Mapping[int, bytes], sums: Mapping[str, Any]) -> None:
+        entry, payload = _part(records, sums)
+        end = self._append(entry + payload)
+        self._spool.add(records, map(len, records.values()), end - len(payload))
+        self.unsummed.append(sums)
 
     def end_window(self, errors: Mapping[int, bytes], position: Position) -> None:
         assert self._out is not None
@@ -381,9 +435,11 @@ class FileResults:
         self._begin_ordering()
         with self._errors(self.ordered):
             with self._packer.member(self._out) as member:
-                self._spool.write_ordered(self._journal, errors, member)
+                self._spool.write_ordered(self._journal, errors, position.line, member)
             _sync(self._out)
-            self.position, self.begun = self._with_output(position), None
+            self.position = self._with_output(position)
+        del self.begun[0]
+        self.unsummed = []
         with self._errors(self.partial):
             self._replace_journal()
 
@@ -441,7 +497,8 @@ class StreamResults:
 
     def __init__(self) -> None:
         self.position = Position()
-        self.begun: Begun | None = None
+        self.begun: list[Begun] = []
+        self.unsummed: list[Mapping[str, Any]] = []
         self.header: Mapping[str, Any] | None = None
         self.done = False
         self.snapshots: Path | None = None
@@ -455,34 +512,40 @@ class StreamResults:
     def requests_finished(self) -> int:
         return self.position.requests
 
+    def has(self, line: int) -> bool:
+        return False
+
     def begin(self, header: Mapping[str, Any]) -> None:
         self.header = header
 
     def begin_window(self, number: int, last_line: int, digest: str) -> None:
-        self._spool = _Spool()
-        self._file.truncate(0)
-        self.begun = Begun(number, last_line, digest)
+        self.begun.append(Begun(number, last_line, digest))
 
-    def add_block(self, number: int, records: Mapping[int, bytes], sums: Mapping[str, Any]) -> None:
-        assert self.begun is not None
+    def add_part(self, records: Mapping[int, bytes], sums: Mapping[str, Any]) -> None:
         with _WriteErrors(Path(tempfile.gettempdir())):
             offset = self._file.seek(0, os.SEEK_END)
             self._file.writelines(records.values())
             self._file.flush()
         self._spool.add(records, map(len, records.values()), offset)
-        self.begun.blocks[number] = sums
 
     def end_window(self, errors: Mapping[int, bytes], position: Position) -> None:
         try:
             with _WriteErrors(STANDARD):
-                self._spool.write_ordered(self._file, errors, sys.stdout.buffer)
+                self._spool.write_ordered(self._file, errors, position.line, sys.stdout.buffer)
                 sys.stdout.flush()
         except JobError:
             # What is left in the buffer would be tried again, and said again, on the way out.
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise
-        self.position, self.begun = position, None
+        later = self._spool.after(self._file, position.line)
+        self._spool = _Spool()
+        self._file.seek(0)
+        self._file.truncate(0)
+        self.position = position
+        del self.begun[0]
+        if later:
+            self.add_part(later, {})
 
     def finish(self) -> None:
         self.done = True

@@ -159,7 +159,8 @@ class _Ids:
     """Which ids were used, and where: on disk, should there be many."""
 
     def __init__(self) -> None:
-        self._db = sqlite3.connect("", isolation_level=None)  # a file that nobody else sees
+        # A file that nobody else sees. Whoever needs the next window reads it, one at a time.
+        self._db = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._db.execute("PRAGMA journal_mode = OFF")
         self._db.execute("CREATE TABLE used (id BLOB PRIMARY KEY, line INTEGER) WITHOUT ROWID")
 

@@ -48,12 +48,16 @@ class CellRoom(NamedTuple):
 
 
 def cell_room(batch: Batch, kind: Kind) -> CellRoom:
-    """Of a layer's kind: one with a window keeps no more than the window."""
-    needed = batch.prompt_len + batch.num_steps - 1
+    """Of a layer's kind: one with a window keeps no more than the window.
+
+    The rows of a rolling block come and go, so its positions have no end.
+    """
+    rolling = batch.room is not None
+    needed = batch.cache_len if rolling else batch.prompt_len + batch.num_steps - 1
     if kind.window is None or kind.window >= needed:
-        return CellRoom(batch.cache_len, False, False)
+        return CellRoom(batch.cache_len, False, rolling)
     capacity = min(batch.cache_len, -(-kind.window // CACHE_MULTIPLE) * CACHE_MULTIPLE)
-    return CellRoom(capacity, True, capacity < needed)
+    return CellRoom(capacity, True, rolling or capacity < needed)
 
 
 def cache_sizes(
@@ -66,7 +70,8 @@ def cache_sizes(
 
 def hidden_nbytes(batch: Batch, config: Config, dtype: Any) -> int:
     """Bytes of the hidden states of ``batch`` in prefill, when they are largest."""
-    return batch.rows * batch.prompt_len * config.hidden_size * jnp.dtype(dtype).itemsize
+    positions = batch.rows * batch.longest_prompt
+    return positions * config.hidden_size * jnp.dtype(dtype).itemsize
 
 
 def cache_places(block: Block, config: Config) -> Iterator[tuple[int, int]]:

@@ -11,8 +11,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flexgen_jax.planning.auto import Model
-from flexgen_jax.planning.blocks import Block, make_blocks
+from flexgen_jax.planning.blocks import (
+    Block,
+    Room,
+    in_turn,
+    long_first,
+    make_blocks,
+    padded_length,
+    rolling_block,
+)
 from flexgen_jax.planning.cell_layout import place_cache, place_hidden
+from flexgen_jax.planning.refilling import BatchPlay, Life, play
 from flexgen_jax.planning.stage_layout import place_stages, together
 from flexgen_jax.requests.request import Request
 from scheduling.calibrate import Observation, observations
@@ -24,10 +33,12 @@ from scheduling.schedules import SCHEDULES, Schedule
 from scheduling.simulate import simulate
 from scheduling.sizes import Link
 from scheduling.timeline import Timeline
-from scheduling.transforms import serialized
+from scheduling.transforms import remaining, serialized
 from scheduling.validate import validate
 from scheduling.workload import Workload
 
+# Of a long block; what comes after them is alike.
+_MOST_PASSES, _OBSERVED_PASSES = 1024, 256
 # Fields of the policy that placing the weights fixes.
 _IN_PLACE = ("weights", "weight_bits", "num_stages")
 
@@ -54,14 +65,35 @@ class Planner:
         """The schedule as the policy has it: with or without overlap."""
         return self.schedule if self.policy.overlap else serialized(self.schedule)
 
-    def blocks(self, requests: Sequence[Request]) -> list[Block]:
-        """How ``requests`` are grouped."""
+    def blocks(self, requests: Sequence[Request], *, at_once: int = 1) -> list[Block]:
+        """How ``requests`` are grouped: with refill, into one block for each that runs at a time.
+
+        Args:
+            at_once: So many blocks may run at a time.
+        """
+        if self.policy.refill:
+            order = long_first(requests)
+            parts = [order[number::at_once] for number in range(at_once)]
+            return [self.rolling(in_turn(part)) for part in parts if part]
         return list(
             make_blocks(
                 requests,
                 device_batch_size=self.policy.device_batch_size,
                 num_device_batches=self.policy.num_device_batches,
             )
+        )
+
+    def rolling(self, rows: Sequence[Request], room: Room | None = None) -> Block:
+        """A block that begins with the first of ``rows`` and goes on with the others.
+
+        Args:
+            room: Of a row, at least.
+        """
+        return rolling_block(
+            rows,
+            device_batch_size=self.policy.device_batch_size,
+            num_device_batches=self.policy.num_device_batches,
+            room=room,
         )
 
     def workload(self, block: Block) -> Workload:
@@ -101,29 +133,108 @@ class Planner:
             "hidden": empty if largest is None else hidden[largest],
         }
 
-    def traffic(self, blocks: Sequence[Block]) -> dict[Link, int]:
-        """Bytes that the schedule moves over each link, if every request runs to its end."""
+    def runs(
+        self, block: Block, lives: Sequence[Life] = (), most_passes: int | None = None
+    ) -> list[Workload]:
+        """What the schedule has to order, run after run, if requests live so.
+
+        Args:
+            lives: Of a rolling block, in the order in which they come; none: all run to their end.
+            most_passes: Nothing after these is looked at.
+        """
+        if block.room is None:
+            return [self.workload(block)]
+        if not lives:
+            lives = [
+                Life(padded_length(len(r.token_ids)), r.params.max_tokens) for r in block.requests
+            ]
+        played = play(
+            lives,
+            device_batch_size=self.policy.device_batch_size,
+            num_device_batches=self.policy.num_device_batches,
+            most_passes=most_passes,
+        )
+        # A block that began with few requests, or was gone on with, may have had more batches.
+        most = max((len(batches) for batches in played.runs), default=0)
+        more = (block.batches[0],) * (most - len(block.batches))
+        whole = self.workload(Block((*block.batches, *more)))
+        return [_run_of(batches, whole) for batches in played.runs]
+
+    def traffic(
+        self, block: Block, lives: Sequence[Life] = (), passes: int | None = None
+    ) -> dict[Link, int]:
+        """Bytes that the schedule moves over each link, if requests live as :meth:`runs` takes it.
+
+        Args:
+            passes: In all, of a block that is too long to be looked at from end to end.
+        """
         total = dict.fromkeys(Link, 0)
-        for block in blocks:
-            workload = self.workload(block)
-            assert workload.sizes is not None
-            for link, nbytes in workload.sizes.total(self.schedule(workload)).items():
+        seen = 0
+        for run in self.runs(block, lives, _MOST_PASSES):
+            assert run.sizes is not None
+            seen += run.num_steps - bool(run.done)
+            ops = remaining(self.schedule(run), run)
+            for link, nbytes in run.sizes.total(ops).items():
                 total[link] += nbytes
+        if passes is not None and block.room is not None and seen >= _MOST_PASSES:
+            return {link: round(nbytes * passes / seen) for link, nbytes in total.items()}
         return total
 
-    def predict(self, block: Block) -> Timeline:
-        """What the simulator expects of ``block``."""
-        workload = self.workload(block)
-        return simulate(self.order(workload), workload, self.hardware)
+    def predict(
+        self, block: Block, lives: Sequence[Life] = (), passes: int | None = None
+    ) -> Timeline:
+        """What the simulator expects of ``block``, or of its first ``passes``."""
+        parts, begun, steps = [], 0.0, 0
+        for run in self.runs(block, lives, passes):
+            ops = remaining(self.order(run), run)
+            parts.append((begun, simulate(ops, run, self.hardware).later(steps)))
+            begun += parts[-1][1].seconds
+            steps += run.num_steps - 1
+        if len(parts) == 1:
+            return parts[0][1]
+        return Timeline.concatenate(parts, label="predicted")
 
-    def observe(self, block: Block, timeline: Timeline) -> list[Observation]:
+    def observe(
+        self, block: Block, timeline: Timeline, lives: Sequence[Life] = ()
+    ) -> list[Observation]:
         """What each kind of op took in a measured ``timeline``, beside the prediction."""
-        workload = self.workload(block)
-        return observations(list(self.order(workload)), workload, self.hardware, timeline)
+        run = self.runs(block, lives, _OBSERVED_PASSES)[0]
+        return observations(list(self.order(run)), run, self.hardware, timeline)
 
-    def lower_bound(self, block: Block) -> float:
-        """Seconds that any schedule of ``block`` takes."""
-        return bound(CostModel(self.workload(block), self.hardware).lower_bound())[1]
+    def lower_bound(
+        self, block: Block, lives: Sequence[Life] = (), passes: int | None = None
+    ) -> float:
+        """Seconds that any schedule of ``block``, or of its first ``passes``, takes."""
+        return sum(
+            bound(CostModel(run, self.hardware).lower_bound())[1]
+            for run in self.runs(block, lives, passes)
+        )
+
+
+def _run_of(batches: Sequence[BatchPlay], whole: Workload) -> Workload:
+    """A run of the schedule of a rolling block: its batches, with who comes when."""
+    sizes = whole.sizes
+    assert sizes is not None
+    count = len(batches)
+    each = tuple(
+        dataclasses.replace(
+            of_batch,
+            prompt_len=batch.prompt_len if batch.cached is None else batch.cached,
+            num_steps=batch.num_steps,
+            begun=tuple(batch.begun),
+            joined=tuple(batch.joined),
+        )
+        for batch, of_batch in zip(batches, sizes.batches, strict=False)
+    )
+    cells = {place: cell for place, cell in sizes.cache.items() if place[1] < count}
+    return dataclasses.replace(
+        whole,
+        num_steps=max(batch.num_steps for batch in batches),
+        num_batches=count,
+        done=() if batches[0].cached is None else (1,) * count,
+        life=whole.num_steps,
+        sizes=dataclasses.replace(sizes, batches=each, cache=cells),
+    )
 
 
 def in_place(policy: Policy) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from flexgen_jax.engine.effects import OnLogits, OnTokens
 from flexgen_jax.engine.executor import ExecutionError
 from flexgen_jax.engine.runner import Finished, Machine, OnFinished, Runner
 from flexgen_jax.engine.snapshots import Snapshot
+from flexgen_jax.engine.waiting import More
 from flexgen_jax.llm import LLM
 from flexgen_jax.logs import event
 from flexgen_jax.planning.auto import part_of_this_machine
@@ -108,7 +109,7 @@ class Worker:
             return _Failed(str(error), again=True)
         except ValueError as error:
             return _Failed(str(error), again=False)
-        return dataclasses.replace(done[0], timeline=None)
+        return _whole(done)
 
     def _opened(self, policy: Policy) -> LLM:
         if self._llm is None or self._llm.policy != policy:
@@ -180,6 +181,10 @@ class RayRunner(Runner):
         return len(self._workers)
 
     @property
+    def takes_more(self) -> bool:
+        return False
+
+    @property
     def machine(self) -> Machine | None:
         return None if self._about is None else self._about.machine
 
@@ -203,7 +208,9 @@ class RayRunner(Runner):
         progress: OnTokens | None = None,
         on_logits: OnLogits | None = None,
         snapshot_of: Callable[[int], Snapshot] | None = None,
+        more: More | None = None,
     ) -> None:
+        assert more is None
         if on_logits is not None or snapshot_of is not None:
             raise ValueError("logits and snapshots of a running block are for one process only")
         ray = import_ray()
@@ -250,6 +257,18 @@ class RayRunner(Runner):
             with contextlib.suppress(Exception):
                 ray.kill(worker)
         self._workers = []
+
+
+def _whole(parts: Sequence[Finished]) -> Finished:
+    """What a block came to, of its parts; without a timeline."""
+    counts = {name: sum(part.counts[name] for part in parts) for name in parts[-1].counts}
+    return dataclasses.replace(
+        parts[-1],
+        requests=tuple(request for part in parts for request in part.requests),
+        outputs=[output for part in parts for output in part.outputs],
+        counts=counts,
+        timeline=None,
+    )
 
 
 def _answer(ref: Any, *, again: bool = False) -> Any:

@@ -32,6 +32,11 @@ class Request:
     bad_words: tuple[tuple[int, ...], ...] = ()
     sample: int = 0
 
+    @property
+    def key(self) -> tuple[int, int]:
+        """Tells it from all others of its job."""
+        return self.index, self.sample
+
     @functools.cached_property
     def _split_bad_words(self) -> tuple[list[int], list[tuple[int, ...]]]:
         """Tokens that may never come, and sequences whose last may not come after the others."""

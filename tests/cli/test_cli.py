@@ -396,7 +396,7 @@ def test_an_interrupt_keeps_what_was_finished(tmp_path, offload, monkeypatch):
     source.write_text("".join(json.dumps({"prompt_token_ids": [i + 3]}) + "\n" for i in range(9)))
     arguments = ["generate", "--model", MODEL, "-i", source, "-o", target, "--max-tokens", 4]
     arguments += ["--offload-dir", offload, "--percent", 0, 0, 100, 0, 100, 0, "--ignore-eos"]
-    arguments += ["--device-batch-size", 2, "--num-device-batches", 1]
+    arguments += ["--device-batch-size", 2, "--num-device-batches", 1, "--no-refill"]
     result = CliRunner().invoke(main, [str(a) for a in arguments])
     assert result.exit_code == 130
     assert "interrupted: 4 requests are finished and kept" in result.stderr

@@ -113,10 +113,10 @@ WRONG = {
     "too large an array": (forged(b'["run", [["int32", [9999999999]]], 0]'), "more elements than"),
     "too many bytes": (forged(b'["run", [], 0]', bytes(8)), "more bytes than"),
     "no blocks": (
-        frame("run", {"settings": {}, "policy": 3, "blocks": []}),
+        frame("run", {"settings": {}, "policy": 3, "blocks": [], "more": False}),
         "expected Policy, got 3",
     ),
-    "no fields": (frame("run", {}), "Run without, or with the unknown, 'blocks, p.*ttings'"),
+    "no fields": (frame("run", {}), "Run without, or with the unknown, 'blocks, m.*ttings'"),
 }
 
 

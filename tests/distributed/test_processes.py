@@ -198,13 +198,13 @@ def test_a_job_of_slurm_each_process_with_its_layers_only(tmp_path, store, lines
 
 
 def begun(process):
-    """Waits until a block is kept: it is said before, so the next one must be finished."""
+    """Waits until two parts of the results are kept."""
     said = []
     for line in process.stderr:
         said.append(line)
-        if sum("block finished" in line for line in said) == 2:
+        if sum("results kept" in line for line in said) == 2:
             return
-    raise AssertionError("two blocks were not finished:\n" + "".join(said))
+    raise AssertionError("no two parts were kept:\n" + "".join(said))
 
 
 @pytest.mark.parametrize("killed", [0, 1])

@@ -35,7 +35,8 @@ def draw(logits, params, step=0, rows=None, stops=None, fallback=0):
     seeds = [seed_words(p, (fallback, i)) for i, p in enumerate(params)]
     arrays, features = batch_arrays(params, seeds, stops or [[]] * len(params), rows)
     padded = jnp.concatenate([logits, jnp.zeros((rows - len(params), logits.shape[1]))])
-    return sample(padded.astype(jnp.float32), arrays, np.int32(step), features=features)
+    steps = np.full(len(padded), step, np.int32)
+    return sample(padded.astype(jnp.float32), arrays, steps, features=features)
 
 
 @pytest.fixture
@@ -247,7 +248,8 @@ def history(prompts, outputs, banned=None, steps=8):
 def greedy(logits, params, past):
     seeds = [seed_words(p, (0, i)) for i, p in enumerate(params)]
     arrays, features = batch_arrays(params, seeds, [[]] * len(params), len(params))
-    out = sample(logits, arrays, np.int32(3), None, past, features=features)
+    steps = np.full(len(logits), 3, np.int32)
+    out = sample(logits, arrays, steps, None, past, features=features)
     return [int(t) for t in out.token]
 
 

@@ -1,5 +1,6 @@
 """A job that is stopped inside a block goes on inside it, to the same bytes."""
 
+import dataclasses
 import json
 import os
 import random
@@ -106,7 +107,9 @@ def test_what_is_gone_on_with_gives_the_same_bytes(source, tmp_path, offload, na
         assert done.report.seconds > done.report.timeline.seconds > 0
         # All steps are on the timeline, once.
         assert len(computed(done)) == len(set(computed(done)))
-        assert set(computed(done)) == set(computed(clean))
+        if schedule in ("zigzag", "lock_step"):  # in others batches go on at the same time
+            assert set(computed(done)) == set(computed(clean))
+        assert done.report.rows_used == clean.report.rows_used
         assert not list(tmp_path.glob("out.*"))
 
 
@@ -120,7 +123,10 @@ def test_a_snapshot_is_left_only_while_a_block_runs(source, tmp_path, offload):
 
 
 def test_a_damaged_snapshot_is_said(source, tmp_path, offload):
-    with fg.LLM(MODEL, policy=POLICIES["device"], offload_dir=offload) as llm:
+    # With refill, what is finished would not be run again, and those left in other company: the
+    # same tokens, and log-probabilities that differ in the last digit.
+    policy = dataclasses.replace(POLICIES["device"], refill=False)
+    with fg.LLM(MODEL, policy=policy, offload_dir=offload) as llm:
         run(llm, source, tmp_path / "clean", seconds=None)
         target = tmp_path / "out"
         with pytest.raises(STOPPED):
@@ -192,7 +198,8 @@ def test_a_state_that_is_not_what_was_saved_is_none(stopped, tmp_path, caplog, c
     llm, state = stopped
     values = json.loads(state.read_text())
     if change == "token":
-        values["batches"][0]["results"][0]["token_ids"][0] += 1
+        row = next(row for row in values["batches"][0]["rows"] if row)
+        row["result"]["token_ids"][0] += 1
     elif change == "no checksum":
         del values["check"]
     text = {"not JSON": state.read_text()[:-30], "nested": "[" * 200_000}
@@ -268,7 +275,8 @@ def test_a_killed_process_goes_on_inside_the_block(source, tmp_path, offload):
             process.wait()
     assert process.returncode == -signal.SIGKILL
     kept = [json.loads(p.read_text()) for p in (tmp_path / "out.checkpoint").glob("*/state.json")]
-    assert max(max(state["done"]) for state in kept) >= steps
+    steps_done = [b["number"] + state["steps"] for state in kept for b in state["batches"]]
+    assert max(steps_done) >= steps
     # Without the option, too.
     result = CliRunner().invoke(main, [*arguments, "-o", target])
     assert result.exit_code == 0, result.output

@@ -168,7 +168,7 @@ def test_a_directory_of_somebody_else_is_no_checkpoint(llm, source, tmp_path):
 def test_a_foreign_name_among_checkpoints_is_left_there(tmp_path, name):
     place = tmp_path / "out.checkpoint"
     kept = Snapshots(place, seconds=1).of(block=0)
-    state = State((0,), [], {}, Timeline(()), {})
+    state = State([], None, [], {}, 0, Timeline(()), {})
     kept.save(state, iter(()))
     (place / name).mkdir()
     kept.save(state, iter(()))

@@ -169,14 +169,14 @@ def test_clocks_that_jump(tmp_path, arguments, expected, monkeypatch):
 
 MEMORY = Path("/sys/fs/cgroup/memory")  # cgroup v1; in v2 groups lie at the root
 FILLS = """
-from flexgen_jax.engine.local_runner import LocalRunner
-run, runs, taken = LocalRunner._run_block, [], []
+from flexgen_jax.jobs.results import FileResults
+add_part, parts, taken = FileResults.add_part, [], []
 def filling(self, *arguments):
-    runs.append(None)
-    while len(runs) == 4:
+    add_part(self, *arguments)
+    parts.append(None)
+    while len(parts) == 3:
         taken.append(b"x" * (8 << 20))
-    return run(self, *arguments)
-LocalRunner._run_block = filling
+FileResults.add_part = filling
 """
 
 

@@ -34,6 +34,7 @@ pytestmark = [
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "flexgen_jax" / "demo_model")
 BLOCKS = ["--device-batch-size", "4", "--num-device-batches", "2", "--window", "16"]
+BLOCKS += ["--no-refill"]  # several blocks of a window, each given to whoever is idle
 WORDS = ["the", "tide", "comes", "in", "and", "out", "again", "my", "lord", "says", "nothing"]
 
 
@@ -134,14 +135,14 @@ def workers():
 
 def on_block(monkeypatch, act):
     """Calls ``act`` with the count of blocks when one has been kept."""
-    kept, add_block = [0], FileResults.add_block
+    kept, add_part = [0], FileResults.add_part
 
     def counting(self, *about):
-        add_block(self, *about)
+        add_part(self, *about)
         kept[0] += 1
         act(kept[0])
 
-    monkeypatch.setattr(FileResults, "add_block", counting)
+    monkeypatch.setattr(FileResults, "add_part", counting)
     return kept
 
 
@@ -164,6 +165,19 @@ def test_workers_that_are_killed_leave_the_outputs_of_one_process(
     assert kept[0] >= 6  # windows of 16, 16 and what is left
     assert (tmp_path / "out.jsonl").read_bytes() == expected
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl"]
+
+
+def test_workers_refill_and_one_process_goes_on(cluster, job, tmp_path, monkeypatch):
+    arguments, expected = job
+    arguments = [argument for argument in arguments if argument != "--no-refill"]
+    done = run([*arguments, *OVER_RAY, "-o", tmp_path / "out.jsonl", "--json"])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "out.jsonl").read_bytes() == expected
+    assert json.loads(done.stdout)["occupancy"] > 0.5
+    stopped(monkeypatch, [*arguments, *OVER_RAY, "-o", tmp_path / "half.jsonl"])
+    done = run([*arguments, "-o", tmp_path / "half.jsonl"])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "half.jsonl").read_bytes() == expected
 
 
 def stopped(monkeypatch, arguments):
@@ -209,7 +223,7 @@ def test_many_go_on_where_one_process_stopped_and_policy_auto_stays(
     rows[4].pop("prompt")
     plain.write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["generate", "--model", DEMO, "--offload-dir", offload, "--device-batch-size", "4"]
-    arguments += ["--window", "8"]
+    arguments += ["--window", "8", "--no-refill"]
     assert run([*arguments, "-i", plain, "-o", tmp_path / "one.jsonl"]).exit_code == 0
     arguments += ["-i", source, "-o", tmp_path / "out.jsonl"]
     stopped(monkeypatch, arguments)

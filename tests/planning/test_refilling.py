@@ -1,0 +1,83 @@
+"""Playing a rolling block with lengths gives what the engine does with tokens."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import flexgen_jax as fg
+from flexgen_jax.planning.blocks import padded_length
+from flexgen_jax.planning.refilling import IdealRefill, Life, ideal_passes, play
+from tests.engine.test_refill import VARIANT, job
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+EXPECTED = json.loads((GOLDENS / "expected.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("lengths", "rows", "passes"),
+    [([], 4, 0), ([3], 4, 3), ([5, 1, 1, 1, 1], 2, 5), ([2, 2, 2], 2, 4), ([1] * 9, 4, 3)],
+)
+def test_ideal_refill_takes_so_many_passes(lengths, rows, passes):
+    assert ideal_passes(lengths, rows) == passes
+
+
+def test_lengths_may_be_known_in_any_order():
+    lengths = [7, 2, 9, 4, 4, 1, 3]
+    ideal = IdealRefill(3)
+    for key in range(len(lengths)):
+        ideal.comes(key)
+        ideal.comes(key)  # who had to make way comes again
+    for key in (3, 6, 0, 2, 1, 5, 4):
+        ideal.has(key, Life(0, lengths[key]))
+    assert ideal.passes == ideal_passes(lengths, 3)
+    assert [life.num_tokens for life in ideal.lives] == lengths
+
+
+def test_a_play_uses_each_token_once_and_all_passes():
+    lives = [Life(16, 1 + 7 * i % 23) for i in range(50)]
+    played = play(lives, device_batch_size=4, num_device_batches=3)
+    assert played.rows_used == sum(life.num_tokens for life in lives)
+    assert played.occupancy > 0.8
+    assert played.passes == ideal_passes([life.num_tokens for life in lives], 12)
+    assert [len(run) for run in played.runs] == sorted(map(len, played.runs), reverse=True)
+    without = play(lives, device_batch_size=4, num_device_batches=3, refill=False)
+    assert without.rows_used == played.rows_used
+    assert without.occupancy < 0.7 * played.occupancy
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (2, 4), (8, 1), (1, 5)])
+def test_the_engine_does_what_was_played(shape, tmp_path):
+    prompts, params = job(40, seed=sum(shape))
+    size = dict(zip(("device_batch_size", "num_device_batches"), shape, strict=True))
+    with fg.LLM(str(GOLDENS / VARIANT), policy=fg.Policy(**size), offload_dir=str(tmp_path)) as llm:
+        llm.generate(prompts, params)
+        report = llm.report
+        (block,) = llm.planner.blocks(
+            [llm.request(i, *pair) for i, pair in enumerate(zip(prompts, params, strict=True))]
+        )
+        runs = llm.planner.runs(block)
+    lives = [Life(padded_length(len(r.token_ids)), r.params.max_tokens) for r in block.requests]
+    played = play(lives, **size)
+    found = report.passes, report.rows_computed, report.rows_used
+    assert found == (played.passes, played.rows_computed, played.rows_used)
+    # The predicted timeline computes the same cells as the measured one. (Whether a batch goes on
+    # is found out in its first layer; what is predicted to be no work takes no time.)
+    computed = [
+        sorted(
+            (s.step, s.layer, s.batch)
+            for s in timeline.spans
+            if s.op == "Compute" and s.layer and s.seconds
+        )
+        for timeline in (report.timeline, report.predicted)
+    ]
+    assert computed[0] == computed[1]
+    assert sum(w.num_steps - bool(w.done) for w in runs) == report.passes
+    joined = sum(
+        rows * positions for w in runs for b in w.sizes.batches for _, rows, positions in b.joined
+    )
+    begun = sum(
+        b.rows * positions for w in runs for b in w.sizes.batches for _, positions in b.begun
+    )
+    first = sum(b.rows * b.prompt_len for b in runs[0].sizes.batches)
+    assert joined + begun + first == report.padded_tokens
