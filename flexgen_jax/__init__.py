@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from flexgen_jax.models import opt as opt
     from flexgen_jax.models.opt import OPTConfig
     from flexgen_jax.models.registry import load_config
+    from flexgen_jax.planning.lengths import Lengths
     from flexgen_jax.planning.plans import Plan, plan
     from flexgen_jax.report import Report
     from flexgen_jax.requests.outputs import CompletionOutput, Logprob, RequestOutput
@@ -48,6 +49,7 @@ __all__ = [
     "DiskContext",
     "ExecutionError",
     "Hardware",
+    "Lengths",
     "Logprob",
     "NoAnswerError",
     "OPTConfig",
@@ -98,6 +100,7 @@ _HOME = {
     "CompletionOutput": "flexgen_jax.requests.outputs",
     "Logprob": "flexgen_jax.requests.outputs",
     "RequestOutput": "flexgen_jax.requests.outputs",
+    "Lengths": "flexgen_jax.planning.lengths",
     "Plan": "flexgen_jax.planning.plans",
     "plan": "flexgen_jax.planning.plans",
     "Hardware": "scheduling.hardware",

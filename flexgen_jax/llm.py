@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from flexgen_jax.placed_model import Asked, PlacedModel
 from flexgen_jax.planning.auto import Auto, Demand
 from flexgen_jax.planning.blocks import Block
 from flexgen_jax.planning.byte_sizes import parse_bytes
+from flexgen_jax.planning.lengths import Lengths
 from flexgen_jax.planning.planner import Planner, checked_slots, named_schedule
 from flexgen_jax.report import Report, Sum
 from flexgen_jax.requests.outputs import Gathered, RequestOutput
@@ -63,6 +65,9 @@ class LLM:
         fixed: Fields of the policy that ``"auto"`` has to keep, such as ``device_batch_size``.
         allow: Methods that ``"auto"`` may use if they help: ``"host_attention"``,
             ``"weight_bits"``, ``"cache_bits"``, ``"attention_sparsity"``.
+        lengths: New tokens of requests like those to come, which ``"auto"`` chooses for:
+            numbers, or the path of a file with a number a line or of a job's output; None: every
+            request is expected to run to its limit.
         slots: How many slots loads may fill ahead and stores may lag behind: ``weight_slots``,
             ``cache_slots``, ``hidden_slots``, ``store_slots`` of the :class:`Workload`.
         wrap_store: Given (tier, store), returns the store to use: a throttle, a log, faults
@@ -97,6 +102,7 @@ class LLM:
         wrap_store: WrapStore | None = None,
         fixed: Mapping[str, Any] | None = None,
         allow: Iterable[str] = (),
+        lengths: Lengths | str | os.PathLike[str] | Iterable[int] | None = None,
         runner: Runner | None = None,
     ) -> None:
         base, auto = Auto.asked(policy, fixed, allow)
@@ -105,6 +111,11 @@ class LLM:
             raise ValueError(
                 "device_memory and host_memory are for policy 'auto', which fills memory by "
                 "them; a Policy says itself where everything lies"
+            )
+        if auto is None and lengths is not None:
+            raise ValueError(
+                "lengths are for policy 'auto', which chooses by them; leave them out, or give "
+                "them to plan(), which predicts any policy"
             )
         if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
             raise ValueError(f"seed must be an integer of at least 0, got {seed!r}")
@@ -120,6 +131,7 @@ class LLM:
             chunk_positions=(disk or DiskContext()).chunk_positions,
             hardware=hardware,
             say=say or _log,
+            lengths=None if lengths is None else Lengths.of(lengths),
         )
         self.seed = seed
         self.report: Report | None = None

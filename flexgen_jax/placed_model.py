@@ -14,6 +14,7 @@ from flexgen_jax.logs import event
 from flexgen_jax.machine.this_machine import this_machine
 from flexgen_jax.models.family import Config
 from flexgen_jax.planning.auto import Auto, Demand, Model, Uniform, kind_of, limits_of_this_machine
+from flexgen_jax.planning.lengths import Lengths
 from flexgen_jax.planning.planner import Planner, in_place
 from flexgen_jax.planning.stage_layout import layers_of, stored_names
 from flexgen_jax.requests.tokenization import Tokenizer, load_tokenizer
@@ -34,6 +35,7 @@ class Asked:
         scratch: Parent of the directories for what lies on disk while blocks run.
         schedule: Its name, and the function.
         chunk_positions: Of the cache on disk.
+        lengths: Of requests, which ``"auto"`` chooses for; None: nothing is known.
     """
 
     dtype: str
@@ -45,6 +47,7 @@ class Asked:
     chunk_positions: int
     hardware: Hardware | None
     say: Callable[[str], None]
+    lengths: Lengths | None = None
 
 
 class PlacedModel:
@@ -155,6 +158,7 @@ class PlacedModel:
                 self.limits,
                 schedule=self._asked.schedule[1],
                 placed=None if self._planner is None else self._planner.policy,
+                lengths=self._asked.lengths,
             )
             self._chosen_for = alike
             policy, why = found.best.policy, found.why()

@@ -66,7 +66,7 @@ class Program:
                 for (_, number), cell in _sizes(pure[Tier.DEVICE]).cache.items()
             ),
             "hidden": pure[Tier.DEVICE].num_stages
-            * sum(b.hidden_nbytes * b.prompt_len for b in _sizes(pure[Tier.DEVICE]).batches),
+            * sum(b.largest_hidden_nbytes for b in _sizes(pure[Tier.DEVICE]).batches),
         }
         found = {tier: lanes(workload, hardware) for tier, workload in pure.items()}
         if not policy.overlap:

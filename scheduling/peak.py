@@ -117,7 +117,7 @@ def room_nbytes(workload: Workload, *, shared: bool) -> dict[Tier, int]:
         room[device] += max(batch.workspace for batch in sizes.batches)
         # Any batch may be at any stage.
         for batch in sizes.batches:
-            hidden = batch.hidden_nbytes * batch.prompt_len
+            hidden = batch.largest_hidden_nbytes
             room[_place(w, stage, batch.hidden_tier, shared)] += hidden
     for (layer, number), cell in sizes.cache.items():
         stage = w.stage_of(layer)
@@ -138,7 +138,7 @@ def transient_nbytes(workload: Workload, stage: int, *, shared: bool) -> int:
         if cell.tier is Tier.DISK or (cell.tier is Tier.HOST and not shared and cell.sent > 0)
     ]
     hidden = [
-        batch.hidden_nbytes * batch.prompt_len
+        batch.largest_hidden_nbytes
         for batch in sizes.batches
         if batch.hidden_tier is Tier.DISK or (batch.hidden_tier is Tier.HOST and not shared)
     ]

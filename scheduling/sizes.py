@@ -79,6 +79,9 @@ class BatchSizes:
         begun: (step, positions) where it begins anew, with other prompts in all its rows.
         joined: (step, rows, positions of each) where newcomers' prompts are computed beside the
             others' step.
+        longest_prompt: Positions of the longest prompt that may come; 0: that of the prefill.
+        standing: Positions in its cache at any decode step, on average, where rows come and go
+            and few steps stand for many; None: those of the steps so far.
     """
 
     rows: int
@@ -91,6 +94,13 @@ class BatchSizes:
     stride: float = 1.0
     begun: tuple[tuple[int, int], ...] = ()
     joined: tuple[tuple[int, int, int], ...] = ()
+    longest_prompt: int = 0
+    standing: int | None = None
+
+    @property
+    def largest_hidden_nbytes(self) -> int:
+        """Of all the positions that a step may compute."""
+        return self.hidden_nbytes * max(self.prompt_len, self.longest_prompt)
 
     @functools.cached_property
     def _begun(self) -> dict[int, int]:
@@ -108,6 +118,8 @@ class BatchSizes:
         """Positions in the cache when ``step`` begins; a ring keeps the last of them."""
         if step in self._begun:
             return 0
+        if self.standing is not None:
+            return self.standing
         if not self.begun:
             return self.prompt_len + int((step - 0.5) * self.stride)
         begun = max(s for s in self._begun if s < step)
@@ -183,7 +195,7 @@ class Sizes:
                 if op.step + 1 >= batch.num_steps:
                     return {}  # nobody will read it
                 new, filled = cell.kept(batch.positions(op.step)), batch.cached(op.step)
-                if batch.stride > 1 and op.step:
+                if op.step and (batch.stride > 1 or batch.standing is not None):
                     whole = new  # on average
                 else:
                     whole = self._whole(filled + new) - self._whole(filled)

@@ -24,7 +24,7 @@ from flexgen_jax.cli.job_commands import (
     paths_of,
     print_report,
 )
-from flexgen_jax.cli.llm_options import DTYPES, Chosen, llm_options
+from flexgen_jax.cli.llm_options import DTYPES, Chosen, lengths_option, llm_options
 from flexgen_jax.cli.pictures import check_pictures, write_pictures
 from flexgen_jax.cli.process_options import joined, process_options
 from flexgen_jax.cli.ray_options import OverRay, ray_options
@@ -179,6 +179,7 @@ def export(
 
 @main.command()
 @llm_options
+@lengths_option
 @job_options
 @checkpoint_option
 @process_options

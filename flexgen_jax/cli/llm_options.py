@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -92,6 +93,15 @@ def llm_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+lengths_option = click.option(
+    "--lengths",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="How long requests turn out to be: a number of new tokens a line, or the output of a job. "
+    "[default: all run to their limit]",
+)
+
+
 class Chosen:
     """What the options say, checked as far as that goes without a model.
 
@@ -104,16 +114,20 @@ class Chosen:
     """
 
     def __init__(self, options: dict[str, Any], *, seed: int = 0) -> None:
+        from flexgen_jax.planning.lengths import Lengths
+
         self._values = {name: options.pop(name) for name in NAMES}
+        self._values["lengths"] = options.pop("lengths", None)
         policy, changes = read_policy(self._values)
         stages_given = "num_stages" in changes
         self._allow = allowed(self._values["allow"])
         if policy != "auto":
-            given = [n for n in ("device_memory", "host_memory", "allow") if self._values[n]]
+            searching = ("device_memory", "host_memory", "allow", "lengths")
+            given = [name for name in searching if self._values[name]]
             if given:
                 names = " and ".join(f"--{name.replace('_', '-')}" for name in given)
                 raise ValueError(
-                    f"{names}: for policy auto, which fills memory by it; --percent and --policy "
+                    f"{names}: for policy auto, which chooses by it; --percent and --policy "
                     "FILE say themselves where everything lies. Leave one or the other out"
                 )
             policy, changes = dataclasses.replace(policy, **changes), {}
@@ -122,6 +136,8 @@ class Chosen:
         if policy != "auto" and (policy.num_stages > 1 or stages_given):
             self._num_stages = policy.num_stages
         self._policy, self._changes, self._seed = policy, changes, seed
+        path = self._values["lengths"]
+        self._lengths = None if path is None else Lengths.read(path)
 
     @property
     def model(self) -> str:
@@ -215,6 +231,7 @@ class Chosen:
             )
         limits = {name: v[name] for name in ("device_memory", "host_memory")}
         searching: dict[str, Any] = {**limits, "fixed": wanted, "allow": self._allow}
+        searching["lengths"] = self._lengths
         if policy == "auto" and recorded is not None:
             # What is given differently now is for the job to notice.
             policy, searching = dataclasses.replace(recorded, **wanted), {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,9 +14,10 @@ import jax
 
 from flexgen_jax.models.family import Config
 from flexgen_jax.planning.block_sizes import block_sizes
-from flexgen_jax.planning.blocks import Block, make_blocks, padded_length
+from flexgen_jax.planning.blocks import Block, Room, make_blocks, padded_length
 from flexgen_jax.planning.byte_sizes import device_memory
 from flexgen_jax.planning.default_job import GEN_LEN, PROMPT_LEN
+from flexgen_jax.planning.lengths import Lengths
 from flexgen_jax.planning.stage_layout import place_stages, stage_starts
 from flexgen_jax.requests.request import Request
 from flexgen_jax.requests.sampling_params import SamplingParams
@@ -110,31 +112,130 @@ class Model:
             sizes=sizes,
         )
 
-    def blocks_of(self, job: Demand) -> Blocks:
-        """What ``search`` asks for. Of many blocks a few stand for all."""
+    def blocks_of(self, job: Demand, lengths: Lengths | None = None) -> Blocks:
+        """What ``search`` asks for. Of many blocks a few stand for all.
+
+        The room that a block takes is that of the limits; the steps that it takes are those that
+        are expected. Of blocks that are refilled each stands for as many requests as it has rows,
+        amid a long job: a row is somebody else's after the mean length, and the cache is as full
+        as it is on average.
+
+        Args:
+            lengths: Of the requests; None: all run to their limits.
+        """
+        forecast = _Forecast(lengths)
+        room = None if isinstance(job, Uniform) else Room.of(job)
 
         def blocks(policy: Policy) -> list[tuple[Workload, float]]:
-            several: Sequence[Request]
+            requests: Sequence[Request]
             if isinstance(job, Uniform):
-                several, times = job.requests(policy.block_size), 1 / policy.block_size
+                requests, times = job.requests(policy.block_size), 1 / policy.block_size
             else:
-                several = _some(job)
-                times = len(job) / len(several)
+                requests = _some(job)
+                times = len(job) / len(requests)
             made = list(
                 make_blocks(
-                    several,
+                    requests,
                     device_batch_size=policy.device_batch_size,
                     num_device_batches=policy.num_device_batches,
                 )
             )
             picked = sorted({round(i) for i in _spread(len(made), _LOOKED_AT)})
             ends = [*picked[1:], len(made)]
-            return [
-                (self.workload(made[i], policy), times * (end - i))
-                for i, end in zip(picked, ends, strict=True)
-            ]
+            counts = [times * (end - i) for i, end in zip(picked, ends, strict=True)]
+            several = [made[i] for i in picked]
+            if policy.refill:
+                workloads = self._standing(several, counts, policy, room, forecast)
+            else:
+                workloads = [forecast.ended(self.workload(block, policy)) for block in several]
+            return list(zip(workloads, counts, strict=True))
 
         return blocks
+
+    def _standing(
+        self,
+        blocks: Sequence[Block],
+        counts: Sequence[float],
+        policy: Policy,
+        room: Room | None,
+        forecast: _Forecast,
+    ) -> list[Workload]:
+        """Of ``blocks``, as they are amid a job of so many like each, whose rows come and go.
+
+        Args:
+            room: Of each row; None: the job is endless, and all of it like the one block.
+        """
+        means = [forecast.mean(block.requests) for block in blocks]
+        passes = (
+            math.inf if room is None else sum(m * n for m, n in zip(means, counts, strict=True))
+        )
+        room = room or Room.of(blocks[0].requests)
+        found = []
+        for block, mean in zip(blocks, means, strict=True):
+            rolling = Block(tuple(dataclasses.replace(b, room=room) for b in block.batches))
+            workload = self.workload(rolling, policy)
+            assert workload.sizes is not None
+            steps, alike = max(1, round(mean)), forecast.alike(block.requests)
+            batches = tuple(
+                dataclasses.replace(
+                    batch,
+                    num_steps=steps,
+                    standing=None
+                    if alike
+                    else round(_mean_filled(batch.prompt_len, batch.capacity, passes)),
+                )
+                for batch in workload.sizes.batches
+            )
+            sizes = dataclasses.replace(workload.sizes, batches=batches)
+            found.append(dataclasses.replace(workload, num_steps=steps, sizes=sizes))
+        return found
+
+
+class _Forecast:
+    """How long requests run; looked up once for each limit."""
+
+    def __init__(self, lengths: Lengths | None) -> None:
+        self._lengths = lengths
+        self._expected = functools.cache(lengths.expected if lengths else float)
+        self._longest = functools.cache(lengths.longest_of if lengths else lambda _, most: most)
+
+    def mean(self, requests: Sequence[Request]) -> float:
+        """New tokens of one of them, on average."""
+        return math.fsum(self._expected(r.params.max_tokens) for r in requests) / len(requests)
+
+    def alike(self, requests: Sequence[Request]) -> bool:
+        """Whether rows that begin together end together."""
+        limits = {r.params.max_tokens for r in requests}
+        if self._lengths is None or self._lengths.sample[0] >= max(limits):
+            return len(limits) == 1
+        return self._lengths.alike
+
+    def ended(self, workload: Workload) -> Workload:
+        """A block that takes as many steps as its longest request, its batches likewise."""
+        if self._lengths is None:
+            return workload
+        assert workload.sizes is not None
+        batches = tuple(
+            dataclasses.replace(batch, num_steps=self._steps(batch.rows, batch.num_steps))
+            for batch in workload.sizes.batches
+        )
+        rows = sum(batch.rows for batch in batches)
+        return dataclasses.replace(
+            workload,
+            num_steps=self._steps(rows, workload.num_steps),
+            sizes=dataclasses.replace(workload.sizes, batches=batches),
+        )
+
+    def _steps(self, count: int, limit: int) -> int:
+        return max(1, round(self._longest(count, limit)))
+
+
+def _mean_filled(begun: int, capacity: int, passes: float) -> float:
+    """Positions in a cache that grows by one with each of ``passes`` up to its capacity."""
+    growing = max(0, capacity - begun)
+    if passes <= growing:
+        return begun + passes / 2
+    return capacity - growing * growing / (2 * passes)
 
 
 def kind_of(job: Demand) -> object:
@@ -249,10 +350,12 @@ class Auto:
         *,
         schedule: Schedule,
         placed: Policy | None = None,
+        lengths: Lengths | None = None,
     ) -> Found:
         """The best policy for a job.
 
         Args:
+            lengths: Of its requests; None: all run to their limits.
             placed: Whose weights are where they are; None: they can go anywhere.
 
         Raises:
@@ -266,7 +369,7 @@ class Auto:
         if placed is not None:
             fixed |= {"weights": placed.weights, "weight_bits": placed.weight_bits}
         return search(
-            model.blocks_of(job),
+            model.blocks_of(job, lengths),
             hardware,
             limits,
             schedule=schedule,

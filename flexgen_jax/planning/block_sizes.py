@@ -72,6 +72,7 @@ def block_sizes(
                 hidden_tier=hidden[hidden_name(number)],
                 hidden_nbytes=batch.rows * config.hidden_size * itemsize,
                 workspace=_workspace(batch, config, itemsize),
+                longest_prompt=batch.longest_prompt,
             )
             for number, batch in enumerate(block.batches)
         ),
@@ -101,7 +102,7 @@ def _workspace(batch: Batch, config: Config, itemsize: int) -> int:
     foremost, in float32, and attention's scores; of all rows the layer's results: hidden states,
     and queries, keys and values.
     """
-    seq, hidden = batch.prompt_len, config.hidden_size
+    seq, hidden = batch.longest_prompt, config.hidden_size
     heads, kv_heads, head_dim = (
         config.num_attention_heads,
         config.num_key_value_heads,

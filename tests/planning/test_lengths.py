@@ -1,0 +1,179 @@
+"""How long requests turn out to be: read, drawn from, and chosen by."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+import flexgen_jax as fg
+from flexgen_jax.cli.app import main
+from flexgen_jax.models.registry import preset
+from flexgen_jax.planning.auto import Auto, Model, Uniform
+from flexgen_jax.planning.blocks import Room
+from flexgen_jax.planning.lengths import MOST_KEPT
+from flexgen_jax.planning.planner import Planner
+from flexgen_jax.requests.request import Request
+from scheduling.limits import Limits
+from scheduling.peak import room_nbytes
+
+ZIGZAG = fg.SCHEDULES["zigzag"]
+# Most answers are short, a few run to the limit.
+LONG_TAILED = fg.Lengths((*range(4, 36), 64, 128, 256, 512))
+
+
+@given(
+    st.lists(st.integers(1, 5000), min_size=1, max_size=60),
+    st.integers(1, 6000),
+    st.integers(1, 40),
+)
+def test_what_lengths_say(values, limit, count):
+    lengths = fg.Lengths(tuple(values))
+    ended = [min(value, limit) for value in values]
+    assert lengths.expected(limit) == pytest.approx(sum(ended) / len(ended))
+    longest = lengths.longest_of(count, limit)
+    assert lengths.longest_of(1, limit) == pytest.approx(lengths.expected(limit))
+    assert longest <= lengths.longest_of(count + 1, limit) + 1e-6
+    assert lengths.longest_of(10**6, limit) == pytest.approx(max(ended))
+    each = lengths.of_each([limit] * count)
+    assert each == lengths.of_each([limit] * (count + 3))[:count]
+    assert set(each) <= set(ended)
+
+
+def test_lengths_of_many_are_like_the_sample():
+    values = [1 + i * i % 701 for i in range(20_000)]
+    lengths = fg.Lengths(tuple(values))
+    assert len(lengths.sample) == MOST_KEPT
+    mean = sum(values) / len(values)
+    assert lengths.expected(10**6) == pytest.approx(mean, rel=0.01)
+    for count in (64, 1000):
+        each = lengths.of_each([10**6] * count)
+        assert sum(each) / count == pytest.approx(mean, rel=0.05)
+    limits = [1 + i % 9 for i in range(50)]
+    assert all(n <= limit for n, limit in zip(lengths.of_each(limits), limits, strict=True))
+
+
+@pytest.mark.parametrize("bad", [(), (0,), (-3, 5), (2.5,), (True,), ("7",)])
+def test_what_is_no_length_is_refused(bad):
+    with pytest.raises(ValueError, match="lengths must"):
+        fg.Lengths(bad)
+
+
+def _openai(choices, usage):
+    body = {"choices": choices, "usage": {"completion_tokens": usage}}
+    return {"id": "line-1", "response": {"status_code": 200, "body": body}, "error": None}
+
+
+RECORDS = [
+    (12, [12]),
+    ({"id": 1, "text": "a", "token_ids": [5, 6, 7]}, [3]),
+    ({"id": 2, "outputs": [{"token_ids": [1]}, {"token_ids": [1, 2]}]}, [1, 2]),
+    (_openai([{"text": "a", "logprobs": None}], 9), [9]),
+    (_openai([{"logprobs": {"tokens": ["a", "b"]}}, {"logprobs": {"tokens": ["c"]}}], 3), [1, 2]),
+    (_openai([{"text": "a"}, {"text": "b"}], 8), [4, 4]),
+    ({"id": 3, "error": {"line": 3, "message": "no"}}, []),
+    ({"id": "line-4", "response": None, "error": {"code": "invalid_request"}}, []),
+]
+
+
+def test_lengths_are_read_of_numbers_and_of_outputs(tmp_path):
+    path = tmp_path / "lengths"
+    path.write_text("\n\n".join(json.dumps(record) for record, _ in RECORDS) + "\n")
+    expected = sorted(n for _, lengths in RECORDS for n in lengths)
+    assert fg.Lengths.read(path) == fg.Lengths(tuple(expected)) == fg.Lengths.of(str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "has no lengths: expected a number of new tokens a line"),
+        (json.dumps(RECORDS[-1][0]), "has no lengths"),
+        ("5\nfive\n", "line 2: expected a number of new tokens (1 or more), or a record"),
+        ("5\n0\n", "line 2: expected a number .* got 0"),
+        ("1.5", "line 1: expected .* got 1.5"),
+        ("[3]", r"line 1: expected .* got \[3\]"),
+        ('{"prompt": "a"}', "line 1: expected .* got {'prompt': 'a'}"),
+        (json.dumps({"token_ids": []}), "line 1: expected"),
+        (json.dumps({"response": {"body": {"choices": 5}}}), "line 1: expected"),
+        ("\x1f\x8b\x08", "line 1: expected"),
+        ("[" * 100_000, "line 1: expected"),
+    ],
+)
+def test_what_is_no_file_of_lengths_is_named(text, words, tmp_path):
+    path = tmp_path / "lengths"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="expected") as caught:
+        fg.Lengths.read(path)
+    message = str(caught.value)
+    assert message.startswith(str(path))
+    assert "\n" not in message
+    assert len(message) < 400 + len(str(path))
+    assert words in message or re.search(words, message)
+
+
+def small(**choices):
+    return Model(preset("facebook/opt-125m"), "bfloat16", **choices)
+
+
+def chosen(model, job, limits, lengths=None, **fixed):
+    laptop = fg.Hardware.preset("t4")
+    found = Auto(fixed).choose(model, job, laptop, limits, schedule=ZIGZAG, lengths=lengths)
+    return found.best
+
+
+def test_a_job_of_expected_lengths_takes_less_time_in_the_room_of_its_limit():
+    model, job, limits = small(), Uniform(64, 512), Limits(device=4e9, host=8e9, disk=1e12)
+    unknown, known = chosen(model, job, limits), chosen(model, job, limits, LONG_TAILED)
+    blocks = chosen(model, job, limits, LONG_TAILED, refill=False)
+    assert known.seconds < blocks.seconds < unknown.seconds
+    assert known.policy.block_size >= blocks.policy.block_size
+    at_most = fg.Lengths((512,))
+    assert chosen(model, job, limits, at_most) == unknown
+    assert chosen(model, job, limits, at_most, refill=False).seconds == unknown.seconds
+
+
+def requests(count):
+    """Long prompts and large limits are rare, and not the same ones."""
+    for i in range(count):
+        limit = 512 if i % 50 == 7 else 16
+        params = fg.SamplingParams(max_tokens=limit, ignore_eos=True)
+        yield Request(i, None, (5,) * (400 if i % 50 == 3 else 20), params)
+
+
+@pytest.mark.parametrize("lengths", [None, LONG_TAILED], ids=["unknown", "known"])
+def test_every_row_of_a_block_that_is_refilled_has_room_for_the_longest(lengths):
+    """So it is chosen: what every block and row of the job takes fits."""
+    job, model = list(requests(300)), small()
+    # The weights take a quarter of it; blocks of rows of their own lengths would fit easily.
+    limits = Limits(device=1e9, host=0, disk=0)
+    policy = chosen(model, job, limits, lengths).policy
+    planner = Planner(model, policy, "zigzag", ZIGZAG, fg.Hardware.preset("t4"))
+    (block,) = planner.blocks(job)
+    room = Room.of(job)
+    assert {batch.cache_len for batch in block.batches} == {room.positions}
+    taken = room_nbytes(planner.workload(block), shared=False)
+    assert not limits.exceeded(taken)
+    looked_at, _ = model.blocks_of(job, lengths)(policy)[0]
+    assert room_nbytes(looked_at, shared=False) == taken
+    # Blocks of rows that are as long as their own requests need take far less.
+    paper = dataclasses.replace(policy, refill=False)
+    looked_at, _ = model.blocks_of(job, lengths)(paper)[-1]
+    assert room_nbytes(looked_at, shared=False)[fg.Tier.DEVICE] < 0.8 * taken[fg.Tier.DEVICE]
+
+
+def test_lengths_are_for_auto(tmp_path):
+    path = tmp_path / "lengths"
+    path.write_text("5\n")
+    with pytest.raises(ValueError, match="lengths are for policy 'auto'"):
+        fg.LLM("facebook/opt-125m", policy=fg.Policy(), lengths=[5])
+    run = ["generate", "--model", "m", "-i", str(path), "-o", str(tmp_path / "out")]
+    done = CliRunner().invoke(main, [*run, "--percent", *"000000", "--lengths", str(path)])
+    assert done.exit_code == 2
+    assert "--lengths: for policy auto" in done.output
+    path.write_text("none\n")
+    done = CliRunner().invoke(main, [*run, "--lengths", str(path)])
+    assert done.exit_code == 2
+    assert f"{path}, line 1: expected a number of new tokens" in done.output
