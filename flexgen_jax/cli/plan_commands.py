@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flexgen_jax.cli.failures import Failure, plain_errors, say
-from flexgen_jax.cli.llm_options import DTYPES
+from flexgen_jax.cli.llm_options import DTYPES, lengths_option
 from flexgen_jax.cli.pictures import check_pictures, write_pictures
 from flexgen_jax.cli.policy_options import NAMES, allowed, policy_options, read_policy
 
 if TYPE_CHECKING:
+    from flexgen_jax.planning.forecast import Forecast
     from flexgen_jax.planning.plans import Plan
     from scheduling.hardware import Hardware
     from scheduling.policy import Policy
@@ -61,6 +62,7 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.command()
 @_options
+@lengths_option
 def plan(**options: Any) -> None:
     """Predict a block: placement, time and memory, without weights or an accelerator."""
     with plain_errors():
@@ -258,6 +260,7 @@ def _plan(
         allow=allow,
         help_wanted=help_wanted,
         num_hosts=options["num_hosts"],
+        lengths=options.get("lengths"),
     )
 
 
@@ -272,6 +275,20 @@ def _stages(found: Plan) -> str:
     groups = len(found.workload.groups())
     head = f"{found.workload.num_stages} stages, the batches in {groups} groups:"
     return "\n".join([head, *parts])
+
+
+def _expected(forecasts: tuple[Forecast, ...]) -> str:
+    first = forecasts[0]
+    mean = first.tokens / first.requests
+    lines = [f"expected of {first.requests} requests with {mean:.1f} new tokens on average:"]
+    for found in forecasts:
+        lines.append(
+            f"  with{'' if found.refill else 'out'} refill {found.tokens_per_second:.2f} tokens/s, "
+            f"{found.seconds:.1f} s; {found.occupancy:.0%} of the computed rows are of use, and "
+            f"the {found.passes} passes over the weights are {found.passes_over_ideal:.2f} times "
+            "those of ideal refill"
+        )
+    return "\n".join(lines)
 
 
 def _described(found: Plan) -> str:
@@ -296,6 +313,8 @@ def _described(found: Plan) -> str:
         f"{floor}: {least / seconds:.0%} of the prediction",
         f"peak: {peak}",
     ]
+    if found.expected:
+        lines.insert(-2, _expected(found.expected))
     if policy.num_stages > 1:
         lines.insert(2, _stages(found))
     if found.why:

@@ -158,7 +158,7 @@ class Planner:
         most = max((len(batches) for batches in played.runs), default=0)
         more = (block.batches[0],) * (most - len(block.batches))
         whole = self.workload(Block((*block.batches, *more)))
-        return [_run_of(batches, whole) for batches in played.runs]
+        return [run_of(batches, whole) for batches in played.runs]
 
     def traffic(
         self, block: Block, lives: Sequence[Life] = (), passes: int | None = None
@@ -211,8 +211,12 @@ class Planner:
         )
 
 
-def _run_of(batches: Sequence[BatchPlay], whole: Workload) -> Workload:
-    """A run of the schedule of a rolling block: its batches, with who comes when."""
+def run_of(batches: Sequence[BatchPlay], whole: Workload) -> Workload:
+    """A run of the schedule of a block that was played: its batches, with who comes when.
+
+    Args:
+        whole: The block, as if all began together and ran to their limits.
+    """
     sizes = whole.sizes
     assert sizes is not None
     count = len(batches)

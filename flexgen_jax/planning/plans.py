@@ -11,7 +11,11 @@ from typing import Any, Literal
 from flexgen_jax.models.family import Config
 from flexgen_jax.models.registry import load_config, preset
 from flexgen_jax.planning.auto import Auto, Model, Uniform
+from flexgen_jax.planning.blocks import padded_length
+from flexgen_jax.planning.forecast import Forecast, forecast, job_size
+from flexgen_jax.planning.lengths import Lengths
 from flexgen_jax.planning.planner import Planner
+from flexgen_jax.planning.refilling import Life
 from scheduling.advice import advice
 from scheduling.cost_model import CostModel, bound
 from scheduling.estimate import estimate
@@ -43,6 +47,7 @@ class Plan:
         lower_bound: Seconds that any schedule of this block needs, per resource.
         why: Of the policy, where it was searched for.
         would_help: What would, and how many times the throughput it gives, estimated.
+        expected: Where lengths are known: what a job of many blocks takes, refilled and not.
     """
 
     policy: Policy
@@ -58,6 +63,7 @@ class Plan:
     lower_bound: dict[str, float]
     why: str | None = None
     would_help: dict[str, float] = dataclasses.field(default_factory=dict)
+    expected: tuple[Forecast, ...] = ()
 
     @property
     def generated_tokens(self) -> int:
@@ -136,6 +142,7 @@ class Plan:
             "would_help": self.would_help,
             "bound": name,
             "lower_bound_seconds": seconds,
+            **({"expected": [found.to_json() for found in self.expected]} if self.expected else {}),
         }
 
 
@@ -153,6 +160,7 @@ def plan(
     allow: Iterable[str] = (),
     help_wanted: bool = False,
     num_hosts: int = 1,
+    lengths: Lengths | str | os.PathLike[str] | Iterable[int] | None = None,
 ) -> Plan:
     """Predicts one full block.
 
@@ -168,6 +176,8 @@ def plan(
             ``cache_bits``, ``attention_sparsity``.
         help_wanted: Find out what would help, which takes about as long again.
         num_hosts: Machines like ``hardware`` that the stages are spread over, as evenly as can be.
+        lengths: New tokens of requests like those to come, as ``LLM`` takes them; none has more
+            than ``gen_len``. None: all have as many.
 
     Raises:
         NothingFitsError: no policy fits the hardware.
@@ -191,9 +201,10 @@ def plan(
     job = Uniform(prompt_len, gen_len)
     name, order = schedule
     limits = Limits.of(hardware)
+    known_lengths = None if lengths is None else Lengths.of(lengths)
     why = None
     if auto is not None:
-        found = auto.choose(known, job, hardware, limits, schedule=order)
+        found = auto.choose(known, job, hardware, limits, schedule=order, lengths=known_lengths)
         policy, why = found.best.policy, found.why()
     planner = Planner(known, policy, name, order, hardware, why)
     (block,) = planner.blocks(job.requests(policy.block_size))
@@ -202,7 +213,9 @@ def plan(
     ordered = planner.order
     helps = {}
     if help_wanted:
-        helps = advice(known.blocks_of(job), hardware, limits, policy, schedule=order)
+        helps = advice(
+            known.blocks_of(job, known_lengths), hardware, limits, policy, schedule=order
+        )
     prefill, decode = _predicted(ordered, workload, hardware)
     return Plan(
         policy=policy,
@@ -218,7 +231,24 @@ def plan(
         lower_bound=CostModel(workload, hardware).lower_bound(),
         why=why,
         would_help=helps,
+        expected=() if known_lengths is None else _expected(planner, job, known_lengths),
     )
+
+
+def _expected(planner: Planner, job: Uniform, lengths: Lengths) -> tuple[Forecast, ...]:
+    """With refill, and without."""
+    size = planner.policy.block_size
+    limits = [job.gen_len] * job_size(size)
+    lives = [Life(padded_length(job.prompt_len), count) for count in lengths.of_each(limits)]
+    found = []
+    for refill in (True, False):
+        policy = dataclasses.replace(planner.policy, refill=refill)
+        planned = dataclasses.replace(planner, policy=policy)
+        (block,) = planned.blocks(job.requests(size))
+        whole = planned.workload(block)
+        seconds = sum(_predicted(planned.order, whole, planned.hardware))
+        found.append(forecast(planned, whole, lives, seconds=seconds))
+    return tuple(found)
 
 
 def _predicted(order: Schedule, workload: Workload, hardware: Hardware) -> tuple[float, float]:

@@ -15,10 +15,13 @@ from flexgen_jax.models.registry import preset
 from flexgen_jax.planning.auto import Auto, Model, Uniform
 from flexgen_jax.planning.blocks import Room
 from flexgen_jax.planning.lengths import MOST_KEPT
-from flexgen_jax.planning.planner import Planner
+from flexgen_jax.planning.planner import Planner, run_of
+from flexgen_jax.planning.refilling import Life, ideal_passes, play
 from flexgen_jax.requests.request import Request
 from scheduling.limits import Limits
 from scheduling.peak import room_nbytes
+from scheduling.simulate import simulate
+from scheduling.transforms import remaining
 
 ZIGZAG = fg.SCHEDULES["zigzag"]
 # Most answers are short, a few run to the limit.
@@ -162,6 +165,70 @@ def test_every_row_of_a_block_that_is_refilled_has_room_for_the_longest(lengths)
     paper = dataclasses.replace(policy, refill=False)
     looked_at, _ = model.blocks_of(job, lengths)(paper)[-1]
     assert room_nbytes(looked_at, shared=False)[fg.Tier.DEVICE] < 0.8 * taken[fg.Tier.DEVICE]
+
+
+SHAPE = {"device_batch_size": 4, "num_device_batches": 4}
+DISK = fg.Split(device=0, disk=100)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [{}, {"weights": DISK}, {"weights": DISK, "cache": DISK, "overlap": False}],
+    ids=["in memory", "weights on disk", "no overlap"],
+)
+def test_a_plan_says_what_a_long_job_is_expected_to_take(choices):
+    config = fg.OPTConfig(
+        vocab_size=512,
+        hidden_size=256,
+        num_hidden_layers=3,
+        ffn_dim=1024,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+    )
+    policy, lengths = fg.Policy(**SHAPE, **choices), fg.Lengths((*range(1, 20), 40, 80))
+    common = {"prompt_len": 20, "gen_len": 60, "schedule": ("zigzag", ZIGZAG)}
+    hardware = fg.Hardware.preset("laptop")
+    without = fg.plan(config, policy, hardware, **common).to_json()
+    found = fg.plan(config, policy, hardware, **common, lengths=lengths)
+    figures = found.to_json()
+    expected = figures.pop("expected")
+    assert figures == without
+    counts = lengths.of_each([60] * 16 * policy.block_size)
+    lives = [Life(32, count) for count in counts]
+    for forecast, figures in zip(found.expected, expected, strict=True):
+        played = play(lives, **SHAPE, refill=forecast.refill)
+        assert (forecast.occupancy, forecast.passes) == (played.occupancy, played.passes)
+        assert forecast.ideal_passes == ideal_passes(counts, 16)
+        # Simulated from end to end, it takes as long.
+        planner = Planner(
+            Model(config, "bfloat16"),
+            dataclasses.replace(policy, refill=forecast.refill),
+            *("zigzag", ZIGZAG, hardware),
+        )
+        (block,) = planner.blocks(Uniform(20, 60).requests(16))
+        whole, seconds = planner.workload(block), 0.0
+        for run in (run_of(batches, whole) for batches in played.runs):
+            seconds += simulate(remaining(planner.order(run), run), run, hardware).seconds
+        assert forecast.seconds == pytest.approx(seconds, rel=0.1)
+        assert figures["tokens_per_second"] == pytest.approx(sum(counts) / forecast.seconds)
+    refilled, blocks = found.expected
+    assert refilled.passes_over_ideal < 1.1 < blocks.passes_over_ideal
+    assert refilled.seconds < blocks.seconds
+
+
+def test_the_command_says_so_too(tmp_path):
+    path = tmp_path / "lengths"
+    path.write_text("3\n5\n28\n")
+    run = ["plan", "--model", "facebook/opt-125m", "--hardware", "laptop", "--prompt-len", "16"]
+    run += ["--gpu-batch-size", "4", "--num-gpu-batches", "2", "--lengths", str(path)]
+    done = CliRunner().invoke(main, run)
+    assert done.exit_code == 0, done.output
+    assert re.search(r"expected of 128 requests with 12\.\d new tokens on average:", done.output)
+    assert re.search(r"  with refill .* tokens/s.*\n  without refill .* passes over", done.output)
+    path.write_text("many\n")
+    done = CliRunner().invoke(main, run)
+    assert done.exit_code == 2
+    assert f"{path}, line 1: expected a number of new tokens" in done.output
 
 
 def test_lengths_are_for_auto(tmp_path):
