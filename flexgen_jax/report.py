@@ -42,7 +42,8 @@ class Report:
         prompt_tokens: Tokens of the prompts, as given.
         failed: Of the requests, those that have an error for an answer.
         padded_tokens: Positions that prefill computed, padding and empty rows included.
-        generated_tokens: New tokens of all requests.
+        generated_tokens: New tokens of all requests. ``limit_tokens``: those that their
+            ``max_tokens`` allow.
         rows_computed: Rows of all steps of all batches. ``rows_used``: of these, those that gave a
             token; see :attr:`occupancy`.
         passes: Over the weights. ``ideal_passes``: those that it takes if every row of the block is
@@ -73,6 +74,7 @@ class Report:
     prompt_tokens: int
     padded_tokens: int
     generated_tokens: int
+    limit_tokens: int
     rows_computed: int
     rows_used: int
     passes: int
@@ -134,6 +136,7 @@ class Report:
             requests=len(finished.requests),
             prompt_tokens=sum(len(r.token_ids) for r in finished.requests),
             generated_tokens=finished.generated_tokens,
+            limit_tokens=sum(r.params.max_tokens for r in finished.requests),
             peak_bytes=finished.peak_bytes,
             **finished.counts,
         )
@@ -176,6 +179,11 @@ class Report:
         return self.rows_used / self.rows_computed if self.rows_computed else 0.0
 
     @property
+    def passes_over_ideal(self) -> float:
+        """How many times the passes that ideal refill takes: 1 at best."""
+        return self.passes / self.ideal_passes if self.ideal_passes else 1.0
+
+    @property
     def padding(self) -> float:
         """The share of prefill positions that held no token of a prompt, in [0, 1)."""
         return 1 - self.prompt_tokens / self.padded_tokens if self.padded_tokens else 0.0
@@ -209,6 +217,7 @@ class Report:
             "tokens_per_second": self.tokens_per_second,
             "padding": self.padding,
             "occupancy": self.occupancy,
+            "passes_over_ideal": self.passes_over_ideal,
             "streams": self.timeline.summary(),
             "stages": self.timeline.stage_table(),
             "predicted": compare(self.predicted, self.timeline),
@@ -236,6 +245,7 @@ _SUMMED = (
     "prompt_tokens",
     "padded_tokens",
     "generated_tokens",
+    "limit_tokens",
     "rows_computed",
     "rows_used",
     "passes",

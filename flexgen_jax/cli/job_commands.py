@@ -14,7 +14,7 @@ import click
 from flexgen_jax.cli.failures import Failure, interrupted, say, silent
 
 if TYPE_CHECKING:
-    from flexgen_jax.jobs.job import JobReport
+    from flexgen_jax.jobs.job import Job, JobReport
     from flexgen_jax.jobs.job_input import JobInput
     from flexgen_jax.jobs.open_windows import OpenWindow
     from flexgen_jax.jobs.results import Results
@@ -204,7 +204,7 @@ class JobFiles:
         if self.results.header is not None:
             self._tell(f"going on: {self.results.requests_finished} requests are finished already")
         with progress.count(None, *what, quiet=self._quiet) as bar:
-            expected = _Expected(source, bar, self.results.position.line)
+            expected = _Expected(source, bar, self.results.position.line, job)
 
             def on_window(window: OpenWindow, blocks: list[Block], left: list[int]) -> None:
                 if expected.windows == 0:
@@ -213,7 +213,7 @@ class JobFiles:
                 expected.add(amount, window.last_line)
 
             try:
-                return job.run(progress=bar, on_window=on_window)
+                return job.run(progress=expected.advance, on_window=on_window)
             except KeyboardInterrupt as error:
                 raise interrupted(error, self._kept()) from None
             except (ExecutionError, JobError, ProcessError, StorageError) as error:
@@ -296,26 +296,45 @@ def exit_if_none_succeeded(done: JobReport) -> None:
 
 
 class _Expected:
-    """How much there will be to do in all, by how far the input has been read for so much.
+    """How much there will be to do in all: by how far the input has been read for so much, and by
+    what requests turn out to have of the new tokens that they may have.
 
     Args:
         skipped: Lines that an earlier process has finished.
     """
 
-    def __init__(self, source: JobInput, bar: Bar, skipped: int) -> None:
-        self._source, self._bar, self._skipped = source, bar, skipped
-        self._amount, self._begun = 0, 0.0
+    def __init__(self, source: JobInput, bar: Bar, skipped: int, job: Job) -> None:
+        self._source, self._bar, self._skipped, self._job = source, bar, skipped, job
+        self._amount = self._done = self._finished_before = 0
+        self._begun, self._share_read = 0.0, source.share_read
         self.windows = 0
 
     def add(self, amount: int, last_line: int) -> None:
-        """So much there is to do in the window that ends with ``last_line``."""
-        share = self._source.share_read
-        if self.windows == 0 and share is not None:
-            self._begun = share * self._skipped / last_line
+        """So much there is to do at most in the window that ends with ``last_line``."""
+        self._share_read = share = self._source.share_read
+        if self.windows == 0:
+            self._finished_before = self._job.limit_tokens
+            if share is not None:
+                self._begun = share * self._skipped / last_line
         self.windows += 1
         self._amount += amount
-        if share is None or share == 1:
-            self._bar.expect(self._amount if share else None)
-        else:
-            total = self._amount * (1 - self._begun) / (share - self._begun)
-            self._bar.expect(round(total), exactly=False)
+        self._show()
+
+    def advance(self, more: int) -> None:
+        """So much more is done."""
+        self._done += more
+        self._bar(more)
+        self._show()
+
+    def _show(self) -> None:
+        share = self._share_read
+        if share is None:
+            self._bar.expect(None)
+            return
+        # Short ones finish first: what the others have so far counts as well.
+        limits = self._job.limit_tokens - self._finished_before
+        total = self._amount * (min(1.0, self._done / limits) if limits else 1.0)
+        exactly = share == 1 and round(total) == self._amount
+        if share < 1:
+            total *= (1 - self._begun) / (share - self._begun)
+        self._bar.expect(max(self._done, round(total)), exactly=exactly)

@@ -144,6 +144,11 @@ class Job:
         if results.position.sums is not None:
             self._total.add_sums(results.position.sums)
 
+    @property
+    def limit_tokens(self) -> int:
+        """What the limits of those that are finished so far allow, in earlier processes, too."""
+        return self._total.sums()["limit_tokens"]
+
     def run(
         self,
         *,

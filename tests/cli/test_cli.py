@@ -16,6 +16,7 @@ from click.testing import CliRunner
 
 import flexgen_jax as fg
 from flexgen_jax.cli.app import main
+from flexgen_jax.cli.job_commands import _Expected
 from flexgen_jax.jobs.results import FileResults
 from tests.interrupting import signal_in_block
 
@@ -615,3 +616,32 @@ def test_several_completions_in_both_dialects(job):
     assert [c["index"] for c in answer["choices"]] == [0, 1, 2]
     assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 12, "total_tokens": 15}
     assert "temperature above 0" in greedy["error"]["message"]
+
+
+def test_what_is_expected_goes_by_what_requests_turn_out_to_have():
+    """Of the tokens that they may have, and of the part of the input that was read."""
+
+    class Bar:
+        def __call__(self, more):
+            pass
+
+        def expect(self, total, *, exactly=True):
+            self.shown = total, exactly
+
+    source, job, bar = SimpleNamespace(share_read=0.5), SimpleNamespace(limit_tokens=70), Bar()
+    expected = _Expected(source, bar, 0, job)
+    expected.add(1000, 10)
+    assert bar.shown == (2000, False)
+    expected.advance(90)
+    assert bar.shown == (2000, False)
+    job.limit_tokens += 300  # of those that have finished; others have a part of the 90
+    expected.advance(60)
+    assert bar.shown == (1000, False)
+    source.share_read = 1
+    expected.add(1000, 20)
+    assert bar.shown == (1000, False)
+    expected.advance(150)
+    assert bar.shown == (2000, True)
+    source.share_read = None  # a pipe
+    expected.add(1000, 30)
+    assert bar.shown == (None, True)
