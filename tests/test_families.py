@@ -102,6 +102,32 @@ def test_the_tokens_of_transformers_of_other_configs(variant, store_of):
     assert tokens == expected
 
 
+@pytest.mark.parametrize("variant", ["mistral", "gemma3"])
+@pytest.mark.parametrize(
+    "policy",
+    [{"weights": DISK, "cache": MIXED, "hidden": DISK}, {"cache": DISK, "cache_bits": 4}],
+    ids=["mixed", "codes"],
+)
+def test_newcomers_take_rows_of_rings_and_windows(variant, policy, store_of):
+    """Prompts longer than the window and shorter, with lengths of their own."""
+    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(14)]
+    params = [
+        fg.SamplingParams(temperature=0.0, max_tokens=1 + 5 * i % NEW, ignore_eos=True)
+        for i in range(14)
+    ]
+    found = []
+    for refill in (False, True):
+        shape = fg.Policy(device_batch_size=2, num_device_batches=2, refill=refill, **policy)
+        with fg.LLM(str(store_of(variant)), policy=shape) as llm:
+            found.append([o.outputs[0].token_ids for o in llm.generate(prompts, params)])
+    assert found[0] == found[1]
+    if "cache_bits" not in policy:
+        expected = EXPECTED["variants"][variant]["tokens"]
+        of_each = zip(found[0], params, strict=True)
+        for i, (tokens, asked) in enumerate(of_each):
+            assert list(tokens) == expected[i % len(PROMPTS)][: asked.max_tokens]
+
+
 def crosses(variant, prompt):
     config = json.loads((GOLDENS / variant / "config.json").read_text())
     return len(prompt) <= config["original_max_position_embeddings"] < len(prompt) + NEW
