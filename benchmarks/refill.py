@@ -61,8 +61,8 @@ def requests(llm: fg.LLM, args: argparse.Namespace) -> list[Request]:
     else:
         ends = lengths(args.requests, args.mean, args.limit, args.seed)
     params = [
-        fg.SamplingParams(temperature=0.0, max_tokens=args.limit or n, ignore_eos=True)
-        for n in ends
+        fg.SamplingParams(temperature=0.0, max_tokens=args.equal or args.limit, ignore_eos=True)
+        for _ in ends
     ]
     made = [llm.request(i, *pair) for i, pair in enumerate(zip(prompts, params, strict=True))]
     if args.equal:
@@ -190,11 +190,9 @@ def run(args: argparse.Namespace, work: str) -> dict[str, Any]:
         "questions": bool(args.questions),
         "dtype": args.dtype,
         "requests": len(asked),
-        "lengths": {
-            "mean": round(statistics.mean(count), 1),
-            "most": max(count),
-            "limit": args.limit,
-        },
+        "mean_length": round(statistics.mean(count), 1),
+        "longest": max(count),
+        "limit": args.limit,
         "equal": args.equal,
         "block": [args.device_batch_size, args.num_device_batches],
         "weights": args.weights,

@@ -76,7 +76,7 @@ def refill(records: list[dict]) -> str:
             f"{r['ratio']:.2f}",
             f"{r['occupancy']['refill']:.0%} ({r['occupancy']['blocks']:.0%})",
             f"{r['passes_over_ideal']:.2f}",
-            f"{r['measured_over_predicted']:.2f}",
+            f"{ratio:.2f}" if (ratio := r["measured_over_predicted"]) else "",
         )
         for r in records
     ]
@@ -85,9 +85,8 @@ def refill(records: list[dict]) -> str:
     note = (
         f"Requests of log-normal lengths, prompts of 8 to 200 tokens, blocks of {rows_of}: "
         "tokens/s with refill and without, in turns in one process. Occupancy: rows of use ÷ "
-        "rows computed, "
-        "without refill in brackets. Passes over the weights ÷ those of ideal first come, first "
-        "served. Measured ÷ predicted where lengths are known "
+        "rows computed, without refill in brackets. Passes over the weights ÷ those of ideal first "
+        "come, first served. Measured ÷ predicted: for known lengths, on a profiled machine "
         f"({first['cores']} CPU cores, jax {first['jax']})."
     )
     header = (

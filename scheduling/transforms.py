@@ -137,7 +137,8 @@ class Cut:
                 self._unstored.add(StoreCache(op.step, op.layer, op.batch))
             if op.layer == w.num_layers - 1:
                 self._unstored.add(StoreHidden(op.step, op.layer, op.batch))
-                self._inside.discard(op.batch)
+                if op.step == self._begun[op.batch]:  # else the next has begun with a load ahead
+                    self._inside.discard(op.batch)
                 self._done[op.batch] = op.step + 1
 
     def _rest(self, ops: Iterator[Op]) -> Iterator[Op]:

@@ -20,7 +20,7 @@ def run(tmp_path):
     source.write_text('{"prompt_token_ids": [5, 6]}\n{"prompt_token_ids": [7]}\nwurst\n')
 
     def run(*options, more=()):
-        arguments = [*options, "generate", "--model", MODEL, "-i", source]
+        arguments = [*options, "generate", "--no-refill", "--model", MODEL, "-i", source]
         arguments += ["-o", tmp_path / "out.jsonl", "--offload-dir", tmp_path, "--max-tokens", 3]
         arguments += ["--gpu-batch-size", 1, "--num-gpu-batches", 1, "--ignore-eos", *more]
         return CliRunner().invoke(main, [str(a) for a in arguments])
@@ -46,7 +46,7 @@ def test_every_line_is_an_object_of_json(run, tmp_path):
         "bad line",
         "run begun",
         *["placement"] * 3,
-        *["block begun", "block finished"] * 2,
+        *["block begun", "results kept", "block finished"] * 2,
         "run finished",
         "results written",
     ]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flexgen_jax.planning.auto import Model
@@ -27,6 +27,7 @@ from flexgen_jax.requests.request import Request
 from scheduling.calibrate import Observation, observations
 from scheduling.cost_model import CostModel, bound
 from scheduling.hardware import Hardware
+from scheduling.ops import Cell, Op
 from scheduling.placement import Placement
 from scheduling.policy import Policy
 from scheduling.schedules import SCHEDULES, Schedule
@@ -186,7 +187,7 @@ class Planner:
         """What the simulator expects of ``block``, or of its first ``passes``."""
         parts, begun, steps = [], 0.0, 0
         for run in self.runs(block, lives, passes):
-            ops = remaining(self.order(run), run)
+            ops = _of_those_who_are_there(remaining(self.order(run), run), run)
             parts.append((begun, simulate(ops, run, self.hardware).later(steps)))
             begun += parts[-1][1].seconds
             steps += run.num_steps - 1
@@ -209,6 +210,15 @@ class Planner:
             bound(CostModel(run, self.hardware).lower_bound())[1]
             for run in self.runs(block, lives, passes)
         )
+
+
+def _of_those_who_are_there(ops: Iterable[Op], run: Workload) -> Iterator[Op]:
+    """Without what batches that have left would have to do."""
+    sizes = run.sizes
+    assert sizes is not None
+    for op in ops:
+        if not isinstance(op, Cell) or op.step < sizes.batches[op.batch].num_steps:
+            yield op
 
 
 def run_of(batches: Sequence[BatchPlay], whole: Workload) -> Workload:

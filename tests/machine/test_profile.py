@@ -41,7 +41,7 @@ def test_a_run_is_predicted_beside_being_measured(hardware, tmp_path):
     command = ["generate", "--model", "flexgen_jax/demo_model", "--offload-dir", tmp_path]
     command += ["-i", source, "-o", tmp_path / "out.jsonl", "--hardware", file, "--max-tokens", 4]
     command += ["--percent", *(0, 0, 0, 0, 0, 0), "--gpu-batch-size", 2, "--num-gpu-batches", 2]
-    command += ["--trace", tmp_path / "t.json", "--json"]
+    command += ["--trace", tmp_path / "t.json", "--json", "--no-refill"]
     done = CliRunner().invoke(main, [str(a) for a in command])
     assert done.exit_code == 0, done.output
     assert "predicted" in done.stderr

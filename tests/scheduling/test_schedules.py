@@ -7,7 +7,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from scheduling import (
@@ -189,6 +189,11 @@ def test_serialized_keeps_the_name_and_transforms_are_lazy():
     assert next(iter(bind(serialize(zigzag(endless)), endless))).stream is Stream.LOAD_WEIGHTS
 
 
+@example(
+    Workload(num_steps=3, num_layers=2, num_batches=1, cached_layers=frozenset([0]), store_slots=1),
+    SCHEDULES["lock_step"],
+    [1],
+)
 @given(workloads(), schedules, st.lists(st.integers(0, 3), max_size=5))
 def test_a_schedule_can_be_cut_at_step_borders_and_gone_on_with(workload, schedule, borders):
     """Cut again and again: each rest is valid by itself, and nothing is computed twice or never."""
