@@ -82,17 +82,9 @@ def requests(llm: fg.LLM, args: argparse.Namespace) -> list[Request]:
 
 def questions(llm: fg.LLM, args: argparse.Namespace) -> list[Request]:
     """Everyday questions from templates, in the chat format of SmolLM2."""
-    places = [
-        "a small town",
-        "Rome",
-        "the sea",
-        "the mountains",
-        "Japan",
-        "a farm",
-        "space",
-        "school",
-    ]
-    things = ["bread", "rain", "a bicycle", "the moon", "tea", "gravity", "a bank", "a good friend"]
+    places = ["a small town", "Rome", "the sea", "the mountains", "Japan", "a farm", "space"]
+    things = ["bread", "rain", "a bicycle", "the moon", "tea", "gravity", "a bank", "a friend"]
+    things += ["snow", "a violin", "chess", "a volcano", "soap", "a bridge", "sleep", "honey"]
     patterns = [
         "Describe life in {place} in two sentences.",
         "What should I pack for a week in {place}?",

@@ -273,7 +273,7 @@ class Sum:
         self._moved = dict.fromkeys(Link, 0)
         self._peak = dict(empty.peak_bytes)
         self._kept: list[tuple[float, Report]] = []  # with the time that each began
-        self._offset = 0.0
+        self._offset = self._begun = 0.0  # of all, and of those before the block on its way
         self._spans, self._max_spans = 0, max_spans
 
     @classmethod
@@ -307,11 +307,15 @@ class Sum:
         }
 
     def _keep_timeline(self, report: Report) -> None:
+        """A block's timeline comes with its last part, and begins with its first."""
         if self._spans > self._max_spans:
             return
-        self._spans += len(report.timeline.spans)
-        self._kept.append((self._offset, report))
         self._offset += report.seconds
+        if report.timeline.spans:
+            self._spans += len(report.timeline.spans)
+            self._kept.append((self._begun, report))
+        if report.blocks:
+            self._begun = self._offset
 
     def total(self) -> Report:
         """All in one."""

@@ -29,7 +29,6 @@ from storage.slots import Slot
 from storage.store import (
     StorageError,
     check_capacity,
-    check_renewal,
     renewed_rows,
     sequence_length,
 )
@@ -206,8 +205,7 @@ class DiskSequences:
 
     def renew(self, name: str, rows: np.ndarray, arrays: Sequence[jax.Array]) -> None:
         group, positions = self._groups[name], arrays[0].shape[-2]
-        check_renewal(name, positions, group.length, group.capacity)
-        rows, host = renewed_rows(rows, arrays)
+        rows, host = renewed_rows(name, rows, arrays, group.length, group.capacity)
         if rows.size == 0:
             return
         layout = group.layout

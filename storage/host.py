@@ -23,7 +23,6 @@ from storage.ring_index import spans
 from storage.slots import Slot
 from storage.store import (
     check_capacity,
-    check_renewal,
     full_nbytes,
     renewed_rows,
     sequence_length,
@@ -151,8 +150,7 @@ class HostSequences:
 
     def renew(self, name: str, rows: np.ndarray, arrays: Sequence[jax.Array]) -> None:
         group, positions = self._groups[name], arrays[0].shape[-2]
-        check_renewal(name, positions, group.length, group.capacity)
-        rows, host = renewed_rows(rows, arrays)
+        rows, host = renewed_rows(name, rows, arrays, group.length, group.capacity)
         for start, source, size in spans(group.length - positions, positions, group.capacity):
             for kept, array in zip(group.arrays, host, strict=True):
                 kept[rows, ..., start : start + size, :] = array[..., source : source + size, :]
@@ -257,8 +255,7 @@ class PinnedSequences:
 
     def renew(self, name: str, rows: np.ndarray, arrays: Sequence[jax.Array]) -> None:
         group, positions = self._groups[name], arrays[0].shape[-2]
-        check_renewal(name, positions, group.length, group.capacity)
-        rows, host = renewed_rows(rows, arrays)
+        rows, host = renewed_rows(name, rows, arrays, group.length, group.capacity)
         if rows.size == 0:
             return
         if isinstance(group, PinnedRing):

@@ -194,9 +194,14 @@ def check_renewal(name: str, positions: int, length: int, capacity: int) -> None
 
 
 def renewed_rows(
-    rows: np.ndarray, arrays: Sequence[jax.Array]
+    name: str, rows: np.ndarray, arrays: Sequence[jax.Array], length: int, capacity: int
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The rows that are not dropped, and what comes for them, on the host."""
+    """The rows that are not dropped, and what comes for them, on the host.
+
+    Raises:
+        ValueError: as :func:`check_renewal`.
+    """
+    check_renewal(name, arrays[0].shape[-2], length, capacity)
     kept = rows >= 0
     return rows[kept], [np.asarray(array)[kept] for array in arrays]
 

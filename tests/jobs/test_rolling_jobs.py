@@ -105,6 +105,9 @@ def test_windows_follow_one_another_without_a_gap(llm, source, expected, tmp_pat
     assert report.requests == COUNT - len(BAD)
     assert report.occupancy > 0.85
     assert report.passes <= 1.05 * report.ideal_passes
+    # The results came in parts; the timeline is one, and begins where the block did.
+    assert 0 < report.timeline.seconds <= report.seconds
+    assert report.timeline.spans[0].start < report.timeline.seconds / 2
     # To a stream, too.
     run(llm, source, None)
     assert capfdbinary.readouterr().out == expected
