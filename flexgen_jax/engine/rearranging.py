@@ -108,7 +108,11 @@ def saved(states: Sequence[BatchState], cells: BlockCells) -> Iterator[tuple[str
         arrays = cells.positions(layer, number, state.now.column)
         found = {f"{place}": array for place, array in enumerate(arrays)}
         if cell.name in cells.value_sums:
-            found["value_sum"] = np.asarray(cells.value_sums[cell.name])
+            found["value_sum"] = np.array(cells.value_sums[cell.name])
+        # A row that failed may hold what is no number, and whoever takes it later would see it.
+        nobody = [place for place, row in enumerate(state.rows) if row is None]
+        for array in found.values():
+            array[nobody] = 0
         yield cell.name, found
 
 
