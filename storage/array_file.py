@@ -14,11 +14,12 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
+from storage.checksums import TensorChecksum
 from storage.json_text import read_json
 
 METADATA_NAME = "zarr.json"
@@ -26,6 +27,24 @@ METADATA_NAME = "zarr.json"
 
 class StoreError(ValueError):
     """A stored array or weight store that is missing, damaged or foreign, or cannot be written."""
+
+
+class Stamp(NamedTuple):
+    """By what it shows that somebody has written to a file, or put another one in its place."""
+
+    nbytes: int
+    modified_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, file: Path | int) -> Stamp:
+        """Of a path or a descriptor.
+
+        Raises:
+            OSError: there is none.
+        """
+        found = os.stat(file)
+        return cls(found.st_size, found.st_mtime_ns, found.st_ino)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +59,9 @@ class ArrayFile:
         nbytes: Of the array, decoded.
         raw: The array is one chunk, uncompressed and little-endian, so that ``chunk`` holds
             exactly its bytes. If not, read it through TensorStore.
+        checksum: Of the bytes, decoded: a :class:`~storage.checksums.TensorChecksum`; None: none
+            was taken.
+        stamp: Of ``chunk`` when it was described; None: what is there is what is meant.
     """
 
     directory: Path
@@ -48,6 +70,8 @@ class ArrayFile:
     dtype: np.dtype[Any]
     nbytes: int
     raw: bool
+    checksum: str | None = None
+    stamp: Stamp | None = dataclasses.field(default=None, compare=False)
 
 
 # Of zarr's ``data_type``: numpy itself would take "O", "U9" or a structure for one.
@@ -93,6 +117,7 @@ class ArrayWriter:
     def __init__(self, file: ArrayFile) -> None:
         self.file = file
         self._written = 0
+        self._checksum = TensorChecksum()
         file.chunk.parent.mkdir(parents=True, exist_ok=True)
         self._chunk = open(file.chunk, "wb", buffering=0)  # noqa: SIM115 - closed by close()
 
@@ -113,10 +138,16 @@ class ArrayWriter:
                 f"{self.file.shape} takes"
             )
         left = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
+        self._checksum.add(left)
         while left:  # one write call takes at most 2 GiB
             count = self._chunk.write(left)
             self._written += count
             left = left[count:]
+
+    @property
+    def checksum(self) -> str:
+        """Of what was appended so far."""
+        return str(self._checksum)
 
     def close(self) -> None:
         """Makes the bytes durable.
@@ -222,22 +253,23 @@ def describe_array(directory: Path) -> ArrayFile:
             f"({error}); it was not written by flexgen-jax, convert the model again"
         ) from error
     nbytes = math.prod(shape) * dtype.itemsize
-    chunk = _chunk_path(directory, len(shape))
+    chunk, stamp = _chunk_path(directory, len(shape)), None
     if raw:
         try:
-            size = os.stat(chunk).st_size
+            stamp = Stamp.of(chunk)
         except OSError as error:
             raise StoreError(
                 f"cannot read {chunk}: {error.strerror}; expected {nbytes} bytes: the store is "
                 "damaged, remove it and convert the model again"
             ) from error
+        size = stamp.nbytes
         if size != nbytes:
             raise StoreError(
                 f"{chunk} is {'truncated' if size < nbytes else 'too long'}: it has {size} bytes, "
                 f"expected {nbytes} for {dtype.name} {list(shape)}; the store is damaged, "
                 "remove it and convert the model again"
             )
-    return ArrayFile(directory, chunk, shape, dtype, nbytes, raw)
+    return ArrayFile(directory, chunk, shape, dtype, nbytes, raw, stamp=stamp)
 
 
 def _is_raw(values: Mapping[str, Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:

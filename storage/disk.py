@@ -11,17 +11,19 @@ Three ways to read, because no one of them is best everywhere:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import mmap
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
 
-from storage.array_file import ArrayFile
+from storage.array_file import ArrayFile, Stamp
+from storage.checksums import TensorChecksum, tensor_checksum
 from storage.memory import available_memory, populate, resident_fraction, round_up
 from storage.slots import Slot
 from storage.store import StorageError
@@ -32,6 +34,7 @@ RESIDENT = 0.95
 _FEW_BYTES = 1 << 18
 # What the system reads around a page that is missing: rows cost this much each.
 _PAGES_A_ROW = 16
+_PIECE = 4 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,7 @@ class DiskContext:
             page cache keeps the few bytes anyway.
         chunk_positions: Tokens that the KV cache on disk is written by; as many as are not written
             yet wait in host memory.
+        verify: Whether a tensor that has a checksum is held against it when it is first read.
     """
 
     mode: ReadMode = "auto"
@@ -54,6 +58,7 @@ class DiskContext:
     cache_share: float = 0.5
     small_nbytes: int = 1 << 20
     chunk_positions: int = 16
+    verify: bool = True
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(ReadMode):
@@ -69,9 +74,10 @@ class DiskContext:
 class _OpenTensor:
     """One array file with its handles held open: opening costs as much as a small read."""
 
-    def __init__(self, name: str, file: ArrayFile) -> None:
+    def __init__(self, name: str, file: ArrayFile, verify: bool) -> None:
         self.name = name
         self.file = file
+        self._unverified = verify and file.checksum is not None
         self._descriptor: int | None = None
         self._region: mmap.mmap | None = None
         self._view: np.ndarray | None = None
@@ -108,6 +114,8 @@ class _OpenTensor:
         if not (small or (self._populated and resident_fraction(view) == 1.0)):
             populate(view)
             self._populated = True
+        self._check_unchanged()
+        self._check_content(view)
         return self.typed(view)
 
     def alias(self, device: Any) -> jax.Array:
@@ -126,6 +134,8 @@ class _OpenTensor:
                 raise
             self._close_descriptor()  # not every file system has direct I/O
             self._read_calls(block.data, call_nbytes, 0)
+        self._check_unchanged()
+        self._check_content(block[: self.file.nbytes])
 
     def _read_calls(self, target: memoryview, call_nbytes: int, flags: int) -> None:
         if self._descriptor is None:
@@ -142,7 +152,10 @@ class _OpenTensor:
         import tensorstore as ts
 
         target = ts.array(self.typed(block), write=True, copy=False)
-        target.write(self._stored()).result()
+        with self._foreign_errors():
+            target.write(self._stored()).result()
+        self._check_unchanged()
+        self._check_content(block[: self.file.nbytes])
 
     def _stored(self) -> Any:
         import tensorstore as ts
@@ -154,10 +167,56 @@ class _OpenTensor:
 
     def rows(self, rows: np.ndarray) -> np.ndarray:
         if not self.file.raw:
-            return np.asarray(self._stored()[rows].read().result())
+            with self._foreign_errors():
+                return np.asarray(self._stored()[rows].read().result())
+        if self._unverified:
+            self._check_in_pieces()
+        self._check_unchanged()
         if rows.size * _PAGES_A_ROW * mmap.PAGESIZE > self.file.nbytes:
             return self.mapped()[rows]
         return self.typed(self.mapping())[rows]
+
+    @contextlib.contextmanager
+    def _foreign_errors(self) -> Iterator[None]:
+        """Of TensorStore, which says in many words what it cannot read or decode."""
+        try:
+            yield
+        except ValueError as error:
+            why = str(error).partition("\n")[0].partition(" [tensorstore_spec")[0]
+            raise StorageError(f"cannot read {self.name}: {why}") from error
+
+    def _check_unchanged(self) -> None:
+        """Raises if the file is no longer the one that was opened, or was written to."""
+        if self.file.stamp is not None and Stamp.of(self.file.chunk) != self.file.stamp:
+            raise StorageError(
+                f"{self.name} was changed or replaced while it was in use: {self.file.chunk} is "
+                "not the file that was opened; what was computed so far stands, the rest would be "
+                "of another model. Put the file back and resume, or start over with what is there"
+            )
+
+    def _check_content(self, content: np.ndarray) -> None:
+        """Raises if ``content``, the tensor's bytes, is not what was written; looks once."""
+        if self._unverified:
+            self._compare(tensor_checksum(content))
+
+    def _check_in_pieces(self) -> None:
+        """As :meth:`_check_content`, of what is not wanted in memory."""
+        found, left = TensorChecksum(), self.file.nbytes
+        with open(self.file.chunk, "rb", buffering=0) as file:
+            block = memoryview(bytearray(min(left, _PIECE)))
+            while left and (got := file.readinto(block[: min(left, _PIECE)])):
+                found.add(block[:got])
+                left -= got
+        self._compare(str(found))
+
+    def _compare(self, found: str) -> None:
+        if found != self.file.checksum:
+            raise StorageError(
+                f"{self.name} is damaged: the bytes in {self.file.chunk} are not those that were "
+                f"written (checksum {found}, expected {self.file.checksum}); 'flexgen-jax verify' "
+                "names all that is; convert the model again"
+            )
+        self._unverified = False
 
     def _short(self, size: int) -> StorageError:
         return StorageError(
@@ -187,7 +246,8 @@ class DiskStore:
     ) -> None:
         self._context = context or DiskContext()
         self._device = device or jax.local_devices()[0]
-        self._tensors = {name: _OpenTensor(name, file) for name, file in files.items()}
+        verify = self._context.verify
+        self._tensors = {name: _OpenTensor(name, file, verify) for name, file in files.items()}
         total = sum(file.nbytes for file in files.values())
         self._fits = total <= self._context.cache_share * available_memory()
         self._aliases = self._device.platform == "cpu"

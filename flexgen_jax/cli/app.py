@@ -15,6 +15,7 @@ from flexgen_jax.cli import checkup as cli_doctor
 from flexgen_jax.cli import completion as cli_completion
 from flexgen_jax.cli import plan_commands as cli_plan
 from flexgen_jax.cli import score_commands as cli_scores
+from flexgen_jax.cli import verify_command as cli_verify
 from flexgen_jax.cli.failures import Failure, plain_errors, say, silent
 from flexgen_jax.cli.job_commands import (
     JobFiles,
@@ -392,6 +393,7 @@ for command in (
     cli_plan.simulate,
     cli_plan.profile,
     cli_doctor.doctor,
+    cli_verify.verify,
     cli_completion.completion,
 ):
     main.add_command(command)

@@ -66,6 +66,12 @@ _AFTER = [
         show_default=True,
         help="How the disk is used: through the page cache, past it, or by TensorStore.",
     ),
+    click.option(
+        "--verify/--no-verify",
+        default=True,
+        show_default=True,
+        help="Hold each tensor against its checksum when it is first read.",
+    ),
 ]
 NAMES = (
     *POLICY_NAMES,
@@ -80,6 +86,7 @@ NAMES = (
     "cache_slots",
     "hardware",
     "disk_mode",
+    "verify",
 )
 
 
@@ -244,7 +251,7 @@ class Chosen:
             "dtype": dtype,
             "seed": self._seed,
             "hardware": Hardware.load(v["hardware"]) if v["hardware"] else None,
-            "disk": DiskContext(mode=v["disk_mode"]),
+            "disk": DiskContext(mode=v["disk_mode"], verify=v["verify"]),
             "slots": {name: count for name, count in slots.items() if count is not None},
             **searching,
         }

@@ -74,7 +74,7 @@ class LayerLoader:
             {n: f for n, f in model.arrays.items() if tier_of.get(n) is Tier.DISK}, context, device
         )
         here, host = DeviceStore(device), HostStore(device)
-        self._fill(model, tier_of, here, host)
+        self._fill(model, tier_of, here, host, context)
         stores: dict[Tier, Store] = {Tier.DEVICE: here, Tier.HOST: host, Tier.DISK: disk}
         if wrap is not None:
             stores = {tier: wrap(tier, store) for tier, store in stores.items()}
@@ -101,10 +101,14 @@ class LayerLoader:
 
     @staticmethod
     def _fill(
-        model: StoredModel, tier_of: dict[str, Tier], device: DeviceStore, host: HostStore
+        model: StoredModel,
+        tier_of: dict[str, Tier],
+        device: DeviceStore,
+        host: HostStore,
+        context: DiskContext | None,
     ) -> None:
         files = {n: f for n, f in model.arrays.items() if tier_of.get(n, Tier.DISK) != Tier.DISK}
-        source = DiskStore(files)
+        source = DiskStore(files, context)
         try:
             for name, file in files.items():
                 block = aligned_bytes(round_up(file.nbytes))

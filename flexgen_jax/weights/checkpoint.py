@@ -28,6 +28,7 @@ from flexgen_jax.models.family import Config, Param
 from flexgen_jax.models.params import param_records
 from flexgen_jax.models.registry import load_config, preset, write_config
 from flexgen_jax.weights.element_blocks import (
+    check_content,
     finite,
     read_array,
     read_elements,
@@ -53,6 +54,7 @@ from flexgen_jax.weights.store_writer import Progress, Say, write_store
 from flexgen_jax.weights.tensor_file import ModelNotFoundError, SourceError
 from flexgen_jax.weights.weight_format import WeightFormat
 from storage.array_file import ArrayFile, StoreError, describe_array, dtype_of
+from storage.checksums import TensorChecksum, tensor_checksum
 from storage.json_text import digest_of, parse_json, read_json
 
 __all__ = [
@@ -258,13 +260,38 @@ def open_store(
             f"again with --dtype {dtype}, or pass dtype={manifest.dtype!r}"
         )
     config = load_config(path)
-    _check_config(path, manifest)
+    check_config(path, manifest)
+    _check_files(path, manifest)
     arrays = {}
+    form, entries = entries_of(path, config, manifest)
+    names = entries if needed is None else needed(config, form)
+    for name, expected in entries.items():
+        if name not in names:
+            continue
+        where = array_directory(path, name)
+        checksum = manifest.tensors[name].checksum
+        arrays[name] = dataclasses.replace(describe_array(where), checksum=checksum)
+        found = TensorEntry.of(arrays[name].shape, arrays[name].dtype.name)
+        if found != expected:
+            raise StoreError(
+                f"{where}: expected {_brief(expected)}, the array is {_brief(found)}; the "
+                "store is damaged, remove it and convert the model again"
+            )
+    return StoredModel(path, config, manifest, arrays, form)
+
+
+def entries_of(
+    path: Path, config: Config, manifest: Manifest
+) -> tuple[WeightFormat, dict[str, TensorEntry]]:
+    """How a store's parameters are stored, and as which arrays.
+
+    Raises:
+        StoreError: the manifest has others.
+    """
     form = WeightFormat(
         manifest.dtype, manifest.weight_bits, manifest.weight_group, manifest.layout
     )
     entries = form.entries(config)
-    names = entries if needed is None else needed(config, form)
     for name, expected in entries.items():
         if manifest.tensors.get(name) != expected:
             raise StoreError(
@@ -273,25 +300,15 @@ def open_store(
                 f"{_brief(manifest.tensors.get(name))}; the store is damaged, remove it and "
                 "convert the model again"
             )
-        if name not in names:
-            continue
-        where = array_directory(path, name)
-        arrays[name] = describe_array(where)
-        found = TensorEntry.of(arrays[name].shape, arrays[name].dtype.name)
-        if found != expected:
-            raise StoreError(
-                f"{where}: expected {_brief(expected)}, the array is {_brief(found)}; the "
-                "store is damaged, remove it and convert the model again"
-            )
     for name in sorted(manifest.tensors.keys() - entries.keys()):
         raise StoreError(
             f"{path / MANIFEST_NAME} has the tensor {name}, which {path / 'config.json'} has no "
             "place for; the store is damaged, remove it and convert the model again"
         )
-    return StoredModel(path, config, manifest, arrays, form)
+    return form, entries
 
 
-def _check_config(path: Path, manifest: Manifest) -> None:
+def check_config(path: Path, manifest: Manifest) -> None:
     """Raises if the config is not the one that the weights were converted with."""
     file = path / "config.json"
     if manifest.config is not None and digest_of(read_json(file)) != manifest.config:
@@ -299,6 +316,23 @@ def _check_config(path: Path, manifest: Manifest) -> None:
             f"{file} was changed after the weights were converted: put back what it was, or "
             "convert the model again; with another config they are another model"
         )
+
+
+def _check_files(path: Path, manifest: Manifest) -> None:
+    """Raises if a tokenizer's file, or another one beside the arrays, is not what was written."""
+    for name, checksum in manifest.files.items():
+        try:
+            same = tensor_checksum((path / Path(name).name).read_bytes()) == checksum
+        except OSError as error:
+            raise StoreError(
+                f"cannot read {path / name}: {error.strerror}; the store is damaged, remove it and "
+                "convert the model again"
+            ) from error
+        if not same:
+            raise StoreError(
+                f"{path / name} was changed after the model was converted: put back what it was; "
+                f"if the change is meant, 'flexgen-jax verify --record {path}' accepts it"
+            )
 
 
 def resolve(
@@ -415,11 +449,7 @@ class _Stored:
         if form.transposes(self.config, name) != transposed:
             blocks = transposed_blocks(read_array(file), dtype)
         else:
-            most, count = _COPY_NBYTES // file.dtype.itemsize, math.prod(file.shape)
-            blocks = (
-                read_elements(file, first, min(most, count - first))
-                for first in range(0, count, most)
-            )
+            blocks = _copied(file)
         yield from finite(blocks, f"{self.directory}: the tensor {name}")
 
     def fingerprint(self) -> str:
@@ -428,6 +458,17 @@ class _Stored:
     def facts(self) -> str:
         chunks = (array.chunk for array in self._model.arrays.values())
         return facts_of((self.directory / "config.json", *self.companions, *chunks))
+
+
+def _copied(file: ArrayFile) -> Iterator[np.ndarray]:
+    """The elements of ``file``, held against its checksum when all have been read."""
+    most, count = _COPY_NBYTES // file.dtype.itemsize, math.prod(file.shape)
+    checksum = TensorChecksum()
+    for first in range(0, count, most):
+        block = read_elements(file, first, min(most, count - first))
+        checksum.add(block.view(np.uint8))
+        yield block
+    check_content(file, str(checksum))
 
 
 def _convert(

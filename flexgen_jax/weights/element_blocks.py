@@ -12,6 +12,7 @@ from flexgen_jax.models.family import Config
 from flexgen_jax.weights.tensor_file import SourceError
 from flexgen_jax.weights.weight_format import WeightFormat
 from storage.array_file import ArrayFile
+from storage.checksums import tensor_checksum
 
 _BLOCK_NBYTES = 8 << 20
 # A transposing block takes at least so many columns of the source: less than a page of each row
@@ -77,9 +78,25 @@ def read_array(file: ArrayFile) -> np.ndarray:
     """All of a stored array.
 
     Raises:
-        SourceError: it is not one uncompressed chunk, or no longer whole.
+        SourceError: it is not one uncompressed chunk, no longer whole, or not what was written.
     """
-    return read_elements(file, 0, math.prod(file.shape)).reshape(file.shape)
+    found = read_elements(file, 0, math.prod(file.shape))
+    if file.checksum is not None:
+        check_content(file, tensor_checksum(found.view(np.uint8)))
+    return found.reshape(file.shape)
+
+
+def check_content(file: ArrayFile, checksum: str) -> None:
+    """Whether ``checksum`` is that of ``file``, if it has one.
+
+    Raises:
+        SourceError: it is not.
+    """
+    if file.checksum not in (None, checksum):
+        raise SourceError(
+            f"{file.chunk} is damaged: its bytes are not those that were written (checksum "
+            f"{checksum}, expected {file.checksum}); convert the model again"
+        )
 
 
 def read_elements(file: ArrayFile, first: int, count: int) -> np.ndarray:

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from storage.array_file import StoreError, dtype_of, whole_numbers
-from storage.json_text import read_json
+from storage.json_text import digest_of, read_json
 
-# Version 1 had no layout: its matrices are (in, out). Version 2 did not know its config.
-FORMAT_VERSION = 3
-_READ = (1, 2, 3)
+# Version 1 had no layout: its matrices are (in, out). Version 2 did not know its config. Version 3
+# had no checksums.
+FORMAT_VERSION = 4
+_READ = (1, 2, 3, 4)
 MANIFEST_NAME = "flexgen_manifest.json"
 
 
@@ -30,11 +31,17 @@ def array_directory(store: Path, name: str) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class TensorEntry:
-    """One stored tensor; ``dtype`` is a name such as ``bfloat16``."""
+    """One stored tensor.
+
+    Attributes:
+        dtype: A name such as ``bfloat16``.
+        checksum: Of the bytes, as :mod:`storage.checksums` has it; None: not known.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     nbytes: int
+    checksum: str | None = dataclasses.field(default=None, compare=False)
 
     @classmethod
     def of(cls, shape: tuple[int, ...], dtype: str) -> TensorEntry:
@@ -66,6 +73,7 @@ class Manifest:
         source: Where they came from.
         tensors: Flat name -> what is stored, in layer order.
         config: Of the values of ``config.json``, a hexadecimal digest; None: not known.
+        files: Checksums of the other files beside the arrays (a tokenizer's), by name.
         format_version: Of the directory's layout.
     """
 
@@ -76,6 +84,7 @@ class Manifest:
     weight_group: int | None = None
     layout: str = "in_out"
     config: str | None = None
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     @property
@@ -93,11 +102,12 @@ class Manifest:
             "layout": self.layout,
             "config": self.config,
             "source": dataclasses.asdict(self.source),
+            "files": dict(self.files),
             "tensors": {name: dataclasses.asdict(e) for name, e in self.tensors.items()},
         }
         write_durably(
             directory / MANIFEST_NAME,
-            json.dumps(values, indent=1, allow_nan=False).encode() + b"\n",
+            json.dumps(with_seal(values), indent=1, allow_nan=False).encode() + b"\n",
         )
 
     @classmethod
@@ -138,9 +148,19 @@ class Manifest:
 
     @classmethod
     def _from_json(cls, values: Mapping[str, Any]) -> Manifest:
-        tensors = {}
+        # What has no checksums has no seal either.
+        known, tensors = values["format_version"] >= 4, {}
+        if known and values["seal"] != with_seal(values)["seal"]:
+            raise ValueError("it is not what was written")
+        files = dict(values["files"]) if known else {}
+        if not all(isinstance(checksum, str) for checksum in files.values()):
+            raise ValueError(f"files {files!r}")
         for name, entry in values["tensors"].items():
-            tensors[name] = TensorEntry.of(whole_numbers(entry["shape"]), entry["dtype"])
+            found = TensorEntry.of(whole_numbers(entry["shape"]), entry["dtype"])
+            checksum = entry["checksum"] if known else None
+            if not isinstance(checksum, (str, type(None))):
+                raise ValueError(f"checksum {checksum!r}")
+            tensors[name] = dataclasses.replace(found, checksum=checksum)
             if entry["nbytes"] != tensors[name].nbytes:
                 raise ValueError(f"{name}: nbytes {entry['nbytes']} do not fit its shape")
         bits, group = values["weight_bits"], values.get("weight_group")
@@ -162,7 +182,14 @@ class Manifest:
             weight_group=group,
             layout=layout,
             config=config,
+            files=files,
+            format_version=values["format_version"],
         )
+
+
+def with_seal(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` of a manifest with a digest of them: what is changed by accident is noticed."""
+    return {**values, "seal": digest_of({**values, "seal": None})}
 
 
 def write_durably(path: Path, content: bytes) -> None:

@@ -9,6 +9,7 @@ from.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import json
@@ -31,7 +32,8 @@ from flexgen_jax.weights.manifest import (
     write_durably,
 )
 from storage.array_file import StoreError, create_array, describe_array, dtype_of
-from storage.json_text import parse_json
+from storage.checksums import tensor_checksum
+from storage.json_text import parse_json, sealed, unsealed
 
 Progress = Callable[[int, int, str], None]
 Say = Callable[[str], None]
@@ -99,7 +101,7 @@ def write_store(
         _write_tensors(partial, manifest, blocks, order, journal, progress)
         check_source()
         try:
-            _finish(partial, manifest, files)
+            _finish(partial, _with_checksums(manifest, journal.done, files), files)
             os.rename(partial, store)
             _sync_directory(store.parent)
             (store / _JOURNAL).unlink()
@@ -136,10 +138,22 @@ def _write_tensors(
                     progress(done, total, name)
             with _writing(partial, name, entry):
                 writer.close()
-                journal.record(name)
+                journal.record(name, writer.checksum)
             event("tensor converted", level=logging.DEBUG, tensor=name, nbytes=entry.nbytes)
         finally:
             writer.abandon()
+
+
+def _with_checksums(
+    manifest: Manifest, checksums: Mapping[str, str], files: Mapping[str, bytes]
+) -> Manifest:
+    entries = {
+        name: dataclasses.replace(entry, checksum=checksums[name])
+        for name, entry in manifest.tensors.items()
+    }
+    # Of the config the manifest has a digest of the values.
+    beside = {n: tensor_checksum(content) for n, content in files.items() if n != "config.json"}
+    return dataclasses.replace(manifest, tensors=entries, files=beside)
 
 
 def _finish(partial: Path, manifest: Manifest, files: Mapping[str, bytes]) -> None:
@@ -227,8 +241,8 @@ class _Journal:
 
     def __init__(self, partial: Path, manifest: Manifest, facts: str) -> None:
         self._path = partial / _JOURNAL
-        self.done: set[str] = set()
-        identity = {_MARK: 1, **_identity(manifest), "layout": manifest.layout, "facts": facts}
+        self.done: dict[str, str] = {}  # name -> checksum
+        identity = {_MARK: 2, **_identity(manifest), "layout": manifest.layout, "facts": facts}
         recorded = self._read(identity)
         if recorded is None:
             _clear(partial)
@@ -239,28 +253,31 @@ class _Journal:
             return
         for name, entry in manifest.tensors.items():
             if name in recorded and _is_complete(array_directory(partial, name), entry):
-                self.done.add(name)
+                self.done[name] = recorded[name]
             else:
                 shutil.rmtree(array_directory(partial, name), ignore_errors=True)
 
-    def _read(self, identity: dict[str, Any]) -> set[str] | None:
+    def _read(self, identity: dict[str, Any]) -> dict[str, str] | None:
         try:
-            lines = self._path.read_text(encoding="utf-8").splitlines()
-            if not lines or parse_json(lines[0]) != identity:
+            first, *lines = self._path.read_bytes().splitlines(keepends=True)
+            if parse_json(first) != identity:
                 return None
         except (OSError, ValueError):
             return None
-        names = set()
-        for line in lines[1:]:
-            with contextlib.suppress(ValueError):  # a line cut short by a crash
-                names.add(str(parse_json(line)))
-        return names
+        found = {}
+        for line in lines:
+            # A line cut short by a crash, or changed.
+            with contextlib.suppress(ValueError, KeyError):
+                values = unsealed(line)
+                found[str(values["tensor"])] = str(values["checksum"])
+        return found
 
-    def record(self, name: str) -> None:
+    def record(self, name: str, checksum: str) -> None:
         """``name`` is on the disk. If the line itself gets lost, it is only written again."""
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(f"\n{json.dumps(name)}\n")  # the first newline ends a line cut short
-        self.done.add(name)
+        with open(self._path, "ab") as file:
+            # The first newline ends a line cut short.
+            file.write(b"\n" + sealed({"tensor": name, "checksum": checksum}))
+        self.done[name] = checksum
 
 
 def _is_complete(directory: Path, entry: TensorEntry) -> bool:

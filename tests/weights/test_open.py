@@ -9,7 +9,7 @@ import pytest
 from flexgen_jax.models.family import ConfigError
 from flexgen_jax.models.params import param_shapes
 from flexgen_jax.weights.checkpoint import StoreError, convert, is_store, open_store
-from flexgen_jax.weights.manifest import Manifest
+from flexgen_jax.weights.manifest import Manifest, with_seal
 
 
 @pytest.fixture
@@ -19,7 +19,8 @@ def store(model, tmp_path):
 
 def edit(file, **changes):
     values = json.loads(file.read_text())
-    file.write_text(json.dumps({**values, **changes}))
+    values = {**values, **changes}
+    file.write_text(json.dumps(with_seal(values) if "seal" in values else values))
 
 
 def test_a_sound_store(store, tiny):
@@ -61,11 +62,11 @@ def test_an_array_of_another_shape(store):
 
 
 @pytest.mark.parametrize(
-    ("version", "cure"), [(4, "upgrade flexgen-jax, or convert"), (0, "; convert"), (None, "conv")]
+    ("version", "cure"), [(5, "upgrade flexgen-jax, or convert"), (0, "; convert"), (None, "conv")]
 )
 def test_another_version(store, version, cure):
     edit(store / "flexgen_manifest.json", format_version=version)
-    with pytest.raises(StoreError, match=f"format version {version}, .*version 3.*{cure}"):
+    with pytest.raises(StoreError, match=f"format version {version}, .*version 4.*{cure}"):
         open_store(store)
 
 
@@ -90,7 +91,7 @@ def test_a_manifest_without_an_entry(store, key):
     file = store / "flexgen_manifest.json"
     values = json.loads(file.read_text())
     del values[key]
-    file.write_text(json.dumps(values))
+    file.write_text(json.dumps(with_seal(values)))
     with pytest.raises(StoreError, match=f"missing or wrong entry.*{key}"):
         open_store(store)
     edit(file, **{key: [3]})
