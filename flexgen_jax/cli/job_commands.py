@@ -31,8 +31,9 @@ _OPTIONS = [
         "input_path",
         type=click.Path(path_type=Path),
         metavar="FILE|-",
-        help="JSON lines, or prompts, a line each (.txt); may be compressed (.gz, .zst). Or rows "
-        "(.parquet). -: JSON lines from the standard input. Or a pipe.",
+        help="JSON lines; a prompt a line (.txt); a JSON list (.json); or a table whose columns "
+        "are fields (.csv, .tsv, .parquet). May be compressed (.gz, .zst). A pipe, or - for the "
+        "standard input, has JSON lines.",
     ),
     click.option(
         "-o",
@@ -47,7 +48,13 @@ _OPTIONS = [
     click.option(
         "--restart",
         is_flag=True,
-        help="Begin anew, and drop what an unfinished job with this output has kept.",
+        help="Start over: drop what an unfinished job with this output has kept, and replace the "
+        "output of a finished one.",
+    ),
+    click.option(
+        "--force",
+        is_flag=True,
+        help="Replace the output file even if it is not the output of a job.",
     ),
     click.option(
         "--window",
@@ -57,7 +64,7 @@ _OPTIONS = [
         "whole blocks. [default: 4096, or 4 blocks a worker]",
     ),
 ]
-NAMES = ("input_path", "output_path", "restart", "window")
+NAMES = ("input_path", "output_path", "restart", "force", "window")
 
 checkpoint_option = click.option(
     "--checkpoint-minutes",
@@ -84,7 +91,7 @@ def paths_of(options: Mapping[str, Any]) -> list[Path]:
     found = [path for path in (source, target) if path not in (None, STANDARD)]
     if target not in (None, STANDARD):
         beside = Beside(target)
-        found += [beside.partial, beside.new, beside.ordered]
+        found += [beside.partial, beside.new, beside.ordered, beside.finished]
     return found
 
 
@@ -127,7 +134,8 @@ class JobFiles:
             if self.input_path is not None and self.input_path != STANDARD:
                 beside.check_input(self.input_path)
         self._made, self._scratch = made, scratch
-        self._restart, self._window = values["restart"], values["window"]
+        self._restart, self._force = values["restart"], values["force"]
+        self._window = values["window"]
         minutes = options.pop("checkpoint_minutes", None)
         self._checkpoint_seconds = None if minutes is None else 60 * minutes
         if minutes is not None and self.output_path in (None, STANDARD):
@@ -150,11 +158,12 @@ class JobFiles:
                 if self.input_path == STANDARD and sys.stdin.isatty():
                     self._tell("reading JSON lines from the terminal; Ctrl-D ends them")
             output = self.output_path or (self._scratch or Path()) / "out.jsonl"
-            opened = results(output, restart=self._restart)
+            opened = results(output, restart=self._restart, force=self._force)
             self.results: Results = stack.enter_context(opened)
             if self._checkpoint_seconds is not None and self.results.snapshots is not None:
                 check_place(self.results.snapshots)
             if self._source is not None:
+                self._source.check_rows()
                 self._identity = self._source.identity()
                 check_same(self.results, {"input": self._identity})
             self._stack = stack.pop_all()
@@ -162,6 +171,43 @@ class JobFiles:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+    def is_complete(self, known: Mapping[str, Any]) -> bool:
+        """Whether this very job is finished already, which is said then; asked before a model.
+
+        Args:
+            known: Of what tells jobs apart, what there is without the model.
+
+        Raises:
+            JobError: the output is that of another job, finished or not.
+        """
+        from flexgen_jax.jobs.job import check_same_as_far_as_known, check_stream
+        from flexgen_jax.jobs.job_input import JobError
+
+        check_same_as_far_as_known(self.results, known)
+        if self.results.finished and self._made is not None:
+            raise JobError(
+                f"{self.output_path} is complete already; give another output, or --restart to "
+                "replace it"
+            )
+        if self.results.finished and self._source is not None:
+            check_stream(self._source, self.results)
+        return self.results.finished
+
+    def say_complete(self, *, as_json: bool) -> None:
+        """What there is of a job that was finished before. Exits with 1 if no request succeeded."""
+        position = self.results.position
+        sums = dict(position.sums or {})
+        failed = sums.get("failed", 0)
+        succeeded, errors = position.requests - failed, position.errors + failed
+        self._tell(
+            f"already complete: {succeeded} succeeded, {errors} failed: {self.output_path}; "
+            "--restart runs it again"
+        )
+        if as_json:
+            print_json({**sums, "complete": True, "requests": succeeded, "errors": errors})
+        if errors and not succeeded:
+            sys.exit(1)
 
     def run(
         self, llm: LLM, task: Task, what: tuple[str, str], describe: Callable[..., str]
@@ -201,8 +247,10 @@ class JobFiles:
             input_identity=self._identity,
             checkpoint_seconds=self._checkpoint_seconds,
         )
-        if self.results.header is not None:
-            self._tell(f"going on: {self.results.requests_finished} requests are finished already")
+        if self.results.finished:
+            self._tell("already complete; --restart runs it again")
+        elif self.results.header is not None:
+            self._tell(f"resuming: {self.results.requests_finished} already finished")
         with progress.count(None, *what, quiet=self._quiet) as bar:
             expected = _Expected(source, bar, self.results.position.line, job)
 
@@ -218,7 +266,7 @@ class JobFiles:
                 raise interrupted(error, self._kept()) from None
             except (ExecutionError, JobError, ProcessError, StorageError) as error:
                 early = isinstance(error, StorageError) and not self.results.requests_finished
-                raise Failure(f"{error}. {self._kept()}", code=2 if early else 1) from error
+                raise Failure(f"{error}; {self._kept()}", code=2 if early else 1) from error
 
     def _choose_policy(self, llm: LLM, task: Task) -> None:
         """Of policy auto, by the first requests: once, so that all windows are grouped alike."""
@@ -245,7 +293,10 @@ class JobFiles:
         if self.output_path is None:
             return "nothing was to be kept"
         if self.output_path == STANDARD:
-            return f"the results of {done} requests were written; there is no going on from there"
+            return (
+                f"{done} lines were written; a job that writes to the standard output cannot be "
+                "resumed"
+            )
         snapshots = self.results.snapshots
         if not done and snapshots is not None and are_kept_in(snapshots):
             return (
@@ -280,18 +331,28 @@ class JobFiles:
         lines.extend(done.messages)
         if done.errors > len(done.messages):
             lines.append(f"and {done.errors - len(done.messages)} more errors: see their records")
-        where = self.output_path or "not kept, --output was not given"
+        where = str(self.output_path or "not kept, --output was not given")
+        where = "standard output" if where == "-" else where
         lines.append(f"{done.requests} succeeded, {done.errors} failed: {where}")
         return "\n".join(lines)
 
 
 def print_report(done: JobReport) -> None:
     """As JSON on the standard output."""
-    click.echo(json.dumps(done.to_json(), indent=2, allow_nan=False))
+    print_json(done.to_json())
 
 
-def exit_if_none_succeeded(done: JobReport) -> None:
+def print_json(values: Mapping[str, Any]) -> None:
+    """Likewise."""
+    click.echo(json.dumps(values, indent=2, allow_nan=False))
+
+
+def exit_if_none_succeeded(done: JobReport, *, quiet: bool) -> None:
+    """With what is wrong, where no summary has said it."""
     if done.errors and not done.requests:
+        if quiet:
+            of_one = f" ({done.messages[0]})" if done.messages else ""
+            raise Failure(f"none of the {done.errors} lines has an answer{of_one}", code=1)
         sys.exit(1)
 
 

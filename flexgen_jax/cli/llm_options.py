@@ -159,6 +159,21 @@ class Chosen:
             return {name: self._changes.get(name) for name in names}
         return {name: getattr(self._policy, name) for name in names}
 
+    def identity(self) -> dict[str, Any]:
+        """Of what a job is compared by, what the options alone tell."""
+        from flexgen_jax.jobs.job import policy_identity
+        from flexgen_jax.weights.checkpoint import fingerprint_of
+
+        policy = policy_identity(None if self._policy == "auto" else self._policy, self._changes)
+        if self._policy != "auto":
+            del policy["num_stages"]  # several processes have more than is said
+        weights = {"source": fingerprint_of(self.model), "dtype": self._values["dtype"]}
+        parts = {"policy": policy, "weights": weights}
+        return {
+            part: {name: value for name, value in values.items() if value is not None}
+            for part, values in parts.items()
+        }
+
     def allow_cpu_devices(self, num_processes: int) -> None:
         """Has JAX make as many devices of a CPU as one of the processes needs for its stages."""
         from flexgen_jax.distributed.backends import allow_cpu_devices

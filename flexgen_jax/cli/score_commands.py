@@ -46,18 +46,22 @@ def score(as_json: bool, quiet: bool, **options: Any) -> None:
     """
     with plain_errors(), terminable():
         from flexgen_jax.jobs.job import recorded_policy
-        from flexgen_jax.jobs.score_job import Scoring
+        from flexgen_jax.jobs.score_job import Scoring, scoring_identity
 
         tell = silent if quiet else say
         chosen = _prefill_only(Chosen(options))
         with JobFiles(options, as_json=as_json, quiet=quiet) as files:
+            known = {**scoring_identity(chosen.model), **chosen.identity()}
+            if files.is_complete(known):
+                files.say_complete(as_json=as_json)
+                return
             recorded = recorded_policy(files.results)
             with chosen.llm(tell, quiet=quiet, recorded=recorded) as llm:
-                done = files.run(llm, Scoring(llm), ("scoring", "sequences"), _before)
+                done = files.run(llm, Scoring(llm, chosen.model), ("scoring", "sequences"), _before)
         tell(files.summary(done))
         if as_json:
             print_report(done)
-    exit_if_none_succeeded(done)
+    exit_if_none_succeeded(done, quiet=quiet)
 
 
 def _before(window: OpenWindow, blocks: Sequence[Block], whole: bool) -> str:

@@ -1,4 +1,4 @@
-"""What lies beside an output while its job runs: which files, and whether a job put them there.
+"""What lies beside an output: which files, and whether a job put them there.
 
 A journal begins with :data:`MARK`; what is found under the same name without it is somebody else's
 and is never removed. Knows nothing of what a journal says.
@@ -24,6 +24,7 @@ class Beside:
         partial: The journal. ``new``: the next one, until it takes that name.
         ordered: What will be the output.
         snapshots: The directory of a running block's state.
+        finished: What job the output is the result of, when it is done.
 
     Raises:
         JobError: the output's links lead in a circle.
@@ -34,9 +35,9 @@ class Beside:
             self.output = output.resolve()
         except (RuntimeError, OSError) as error:  # the former up to Python 3.12
             raise JobError(f"cannot write {output}: its symbolic links lead in a circle") from error
-        self.partial, self.new, self.ordered, self.snapshots = (
-            self.output.with_name(self.output.name + end)
-            for end in (".partial", ".partial.new", ".ordered", ".checkpoint")
+        ends = (".partial", ".partial.new", ".ordered", ".checkpoint", ".job")
+        self.partial, self.new, self.ordered, self.snapshots, self.finished = (
+            self.output.with_name(self.output.name + end) for end in ends
         )
 
     def check_input(self, source: Path) -> None:
@@ -47,7 +48,7 @@ class Beside:
         """
         if same_file(source, self.output):
             raise JobError(f"input and output are the same file, {source}")
-        for path in (self.partial, self.new, self.ordered):
+        for path in (self.partial, self.new, self.ordered, self.finished):
             if same_file(source, path):
                 raise JobError(
                     f"the input {source} is where a job keeps its progress towards the output "
@@ -60,10 +61,11 @@ class Beside:
         Raises:
             JobError: a directory, a link, a pipe or the like; or a file that no job has written.
         """
-        for path in (self.partial, self.new, self.ordered):
+        for path in (self.partial, self.new, self.ordered, self.finished):
             check_regular(path)
-        if self.new.exists() and not _begun(self.new):
-            raise in_the_way(self.new, "no job has written it")
+        for path in (self.new, self.finished):
+            if path.exists() and not _begun(path):
+                raise in_the_way(path, "no job has written it")
 
     def has_journal(self) -> bool:
         """Whether a job has written what is called like its journal."""

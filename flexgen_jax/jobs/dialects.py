@@ -57,6 +57,9 @@ def parse_line(raw: bytes, line: int) -> Asked:
         raise LineError("invalid_json", f"not UTF-8 JSON: {error.reason}") from error
     except RecursionError as error:
         raise LineError("invalid_json", "nested too deeply") from error
+    except json.JSONDecodeError as error:  # which counts lines from this one
+        message = f"not JSON: {error.msg} (column {error.colno})"
+        raise LineError("invalid_json", message) from error
     except ValueError as error:
         raise LineError("invalid_json", f"not JSON: {error}") from error
     if not isinstance(values, dict):

@@ -166,6 +166,8 @@ class Job:
             ExecutionError: an op failed; likewise.
         """
         results, position = self._results, self._results.position
+        if results.finished:
+            check_stream(self._source, results)
         if not results.done:
             if results.header is None:
                 results.begin(self._header)
@@ -316,8 +318,15 @@ def input_identity_of(source: JobInput, known: Mapping[str, Any] | None = None) 
     return {"input": source.identity() if known is None else dict(known)}
 
 
+def policy_identity(policy: Policy | None, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``check_same`` compares of a policy; None: of policy auto what ``changes`` has."""
+    if policy is None:
+        return {name: changes[name] for name in _POLICY if name in changes}
+    return {name: getattr(policy, name) for name in _POLICY}
+
+
 def _machinery(llm: LLM, window_size: WindowSize) -> dict[str, Any]:
-    policy = {name: getattr(llm.policy, name) for name in _POLICY}
+    policy = policy_identity(llm.policy, {})
     if llm.policy.host_attention:  # then where the cache lies is where it is computed with
         policy["cache"] = dataclasses.asdict(llm.policy.cache)
     return {
@@ -339,24 +348,58 @@ def check_same(results: Results, identity: Mapping[str, Any]) -> None:
     Raises:
         JobError: with what differs.
     """
-    if results.header is None:
-        return
-    found = _differences(results.header["identity"], identity)
-    if found:
+    _refuse(results, identity, partly=False)
+
+
+def check_same_as_far_as_known(results: Results, identity: Mapping[str, Any]) -> None:
+    """Likewise, by parts of which ``identity`` need not have every entry."""
+    _refuse(results, identity, partly=True)
+
+
+def check_stream(source: JobInput, results: Results) -> None:
+    """Refuses a stream that is not what a finished job has read; reads all of it.
+
+    Raises:
+        JobError: it says something else.
+    """
+    if not source.is_stream:
+        return  # compared by its identity
+    number, digest = 0, ""
+    for line in source.lines():
+        number, digest = line.number, source.digest
+    if (number, digest) != (results.position.line, results.position.digest):
         raise JobError(
-            "an unfinished job with this output was begun otherwise: "
-            + "; ".join(found)
-            + ". Run it as it was begun to go on, or give --restart to begin anew"
+            "this output is complete, from a job with another input; give another output, or "
+            "--restart to replace it"
         )
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def _refuse(results: Results, identity: Mapping[str, Any], *, partly: bool) -> None:
+    if results.header is None:
+        return
+    found = _differences(results.header["identity"], identity, partly)
+    if not found:
+        return
+    if results.finished:
+        raise JobError(
+            "this output is complete, from a job with different settings: "
+            + "; ".join(found)
+            + ". Give another output, or --restart to replace it"
+        )
+    raise JobError(
+        "an unfinished job with this output was started with different settings: "
+        + "; ".join(found)
+        + ". Use those settings to resume it, or start over with --restart"
+    )
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], partly: bool) -> list[str]:
     found = []
     for part, values in now.items():
         then = before.get(part, {})
         # As JSON has them: the header has been through it.
         values = json.loads(json.dumps(values))
-        for name in dict.fromkeys((*then, *values)):
+        for name in values if partly else dict.fromkeys((*then, *values)):
             old, new = then.get(name), values.get(name)
             if old != new:
                 found.append(f"{part} {name} was {_shown(old)}, is {_shown(new)}")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from flexgen_jax.jobs import compressed, parquet
+from flexgen_jax.jobs import compressed, parquet, tables
 
 STANDARD = Path("-")  # the standard input, or output
 MAX_LINE = 16 * 2**20  # bytes; a longer one is no request
@@ -34,7 +34,8 @@ class JobInput:
     Args:
         path: A file of JSON lines, or (``.txt``) of prompts, a line each; ``.gz`` and ``.zst`` are
             uncompressed on the way. ``.parquet``: of rows, each read as the JSON line of what it
-            has. ``-``: JSON lines from the standard input. A pipe by its name is one, too.
+            has, like ``.csv`` and ``.tsv`` with a header. ``.json``: also a list of what lines
+            have. ``-``: JSON lines from the standard input. A pipe by its name is one, too.
 
     Attributes:
         is_stream: It can be read once, and nobody knows how much there is.
@@ -89,6 +90,21 @@ class JobInput:
             self._file.seek(0)
         return {"bytes": self.nbytes, "digest": digest.hexdigest()}
 
+    def check_rows(self) -> None:
+        """Refuses a file none of whose rows can be a request; leaves a stream unread.
+
+        Raises:
+            JobError: such as a table without a column of prompts.
+        """
+        if self.is_stream:
+            return
+        with JobInput(self.path) as again:
+            try:
+                next(again.lines(), None)
+            except JobError as error:
+                if isinstance(error.__cause__, tables.NotRowsError):
+                    raise
+
     @property
     def digest(self) -> str:
         """Hexadecimal, of the lines read so far."""
@@ -115,20 +131,41 @@ class JobInput:
                 file = parquet.reader(file)
             else:
                 file = compressed.reader(file, self.path)
-        number = 0
+        rows = self._rows(file)
         while True:
             with self._errors():
-                raw, nbytes = self._line(file)
-            if not nbytes:
+                row = next(rows, None)
+            if row is None:
                 break
-            number += 1
-            if raw is None or raw.strip():
-                yield Line(number, raw)
+            yield row
         self._ended = True
         if self._file is None or self.is_stream:
             return
         if os.fstat(self._file.fileno()).st_mtime_ns != self._changed:
             raise JobError(f"{self.path} was changed while it was read: run the job again")
+
+    def _rows(self, file: IO[bytes]) -> Iterator[Line]:
+        delimiter = tables.TABLES.get(compressed.plain_suffix(self.path))
+        beginning = b""
+        if delimiter is None and self._file is not None and not self.is_text:
+            beginning = file.peek(1)[:64] if hasattr(file, "peek") else b""
+            tables.check_text(beginning)
+        if delimiter is not None or tables.is_array(self.path, beginning):
+            rows = tables.array_items(file)
+            if delimiter is not None:
+                rows = tables.table_rows(file, delimiter)
+            for number, raw in rows:
+                self._digest.update(raw)
+                yield Line(number, raw if len(raw) <= MAX_LINE else None)
+            return
+        number = 0
+        while True:
+            raw_line, nbytes = self._line(file)
+            if not nbytes:
+                break
+            number += 1
+            if raw_line is None or raw_line.strip():
+                yield Line(number, raw_line)
 
     def _line(self, file: IO[bytes]) -> tuple[bytes | None, int]:
         """The next line and its bytes, which of a huge one are counted, not kept."""
@@ -168,6 +205,8 @@ class _ReadErrors:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        if isinstance(error, tables.NotRowsError):
+            raise JobError(f"cannot read {self._path}: {error}") from error
         if isinstance(error, ImportError):
             raise JobError(f"cannot read {self._path}: {error}") from error
         if isinstance(error, OSError) and error.strerror:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from flexgen_jax.jobs.tables import check_columns
+
 _ROWS = 1024  # at a time
 
 
@@ -16,6 +18,7 @@ def reader(file: IO[bytes]) -> IO[bytes]:
 
     Raises:
         ImportError: no pyarrow; the message says how to get it.
+        NotRowsError: no column can be a prompt.
 
     Raises on reading:
         Those of :func:`errors`.
@@ -26,7 +29,9 @@ def reader(file: IO[bytes]) -> IO[bytes]:
         raise ImportError(
             f"Parquet needs pyarrow ({error}): pip install 'flexgen-jax[ray]'"
         ) from error
-    return io.BufferedReader(_Lines(ParquetFile(file)))
+    rows = ParquetFile(file)
+    check_columns(rows.schema_arrow.names)
+    return io.BufferedReader(_Lines(rows))
 
 
 def errors(path: Path) -> tuple[type[Exception], ...]:

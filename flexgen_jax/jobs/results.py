@@ -2,9 +2,11 @@
 
 ``OUT.partial`` is the journal: what job it is, how far the finished windows reach, and of those
 that were begun the records as they finish. ``OUT.ordered`` grows by whole windows, in order, and
-takes the name ``OUT`` when the job is done. ``OUT.checkpoint`` may hold the state of the block that
-was running. Each step leaves files from which the next process goes
-on, wherever it is killed; what somebody else has put there is refused, or kept aside.
+takes the name ``OUT`` when the job is done; the journal, then short, becomes ``OUT.job``, by which
+a finished output is known again. ``OUT.checkpoint`` may hold the state of the block that was
+running. No output is replaced that is another job's, or nobody's, unless that is asked for. Each
+step leaves files from which the next process goes on, wherever it is killed; what somebody else
+has put there is refused, or kept aside.
 """
 
 from __future__ import annotations
@@ -96,6 +98,7 @@ class Results(Protocol):
     unsummed: list[Mapping[str, Any]]
     header: Mapping[str, Any] | None
     done: bool
+    finished: bool  # all is there, from an earlier process
     snapshots: Path | None  # where the state of a running block may be kept
 
     @property
@@ -130,9 +133,9 @@ class Results(Protocol):
     def __exit__(self, *_: object) -> None: ...
 
 
-def results(path: Path, *, restart: bool = False) -> Results:
+def results(path: Path, *, restart: bool = False, force: bool = False) -> Results:
     """Results in the file ``path``, or for ``-`` on the standard output."""
-    return StreamResults() if path == STANDARD else FileResults(path, restart=restart)
+    return StreamResults() if path == STANDARD else FileResults(path, restart=restart, force=force)
 
 
 class _Spool:
@@ -189,14 +192,15 @@ class FileResults:
     """Results in a file. Only one job at a time may have the same.
 
     Args:
-        restart: Begin anew, whatever an earlier process has finished.
+        restart: Start over, whatever an earlier process has finished.
+        force: Replace the output even if no job has written it, or it was changed afterwards.
 
     Raises:
-        JobError: the output cannot be written, another job is writing it, or what an earlier one
-            left is damaged.
+        JobError: the output cannot be written, or must not be replaced; another job is writing it;
+            or what an earlier one left is damaged.
     """
 
-    def __init__(self, path: Path, *, restart: bool = False) -> None:
+    def __init__(self, path: Path, *, restart: bool = False, force: bool = False) -> None:
         self._beside = beside = Beside(path)
         self.path, self.partial, self.ordered = beside.output, beside.partial, beside.ordered
         self.snapshots: Path | None = beside.snapshots
@@ -204,8 +208,9 @@ class FileResults:
         self.begun: list[Begun] = []
         self.unsummed: list[Mapping[str, Any]] = []
         self.header: Mapping[str, Any] | None = None
-        self.done = False
-        self._restart, self._foreign, self._ordering = restart, False, False
+        self.done = self.finished = False
+        self._restart, self._force = restart, force
+        self._foreign = self._ordering = False
         self._packer = Packer(self.path)
         self._out: IO[bytes] | None = None  # holds the lock
         self._journal: IO[bytes] | None = None
@@ -226,6 +231,8 @@ class FileResults:
                 self._refuse_ordered()
             elif not self._restart:
                 self._read()
+            if self.header is None:
+                self._look_at_output()
         except BaseException:
             self._close()
             raise
@@ -285,6 +292,41 @@ class FileResults:
                 self._check_output(self.path, output)  # it has its name already
         else:
             self._check_output(self.ordered, self._out)
+            self._check_replaceable()
+
+    def _look_at_output(self) -> None:
+        """Before a job begins: what has the output's name is finished, or is replaced, or not."""
+        found = self._finished_job()
+        if found is not None and not (self._restart or self._force):
+            self.header, self.position = found
+            self.done = self.finished = True
+        elif found is None and not self._force and _stamp(self.path) is not None:
+            raise JobError(
+                f"{self.path} exists, and is not what a job has written there; give another "
+                "output, or --force to replace it"
+            )
+
+    def _finished_job(self) -> tuple[dict[str, Any], Position] | None:
+        """What job the output is the whole result of, if of one."""
+        try:
+            with self._beside.finished.open("rb") as file, self.path.open("rb") as output:
+                header, position, done = self._parsed_header(file)
+                same = done and os.fstat(output.fileno()).st_size == position.nbytes
+                if same and checksum_between(output, 0, position.nbytes) == position.checksum:
+                    return header, position
+        except (OSError, AttributeError, KeyError, TypeError, ValueError):
+            pass  # somebody else's, as far as one can tell
+        return None
+
+    def _check_replaceable(self) -> None:
+        """Refuses to replace what was not there when the job began."""
+        assert self.header is not None
+        there = _stamp(self.path)
+        if there is not None and there != self.header.get("replaces") and not self._force:
+            raise JobError(
+                f"{self.path} appeared or was changed after this job was started; move it away, "
+                "or give --force to replace it"
+            )
 
     def _check_output(self, path: Path, file: IO[bytes]) -> None:
         """Refuses an output that is not what the journal says was written."""
@@ -303,6 +345,23 @@ class FileResults:
 
     def _read_header(self, journal: IO[bytes]) -> dict[str, Any]:
         """What job it is, and its position: written at one stroke, they are never torn."""
+        try:
+            header, self.position, self.done = self._parsed_header(journal)
+        except JobError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise JobError(
+                f"{self.partial} is damaged: {error}; start over with --restart"
+            ) from error
+        return header
+
+    def _parsed_header(self, journal: IO[bytes]) -> tuple[dict[str, Any], Position, bool]:
+        """Likewise, and whether that is all of it.
+
+        Raises:
+            JobError: of another version.
+            AttributeError, KeyError, TypeError, ValueError: damaged.
+        """
         line, following = journal.readline(_LONGEST), journal.readline(_LONGEST)
         try:
             of_this_version = parse_json(line)[MARK] == _FORMAT
@@ -313,16 +372,10 @@ class FileResults:
                 f"{self.partial} is of another version of flexgen-jax: finish the job with that "
                 "one, or start over with --restart"
             )
-        try:
-            header, first = unsealed(line), unsealed(following)
-            if not all(isinstance(part, dict) for part in header["identity"].values()):
-                raise ValueError("an identity of no parts")
-            self.position, self.done = Position.from_json(first["position"]), bool(first["done"])
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise JobError(
-                f"{self.partial} is damaged: {error}; start over with --restart"
-            ) from error
-        return header
+        header, first = unsealed(line), unsealed(following)
+        if not all(isinstance(part, dict) for part in header["identity"].values()):
+            raise ValueError("an identity of no parts")
+        return header, Position.from_json(first["position"]), bool(first["done"])
 
     def _read_entries(self, journal: IO[bytes]) -> None:
         """Reads up to the first entry that is torn, and drops it with what follows."""
@@ -373,7 +426,7 @@ class FileResults:
         return bool(finished) or snapshots.are_kept_in(self.snapshots)
 
     def begin(self, header: Mapping[str, Any]) -> None:
-        self.header = {MARK: _FORMAT, **header}
+        self.header = {MARK: _FORMAT, **header, "replaces": _stamp(self.path)}
         assert self._out is not None
         with self._errors(self.partial):
             if self._foreign and self.partial.exists():  # nobody knows what it is
@@ -460,6 +513,8 @@ class FileResults:
 
     def finish(self) -> None:
         assert self._out is not None
+        if self.finished:
+            return
         with self._errors(self.path):
             if not self.done:
                 if not self.position.nbytes:
@@ -471,11 +526,12 @@ class FileResults:
                 self.done = True
                 self._replace_journal()
             if os.fstat(self._out.fileno()).st_size or not self.position.nbytes:
+                self._check_replaceable()
                 os.replace(self.ordered, self.path)
                 _sync_directory(self.path.parent)
             else:
                 self.ordered.unlink()
-            self.partial.unlink()
+            os.replace(self.partial, self._beside.finished)
             self._drop_snapshots()
         self.header = None
         records = self.position.requests + self.position.errors
@@ -500,17 +556,18 @@ class StreamResults:
         self.begun: list[Begun] = []
         self.unsummed: list[Mapping[str, Any]] = []
         self.header: Mapping[str, Any] | None = None
-        self.done = False
+        self.done = self.finished = False
         self.snapshots: Path | None = None
         self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 # closed on exit
         self._spool = _Spool()
+        self._written = _Flushed()
 
     def __enter__(self) -> StreamResults:
         return self
 
     @property
     def requests_finished(self) -> int:
-        return self.position.requests
+        return self._written.count  # lines with an error included
 
     def has(self, line: int) -> bool:
         return False
@@ -531,8 +588,8 @@ class StreamResults:
     def end_window(self, errors: Mapping[int, bytes], position: Position) -> None:
         try:
             with _WriteErrors(STANDARD):
-                self._spool.write_ordered(self._file, errors, position.line, sys.stdout.buffer)
-                sys.stdout.flush()
+                out: Any = self._written
+                self._spool.write_ordered(self._file, errors, position.line, out)
         except JobError:
             # What is left in the buffer would be tried again, and said again, on the way out.
             with contextlib.suppress(OSError, ValueError):
@@ -554,6 +611,18 @@ class StreamResults:
         self._file.close()
 
 
+class _Flushed:
+    """The standard output, a record at a time, so that one knows how many were written."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def write(self, record: bytes) -> None:
+        sys.stdout.buffer.write(record)
+        sys.stdout.flush()
+        self.count += 1
+
+
 class _WriteErrors:
     """Turns what writing raises into a :class:`JobError`."""
 
@@ -568,6 +637,15 @@ class _WriteErrors:
             why = getattr(error, "strerror", None) or error
             where = "the standard output" if self._path == STANDARD else self._path
             raise JobError(f"cannot write {where}: {why}") from error
+
+
+def _stamp(path: Path) -> list[int] | None:
+    """Tells a file from what comes to lie there later; None: nothing there could be lost."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return [status.st_size, status.st_mtime_ns, status.st_ino] if status.st_size else None
 
 
 def _lock(file: IO[bytes]) -> None:

@@ -23,9 +23,14 @@ _CONTINUATION = ("continuation", "continuation_token_ids")
 
 @dataclasses.dataclass(frozen=True)
 class Scoring:
-    """The task of ``score``."""
+    """The task of ``score``.
+
+    Args:
+        model: Its name.
+    """
 
     llm: LLM
+    model: str
 
     def request(self, index: int, asked: Asked) -> Request:
         if asked.openai:
@@ -55,4 +60,9 @@ class Scoring:
         }
 
     def identity(self) -> dict[str, Any]:
-        return {"task": {"kind": "score"}}
+        return scoring_identity(self.model)
+
+
+def scoring_identity(model: str) -> dict[str, Any]:
+    """Of the task of ``score``: known before there is a model."""
+    return {"task": {"kind": "score", "model": model}}

@@ -91,7 +91,7 @@ class Windows:
         if last_line and (line, digest) != (last_line, digest_then):
             raise JobError(
                 f"{self._source.path} is not the input that the job was begun with: its first "
-                f"{last_line} lines are others; give that one, or --restart to begin anew"
+                f"{last_line} lines are others; give that one, or start over with --restart"
             )
 
     def close(self) -> None:

@@ -226,6 +226,16 @@ def is_store(path: str | Path) -> bool:
     return (Path(path) / MANIFEST_NAME).is_file()
 
 
+def fingerprint_of(model: str | Path) -> str | None:
+    """Of the model in a directory here, weights unread; None: a hub name, or it cannot be told."""
+    try:
+        if is_store(model):
+            return Manifest.load(Path(model)).source.fingerprint
+        return HuggingFaceModel(Path(model)).fingerprint() if Path(model).is_dir() else None
+    except (ValueError, OSError):
+        return None
+
+
 def stored_dtype(path: str | Path) -> str | None:
     """The dtype of the weight store at ``path``; None if there is none that can be read."""
     try:

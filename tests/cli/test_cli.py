@@ -386,7 +386,7 @@ def test_a_failing_read_keeps_what_was_finished(tmp_path, offload, monkeypatch):
     monkeypatch.undo()
     result = CliRunner().invoke(main, [str(a) for a in arguments])
     assert result.exit_code == 0, result.output
-    assert "going on: 2 requests are finished already" in result.stderr
+    assert "resuming: 2 already finished" in result.stderr
     assert [json.loads(r)["id"] for r in target.read_text().splitlines()] == [*range(1, 10)]
 
 
@@ -417,7 +417,8 @@ def test_progress_shows_on_a_terminal_and_not_in_a_pipe(tmp_path, offload):
     assert "\x1b" not in quiet.stderr
     ours, theirs = pty.openpty()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "120"}
-    process = subprocess.Popen([sys.executable, *arguments], stderr=theirs, env=environment)
+    arguments = [sys.executable, *arguments, "--restart"]
+    process = subprocess.Popen(arguments, stderr=theirs, env=environment)
     os.close(theirs)
     shown = b""
     # Linux reports a terminal that nobody holds any more as an input/output error.
@@ -460,7 +461,12 @@ def test_demo(tmp_path, monkeypatch):
     assert "disk 100.0%" in result.stderr
     assert "tokens/s" in result.stderr
     names = {p.name for p in (tmp_path / "demo-output").iterdir()}
-    assert names == {"completions.jsonl", "timeline.json", "timeline.png"}
+    assert names == {
+        "completions.jsonl",
+        "completions.jsonl.job",
+        "timeline.json",
+        "timeline.png",
+    }
     records = [
         json.loads(r)
         for r in (tmp_path / "demo-output" / "completions.jsonl").read_text().splitlines()

@@ -229,7 +229,7 @@ def test_the_other_ends_and_names_the_stage_when_one_is_killed(
     with Pipeline(arguments) as pipeline:
         (code, _, errors), _ = pipeline.ends()
     assert code == 0, errors
-    assert "going on:" in errors
+    assert "resuming:" in errors
     assert (tmp_path / "out.jsonl").read_bytes() == expected
 
 

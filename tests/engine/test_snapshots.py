@@ -230,7 +230,7 @@ def test_another_job_begins_anew(source, tmp_path, offload):
         with pytest.raises(STOPPED):
             run(llm, source, target, stop_after=20)
         source.write_text(json.dumps({"prompt": "The"}))
-        with pytest.raises(JobError, match="was begun otherwise"):
+        with pytest.raises(JobError, match="was started with different settings"):
             run(llm, source, target)
         (tmp_path / "out.partial").unlink()
         run(llm, source, target)

@@ -49,7 +49,7 @@ def command(source, target, *more):
     return result.stderr
 
 
-@pytest.mark.parametrize("end", ["", ".ordered", ".partial", ".partial.new"])
+@pytest.mark.parametrize("end", ["", ".ordered", ".partial", ".partial.new", ".job"])
 def test_an_input_that_the_job_would_write_to_is_refused(tmp_path, end):
     source = tmp_path / f"o.jsonl{end}"
     source.write_text(LINES)
@@ -71,7 +71,7 @@ def test_a_picture_does_not_write_over_the_jobs_files(source, tmp_path, option, 
     assert source.read_text() == LINES
 
 
-@pytest.mark.parametrize("end", [".ordered", ".partial.new"])
+@pytest.mark.parametrize("end", [".ordered", ".partial.new", ".job"])
 @pytest.mark.parametrize("restart", [False, True])
 def test_what_lies_where_the_output_grows_is_refused(llm, source, tmp_path, end, restart):
     foreign = tmp_path / f"out{end}"
@@ -89,7 +89,7 @@ def test_what_lies_where_the_output_grows_is_refused(llm, source, tmp_path, end,
     assert (tmp_path / "out").read_bytes().count(b"\n") == 5
 
 
-@pytest.mark.parametrize("end", [".ordered", ".partial", ".partial.new"])
+@pytest.mark.parametrize("end", [".ordered", ".partial", ".partial.new", ".job"])
 @pytest.mark.parametrize("kind", ["directory", "pipe", "link"])
 def test_what_is_no_file_is_refused(tmp_path, end, kind):
     place = tmp_path / f"out{end}"
@@ -108,6 +108,7 @@ def test_what_is_no_file_is_refused(tmp_path, end, kind):
 def test_what_is_no_journal_is_kept_aside(llm, source, tmp_path, caplog):
     for number in range(3):
         (tmp_path / "out.partial").write_text(f"somebody's work {number}\n")
+        (tmp_path / "out").unlink(missing_ok=True)
         run(llm, source, tmp_path / "out")
     kept = [(tmp_path / f"out.partial.old{n}").read_text() for n in ("", 2, 3)]
     assert kept == [f"somebody's work {n}\n" for n in range(3)]

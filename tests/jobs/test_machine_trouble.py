@@ -73,7 +73,7 @@ def program(tmp_path, text, arguments, **options):
 def goes_on(tmp_path, arguments, expected):
     result = CliRunner().invoke(main, ["generate", *arguments, "-o", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
-    assert "going on: " in result.stderr
+    assert "resuming: " in result.stderr
     assert (tmp_path / "out").read_bytes() == expected
 
 

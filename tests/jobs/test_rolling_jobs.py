@@ -113,10 +113,10 @@ def test_windows_follow_one_another_without_a_gap(llm, source, expected, tmp_pat
     assert capfdbinary.readouterr().out == expected
 
 
-@pytest.mark.parametrize("step", ["os.fsync", "os.replace", "Path.unlink"])
+@pytest.mark.parametrize("step", ["os.fsync", "os.replace"])
 def test_every_step_may_be_the_last(llm, source, expected, tmp_path, monkeypatch, step):
     """Whatever a process did last, the next one goes on; what was finished is not run again."""
-    owner, name = {"os": os, "Path": Path}[step.split(".")[0]], step.split(".")[1]
+    owner, name = os, step.split(".")[1]
     real, finished = getattr(owner, name), False
     for at in [*range(8), *range(8, 100, 5)]:
         target, calls, tokens = tmp_path / f"{at}-out", [0], [0]
@@ -147,7 +147,7 @@ def test_every_step_may_be_the_last(llm, source, expected, tmp_path, monkeypatch
             if done > 40:
                 assert tokens[0] < 0.6 * report.report.generated_tokens
         assert target.read_bytes() == expected
-        assert not list(tmp_path.glob(f"{target.name}.*"))
+        assert [p.name for p in tmp_path.glob(f"{target.name}.*")] == [f"{target.name}.job"]
         if finished:
             break
     assert finished
@@ -204,7 +204,7 @@ def test_what_was_finished_after_the_checkpoint_is_not_run_again(
     booked[0] = -10_000
     run(llm, source, target, progress=progress)
     assert target.read_bytes() == expected
-    assert not list(tmp_path.glob("out.*"))
+    assert [p.name for p in tmp_path.glob("out.*")] == ["out.job"]
 
 
 def test_who_needs_more_room_comes_when_the_others_have_left(llm, tmp_path):
@@ -269,5 +269,5 @@ def test_a_signal_ends_it_and_says_how_to_go_on(
         assert int(kept[1]) == results.requests_finished >= 6
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
-    assert f"going on: {kept[1]} requests are finished already" in result.stderr
+    assert f"resuming: {kept[1]} already finished" in result.stderr
     assert (tmp_path / "out").read_bytes() == expected

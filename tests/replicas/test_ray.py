@@ -201,7 +201,7 @@ def test_one_process_goes_on_where_many_stopped(cluster, job, tmp_path, monkeypa
     kept = on_block(monkeypatch, lambda blocks: None)
     done = run([*arguments, *output])
     assert done.exit_code == 0, done.output
-    assert "going on: " in done.output
+    assert "resuming: " in done.output
     assert kept[0] == 4
     import gzip
 
@@ -229,7 +229,7 @@ def test_many_go_on_where_one_process_stopped_and_policy_auto_stays(
     stopped(monkeypatch, arguments)
     done = run([*arguments, *OVER_RAY])
     assert done.exit_code == 0, done.output
-    assert "going on: " in done.output
+    assert "resuming: " in done.output
     found = (tmp_path / "out.jsonl").read_bytes()
     assert found == (tmp_path / "one.jsonl").read_bytes()
     assert "found neither" in json.loads(found.splitlines()[4])["error"]["message"]
@@ -243,7 +243,7 @@ def test_another_input_is_refused(cluster, job, tmp_path, monkeypatch):
     other.write_text("\n".join(lines(9)) + "\n")
     done = run([*arguments, "-i", other, *OVER_RAY, *output])
     assert done.exit_code == 2
-    assert "was begun otherwise: input" in done.output
+    assert "was started with different settings: input" in done.output
 
 
 def test_map_batches_makes_what_one_process_makes(cluster, store, tmp_path):
