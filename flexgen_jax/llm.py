@@ -22,6 +22,7 @@ from flexgen_jax.planning.byte_sizes import parse_bytes
 from flexgen_jax.planning.lengths import Lengths
 from flexgen_jax.planning.planner import Planner, checked_slots, named_schedule
 from flexgen_jax.report import Report, Sum
+from flexgen_jax.requests.chat import Chat
 from flexgen_jax.requests.outputs import Gathered, RequestOutput
 from flexgen_jax.requests.prompts import Prompt, RequestError, as_list, made_of_each
 from flexgen_jax.requests.request import Request
@@ -40,6 +41,7 @@ from scheduling.schedules import Schedule
 from storage.disk import DiskContext
 
 OnBlock = Callable[[list[RequestOutput]], None]
+Messages = Sequence[Mapping[str, Any]]
 
 
 class LLM:
@@ -212,7 +214,8 @@ class LLM:
         """Completes every prompt; results in the order of ``prompts``.
 
         Args:
-            prompts: Strings, lists of token ids, or dicts with ``prompt`` or ``prompt_token_ids``.
+            prompts: Strings, lists of token ids, or dicts with ``prompt``, ``prompt_token_ids`` or
+                ``messages``, which :meth:`chat` explains.
             sampling_params: One for all, or one per prompt; None: the defaults.
             progress: Told the number of new tokens whenever some are booked.
             on_block: Given the results of prompts as they are complete: of those that have finished
@@ -237,6 +240,53 @@ class LLM:
         requests = made_of_each(pairs, lambda index, pair: self.request(index, *pair))
         outputs = self.run(requests, progress=progress, on_block=on_block, on_logits=on_logits)
         return answered(outputs)
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        progress: Callable[[int], None] | None = None,
+        on_block: OnBlock | None = None,
+    ) -> list[RequestOutput]:
+        """Answers every conversation; results in the order of ``messages``.
+
+        The model's chat template makes a text of each, as in transformers and vLLM; the text, with
+        the special tokens that the template puts there and no others, is the prompt.
+
+        Args:
+            messages: A conversation, or several: a list of ``{"role": ..., "content": ...}`` each.
+            sampling_params: As :meth:`generate` takes them, like ``progress`` and ``on_block``.
+            add_generation_prompt: End the prompt with what begins an answer; None: unless
+                ``continue_final_message``.
+            continue_final_message: The answer continues the last message.
+            tools: JSON descriptions of functions, which some templates show the model.
+            documents: Likewise, what it may look up.
+            chat_template: A Jinja template, or the name of one of the model's; None: its own.
+            chat_template_kwargs: What else the template is told, such as ``enable_thinking``.
+
+        Raises:
+            RequestError: a model without a template, or conversations that cannot be run, all of
+                them named; nothing has run.
+            NoAnswerError, ExecutionError: as :meth:`generate`.
+        """
+        one = isinstance(messages, Sequence) and isinstance(next(iter(messages), None), Mapping)
+        common = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "tools": tools,
+            "documents": documents,
+            "chat_template": chat_template,
+            "chat_template_kwargs": chat_template_kwargs,
+        }
+        prompts = [{"messages": each, **common} for each in ([messages] if one else messages)]
+        return self.generate(prompts, sampling_params, progress=progress, on_block=on_block)
 
     def generate_iter(
         self,
@@ -268,7 +318,7 @@ class LLM:
         return generate_iter(self, prompts, sampling_params, window=window, progress=progress)
 
     def request(
-        self, index: int, prompt: Prompt, params: SamplingParams, *, scoring: bool = False
+        self, index: int, prompt: Prompt | Chat, params: SamplingParams, *, scoring: bool = False
     ) -> Request:
         """Checks one prompt against the model and makes a :class:`Request` of it.
 

@@ -8,9 +8,11 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from flexgen_jax.jobs.dialects import NO_ANSWER, LineError, parse_values, plain_answer
+from flexgen_jax.jobs.asked import NO_ANSWER, LineError
+from flexgen_jax.jobs.dialects import parse_values, plain_answer
 from flexgen_jax.logs import LOGGER
 from flexgen_jax.replicas.ray_cluster import Workers, import_ray, missing_model, patient
+from flexgen_jax.requests.prompts import RequestError
 from flexgen_jax.requests.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -141,6 +143,8 @@ class _Worker:
             try:
                 seed = _seed(self._llm.seed, values)
                 wanted = parse_values(values, index)
+                if len(wanted.prompts) > 1:
+                    raise RequestError("a row has one prompt: make a row of each")
                 params = self._defaults.updated(wanted.sampling)
                 if params.seed is None:
                     params = dataclasses.replace(params, seed=seed)

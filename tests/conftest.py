@@ -1,6 +1,7 @@
 """Every test runs with shapes and dtypes checked, and with JAX's strict dtype promotion."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -11,6 +12,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 # No test may touch the user's own cache of converted models.
 os.environ["FLEXGEN_JAX_CACHE"] = "/nonexistent/flexgen-jax-tests-must-pass-offload-dir"
+
+# Two runs of a job are the same job: what they answer has no clock in it.
+os.environ["SOURCE_DATE_EPOCH"] = "1700000000"
 
 from jaxtyping import install_import_hook
 
@@ -50,6 +54,18 @@ def _programs_do_not_pile_up():
     statm = Path("/proc/self/statm")
     if statm.exists() and int(statm.read_text().split()[1]) * 4096 > MOST_RESIDENT:
         jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def chatting_model(tmp_path_factory):
+    """The bundled model, as a directory that has a chat template."""
+    directory = tmp_path_factory.mktemp("model") / "chatting"
+    demo = Path(__file__).parents[1] / "flexgen_jax" / "demo_model"
+    shutil.copytree(demo, directory)
+    template = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant:{% endif %}"
+    (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return directory
 
 
 @pytest.fixture(autouse=True)

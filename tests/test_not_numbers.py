@@ -110,7 +110,7 @@ def test_a_job_has_error_records(tmp_path, llm):
     assert failed["id"] == "a"
     assert (failed["error"]["line"], failed["error"]["type"]) == (2, "no_answer")
     assert failed["error"]["message"].startswith("the logits of step 0 are not numbers")
-    assert (of_openai["custom_id"], of_openai["response"]) == ("b", None)
+    assert (of_openai["custom_id"], of_openai["response"]["status_code"]) == ("b", 500)
     assert of_openai["error"]["code"] == "no_answer"
     assert "step 4" in of_openai["error"]["message"]
     assert "1 succeeded, 2 failed" in result.stderr

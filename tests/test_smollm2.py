@@ -18,6 +18,9 @@ import pytest
 from safetensors.numpy import load_file
 
 import flexgen_jax as fg
+from flexgen_jax.jobs.job import Completing, Job
+from flexgen_jax.jobs.job_input import JobInput
+from flexgen_jax.jobs.results import FileResults
 from flexgen_jax.requests.tokenization import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -101,6 +104,31 @@ def test_prompts_have_transformers_tokens(directory):
     for answer in ANSWERS:
         assert tokenizer.encode(answer["prompt"]) == answer["prompt_token_ids"]
         assert tokenizer.decode(answer["token_ids"]) == answer["text"]
+
+
+def test_chat_lines_of_a_batch_file_are_answered_as_by_transformers(llm, tmp_path):
+    """The messages become transformers' prompts, and their greedy answers its."""
+    lines = [
+        {
+            "custom_id": f"question {number}",
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": {"messages": [{"role": "user", "content": answer["question"]}]},
+        }
+        for number, answer in enumerate(ANSWERS)
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    task = Completing(llm, GREEDY, "smollm2")
+    with (
+        JobInput(tmp_path / "in.jsonl") as source,
+        FileResults(tmp_path / "out.jsonl") as results,
+    ):
+        Job(llm, task, source, results).run()
+    records = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
+    for line, answer in zip(records, ANSWERS, strict=True):
+        body = json.loads(line)["response"]["body"]
+        assert body["choices"][0]["message"]["content"] == answer["text"]
+        assert body["usage"]["prompt_tokens"] == len(answer["prompt_token_ids"])
 
 
 # Tokens as llama.cpp has them: transformers, reading the GGUF file itself, does not split digits.

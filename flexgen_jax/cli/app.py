@@ -16,6 +16,7 @@ from flexgen_jax.cli import completion as cli_completion
 from flexgen_jax.cli import plan_commands as cli_plan
 from flexgen_jax.cli import score_commands as cli_scores
 from flexgen_jax.cli import verify_command as cli_verify
+from flexgen_jax.cli.chat_options import chat_options, read_chatting
 from flexgen_jax.cli.failures import Failure, plain_errors, say, silent
 from flexgen_jax.cli.job_commands import (
     JobFiles,
@@ -227,6 +228,7 @@ def export(
 @click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-text token.")
 @click.option("--logprobs", type=int, help="Return this many likeliest tokens' log-probabilities.")
 @click.option("--prompt-logprobs", type=int, help="Likewise, at each token of the prompt.")
+@chat_options
 @click.option("--trace", type=click.Path(path_type=Path), help="Write a Perfetto trace here.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the timeline here (PNG, SVG).")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
@@ -244,9 +246,10 @@ def generate(
     """Complete every prompt of a file.
 
     Each input line is {"prompt": ...} or {"prompt_token_ids": [...]} with an optional id and
-    sampling fields (max_tokens, temperature, top_p, ...), which win over the options here; or an
-    OpenAI batch line for /v1/completions; or, in a .txt file, a prompt. A line that cannot be run
-    gets an error record.
+    sampling fields (max_tokens, temperature, top_p, ...), which win over the options here; or
+    {"messages": [...]}, which the model's chat template makes a prompt of; or an OpenAI batch line
+    for /v1/completions or /v1/chat/completions; or, in a .txt file, a prompt. A line that cannot be
+    run gets an error record.
 
     Results are safe as their blocks finish: after Ctrl-C, a kill or a failure the same command goes
     on where it was, and the output is the same as if nothing had happened.
@@ -265,6 +268,7 @@ def generate(
         from flexgen_jax.requests.sampling_params import SamplingParams
 
         chosen = Chosen(options, seed=seed)
+        chatting = read_chatting(options)
         excluded = {
             "--trace or --plot": trace is not None or plot is not None,
             "--checkpoint-minutes": options["checkpoint_minutes"] is not None,
@@ -304,7 +308,7 @@ def generate(
             defaults = SamplingParams(**options)
             with files:
                 known = {
-                    **completing_identity(defaults, seed, chosen.model),
+                    **completing_identity(defaults, seed, chosen.model, chatting),
                     **chosen.identity(),
                 }
                 if files.is_complete(known) and process_count() == 1:
@@ -314,7 +318,7 @@ def generate(
                     return
                 recorded = recorded_policy(files.results)
                 with over_ray.llm(chosen, tell, quiet=quiet, recorded=recorded) as llm:
-                    task = Completing(llm, defaults, chosen.model)
+                    task = Completing(llm, defaults, chosen.model, chatting)
                     done = files.run(
                         llm, task, ("generating", "tokens"), lambda *about: _before(llm, *about)
                     )

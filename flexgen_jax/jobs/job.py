@@ -8,23 +8,30 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
+import hashlib
 import json
 import math
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flexgen_jax.engine.executor import ExecutionError
 from flexgen_jax.engine.snapshots import Snapshot, Snapshots, are_kept_in
-from flexgen_jax.jobs.dialects import Asked, answer
+from flexgen_jax.jobs.asked import Asked
+from flexgen_jax.jobs.dialects import plain_answer
 from flexgen_jax.jobs.job_input import JobError, JobInput
 from flexgen_jax.jobs.open_windows import MESSAGES, OpenWindow, OpenWindows
+from flexgen_jax.jobs.openai_lines import answer_of
 from flexgen_jax.jobs.results import Results
 from flexgen_jax.jobs.windows import Task, Windows
 from flexgen_jax.planning.blocks import in_turn, last_blocks
 from flexgen_jax.planning.window_size import WindowSize
 from flexgen_jax.report import Report, Sum
+from flexgen_jax.requests.chat import Chat
 from flexgen_jax.requests.outputs import RequestOutput
+from flexgen_jax.requests.prompts import RequestError
 from flexgen_jax.requests.sampling_params import SamplingParams
 from scheduling.policy import Policy
 
@@ -47,6 +54,24 @@ _POLICY = (
 )
 
 
+def now() -> int:
+    """Seconds since 1970; or what ``SOURCE_DATE_EPOCH`` says, to make the same output again."""
+    return int(os.environ.get("SOURCE_DATE_EPOCH") or time.time())
+
+
+@dataclasses.dataclass(frozen=True)
+class Chatting:
+    """How a job takes conversations.
+
+    Attributes:
+        prompts: Whether a plain line's prompt is what a user says.
+        template: As ``Chat.chat_template``.
+    """
+
+    prompts: bool = False
+    template: str | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Completing:
     """The task of ``generate``.
@@ -54,26 +79,58 @@ class Completing:
     Args:
         defaults: What lines leave out.
         model: Its name in answers of OpenAI's form.
+        begun: When the job was, in seconds since 1970: what its answers say, and its templates.
     """
 
     llm: LLM
     defaults: SamplingParams
     model: str
+    chatting: Chatting = Chatting()
+    begun: int = dataclasses.field(default_factory=now)
 
     def request(self, index: int, asked: Asked) -> Request:
-        return self.llm.request(index, asked.prompt, self.defaults.updated(asked.sampling))
+        prompt, params = asked.prompt, self.defaults.updated(asked.sampling)
+        if self.chatting.prompts and asked.dialect == "plain" and "messages" not in prompt:
+            if not isinstance(prompt.get("prompt"), str):
+                raise RequestError("with --chat a prompt must be a text: what a user says")
+            prompt = {"messages": [{"role": "user", "content": prompt["prompt"]}]}
+        if "messages" not in prompt:
+            return self.llm.request(index, prompt, params)
+        when = datetime.datetime.fromtimestamp(self.begun)
+        chat = Chat.of(prompt, chat_template=self.chatting.template, now=when)
+        return self.llm.request(index, chat, params)
 
-    def answer(self, asked: Asked, request: Request, output: RequestOutput) -> dict[str, Any]:
-        return answer(asked, output, self.model)
+    def answer(
+        self, asked: Asked, requests: Sequence[Request], outputs: Sequence[RequestOutput]
+    ) -> dict[str, Any]:
+        if not asked.openai:
+            return plain_answer(asked, outputs[0])
+        return answer_of(
+            asked,
+            outputs,
+            model=self.model,
+            created=self.begun,
+            tokenizer=self.llm.tokenizer,
+        )
+
+    def at(self, begun: int) -> Completing:
+        return dataclasses.replace(self, begun=begun)
 
     def identity(self) -> dict[str, Any]:
-        return completing_identity(self.defaults, self.llm.seed, self.model)
+        return completing_identity(self.defaults, self.llm.seed, self.model, self.chatting)
 
 
-def completing_identity(defaults: SamplingParams, seed: int, model: str) -> dict[str, Any]:
+def completing_identity(
+    defaults: SamplingParams, seed: int, model: str, chatting: Chatting = Chatting()
+) -> dict[str, Any]:
     """Of the task of ``generate``: known before there is a model."""
     params = {f.name: getattr(defaults, f.name) for f in dataclasses.fields(defaults)}
-    return {"task": {"kind": "generate", "model": model, **params, "seed": seed}}
+    task = {"kind": "generate", "model": model, **params, "seed": seed}
+    if chatting.prompts:
+        task["chat"] = True
+    if chatting.template is not None:
+        task["chat template"] = hashlib.sha256(chatting.template.encode()).hexdigest()
+    return {"task": task}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +182,9 @@ class Job:
     ) -> None:
         if checkpoint_seconds is not None and results.snapshots is None:
             raise JobError("checkpoints lie beside the output: give an output file")
-        self._llm, self._task, self._source, self._results = llm, task, source, results
+        begun = int((results.header or {}).get("begun", now()))
+        self._llm, self._task, self._source = llm, task.at(begun), source
+        self._results = results
         self._window_size = window_size or WindowSize.of(llm.policy.block_size)
         identity = {
             **input_identity_of(source, input_identity),
@@ -133,7 +192,7 @@ class Job:
             **_machinery(llm, self._window_size),
         }
         check_same(results, identity)
-        self._header = {"identity": identity, "policy": llm.policy.to_json()}
+        self._header = {"identity": identity, "policy": llm.policy.to_json(), "begun": begun}
         self._total = Sum.of(llm.planner)
         self._failures: list[str] = []  # of this process
         # What an earlier process has left is gone on from, even if nothing more is to be saved.

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from logging import WARNING
 from typing import Any
 
-from flexgen_jax.jobs.dialects import Asked, dump, failed_record
+from flexgen_jax.jobs.asked import Asked
+from flexgen_jax.jobs.dialects import dump, failed_record
 from flexgen_jax.jobs.results import Position, Results
 from flexgen_jax.jobs.windows import Task, Window, Windows
 from flexgen_jax.logs import event
@@ -35,11 +36,23 @@ class OpenWindow:
         of_each = zip(window.asked, window.requests, strict=True)
         self.unfinished = [r for asked, r in of_each if not results.has(asked.line)]
         self.left = {request.index for request in self.unfinished}
+        self._parts: dict[int, dict[int, RequestOutput]] = {}  # by line, of several prompts
 
-    def asked(self, index: int) -> tuple[Asked, Request]:
-        """What a request answers, by its place in the input; and the request."""
-        place = index - self._first
-        return self.window.asked[place], self.window.requests[place]
+    def answered(
+        self, index: int, output: RequestOutput
+    ) -> tuple[Asked, list[Request], list[RequestOutput]] | None:
+        """Takes what a request has come to, by its place in the input; all of its line, if that
+        has an answer now."""
+        self.left.discard(index)
+        asked = self.window.asked[index - self._first]
+        parts = self._parts.setdefault(asked.line, {})
+        parts[index] = output
+        if len(parts) < len(asked.prompts):
+            return None
+        del self._parts[asked.line]
+        places = sorted(parts)
+        requests = [self.window.requests[place - self._first] for place in places]
+        return asked, requests, [parts[place] for place in places]
 
 
 class OpenWindows:
@@ -95,19 +108,22 @@ class OpenWindows:
             records = {}
             for window in self._open:
                 for index in sorted(window.left & finished.keys()):
-                    asked, request = window.asked(index)
-                    records[asked.line] = dump(self._record(asked, request, finished[index]))
-                    window.left.discard(index)
+                    whole = window.answered(index, finished[index])
+                    if whole is not None:
+                        records[whole[0].line] = dump(self._record(*whole))
             self._results.add_part(records, sums)
             event("results kept", records=len(records))
 
-    def _record(self, asked: Asked, request: Request, output: RequestOutput) -> dict[str, Any]:
-        if output.error is None:
-            return self._task.answer(asked, request, output)
-        event("request failed", level=WARNING, line=asked.line, message=output.error)
-        self._failures.append(f"line {asked.line}: {output.error}"[:MESSAGE])
+    def _record(
+        self, asked: Asked, requests: list[Request], outputs: list[RequestOutput]
+    ) -> dict[str, Any]:
+        why = next((output.error for output in outputs if output.error is not None), None)
+        if why is None:
+            return self._task.answer(asked, requests, outputs)
+        event("request failed", level=WARNING, line=asked.line, message=why)
+        self._failures.append(f"line {asked.line}: {why}"[:MESSAGE])
         del self._failures[MESSAGES:]
-        return failed_record(asked, output.error)
+        return failed_record(asked, why)
 
     def end(self) -> None:
         """Ends the first windows, as far as all of theirs is finished."""

@@ -7,9 +7,10 @@ A line is ``{"prompt": ..., "continuation": ...}`` or ``{"prompt_token_ids": [..
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from flexgen_jax.jobs.dialects import Asked
+from flexgen_jax.jobs.asked import Asked
 from flexgen_jax.requests.prompts import RequestError
 from flexgen_jax.scoring import score_of, score_request
 
@@ -35,6 +36,10 @@ class Scoring:
     def request(self, index: int, asked: Asked) -> Request:
         if asked.openai:
             raise RequestError("scoring takes plain lines: a 'prompt' and a 'continuation'")
+        if "messages" in asked.prompt or asked.metadata is not None:
+            raise RequestError(
+                "scoring takes a prompt and a continuation, not messages or metadata"
+            )
         given = [name for name in _CONTINUATION if name in asked.sampling]
         unknown = sorted(set(asked.sampling) - set(_CONTINUATION))
         if unknown:
@@ -49,8 +54,10 @@ class Scoring:
             )
         return score_request(self.llm, index, asked.prompt, asked.sampling[given[0]])
 
-    def answer(self, asked: Asked, request: Request, output: RequestOutput) -> dict[str, Any]:
-        score = score_of(request, output)
+    def answer(
+        self, asked: Asked, requests: Sequence[Request], outputs: Sequence[RequestOutput]
+    ) -> dict[str, Any]:
+        score = score_of(requests[0], outputs[0])
         return {
             "id": asked.id,
             "logprob": score.logprob,
@@ -58,6 +65,9 @@ class Scoring:
             "logprobs": list(score.logprobs),
             "is_greedy": score.is_greedy,
         }
+
+    def at(self, begun: int) -> Scoring:
+        return self
 
     def identity(self) -> dict[str, Any]:
         return scoring_identity(self.model)

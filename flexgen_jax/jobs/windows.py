@@ -11,10 +11,11 @@ import dataclasses
 import hashlib
 import json
 import sqlite3
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, Self
 
-from flexgen_jax.jobs.dialects import Asked, LineError, dump, error_record, parse_line, parse_text
+from flexgen_jax.jobs.asked import Asked, LineError
+from flexgen_jax.jobs.dialects import dump, error_record, parse_line, parse_text
 from flexgen_jax.jobs.job_input import MAX_LINE, JobError, JobInput, Line
 from flexgen_jax.requests.outputs import RequestOutput
 from flexgen_jax.requests.prompts import shown
@@ -25,10 +26,18 @@ class Task(Protocol):
     """What a line asks to be done: completing, or scoring."""
 
     def request(self, index: int, asked: Asked) -> Request:
-        """Raises ValueError: what is wrong with it."""
+        """Of the first prompt. Raises ValueError: what is wrong with it."""
         ...
 
-    def answer(self, asked: Asked, request: Request, output: RequestOutput) -> dict[str, Any]: ...
+    def answer(
+        self, asked: Asked, requests: Sequence[Request], outputs: Sequence[RequestOutput]
+    ) -> dict[str, Any]:
+        """Of all the prompts of a line."""
+        ...
+
+    def at(self, begun: int) -> Self:
+        """The same task, of a job that was begun then: in seconds since 1970."""
+        ...
 
     def identity(self) -> dict[str, Any]:
         """What its answers depend on, beside model, policy and input."""
@@ -37,7 +46,9 @@ class Task(Protocol):
 
 @dataclasses.dataclass
 class Window:
-    """Lines of the input, checked: ``asked[i]`` is what ``requests[i]`` answers.
+    """Lines of the input, checked: ``asked[i]`` is what ``requests[i]`` is of.
+
+    A line with several prompts has a request for each.
 
     Attributes:
         number: Counts windows from 0.
@@ -121,9 +132,10 @@ class Windows:
                 window.errors[line.number] = found
             else:
                 nbytes += len(line.raw or b"")
-                window.asked.append(found[0])
-                window.requests.append(found[1])
-                more += found[1].params.n - 1
+                asked, requests = found
+                window.asked += [asked] * len(requests)
+                window.requests += requests
+                more += sum(request.params.n - 1 for request in requests)
         self._number += 1
         self._index += len(window.requests)
         return window if lines else None
@@ -144,12 +156,13 @@ class Windows:
         message = f"id {shown(asked.id)} was used on line {used}{implicit}"
         return LineError("invalid_request", message, asked.id, asked.openai)
 
-    def _checked(self, line: Line, index: int) -> tuple[Asked, Request] | LineError:
+    def _checked(self, line: Line, index: int) -> tuple[Asked, list[Request]] | LineError:
         asked = self._asked(line)
         if isinstance(asked, LineError):
             return asked
         try:
-            return asked, self._task.request(index, asked)
+            places = range(len(asked.prompts))
+            return asked, [self._task.request(index + n, asked.alone(n)) for n in places]
         except (ValueError, TypeError, OverflowError, RecursionError) as error:
             kind = getattr(error, "kind", "invalid_request")
             return LineError(kind, str(error), asked.id, asked.openai)

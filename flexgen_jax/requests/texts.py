@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from flexgen_jax.models.registry import family_of
 from flexgen_jax.requests.bad_words import Sequences, banned_sequences
+from flexgen_jax.requests.chat import Chat
 from flexgen_jax.requests.generated import Generated
 from flexgen_jax.requests.outputs import CompletionOutput, Logprob, RequestOutput
 from flexgen_jax.requests.prompts import Prompt, RequestError, parse_prompt, shown
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 def make_request(
     index: int,
-    prompt: Prompt,
+    prompt: Prompt | Chat,
     params: SamplingParams,
     *,
     config: Config,
@@ -35,7 +36,14 @@ def make_request(
     """
     if not isinstance(params, SamplingParams):
         raise RequestError(f"sampling parameters must be SamplingParams, got {shown(params)}")
-    text, ids = parse_prompt(prompt)
+    if isinstance(prompt, Mapping) and "messages" in prompt:
+        prompt = Chat.of(prompt)
+    text: str | None
+    ids: list[int] | None
+    if isinstance(prompt, Chat):
+        text, ids = _of_chat(prompt, tokenizer)
+    else:
+        text, ids = parse_prompt(prompt)
     if ids is None:
         assert text is not None
         ids = encode(text, tokenizer)
@@ -53,6 +61,23 @@ def make_request(
     scored = None if params.prompt_logprobs is None else (*ids[1:], -1)
     bad_words = _bad_words(params, tokenizer)
     return Request(index, text, tuple(ids), params, scored=scored, bad_words=bad_words)
+
+
+def _of_chat(chat: Chat, tokenizer: Tokenizer | None) -> tuple[str, list[int]]:
+    """Its text and tokens. The template has the special tokens in it: none are added.
+
+    Raises:
+        RequestError: no tokenizer or template, or no text.
+    """
+    if tokenizer is None:
+        raise RequestError(
+            "this model has no tokenizer files, which messages need; give prompt_token_ids"
+        )
+    text = chat.text(tokenizer)
+    try:
+        return text, tokenizer.encode_words(text)
+    except UnicodeEncodeError as error:
+        raise RequestError(f"the messages are no text: {error}") from error
 
 
 def _bad_words(params: SamplingParams, tokenizer: Tokenizer | None) -> Sequences:

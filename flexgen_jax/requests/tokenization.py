@@ -8,12 +8,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flexgen_jax.requests.chat_templates import ChatTemplates
+
 
 class Tokenizer:
-    """A Hugging Face ``tokenizers`` tokenizer; adds OPT's leading ``</s>``."""
+    """A Hugging Face ``tokenizers`` tokenizer; adds OPT's leading ``</s>``.
 
-    def __init__(self, backend: Any) -> None:
-        self._backend = backend
+    Args:
+        directory: Of its model's other files, if there are any.
+
+    Attributes:
+        chat: The chat templates of its model.
+    """
+
+    def __init__(self, backend: Any, directory: Path | None = None) -> None:
+        self._backend, self.chat = backend, ChatTemplates(directory)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``.
@@ -25,7 +34,12 @@ class Tokenizer:
         return self._backend.encode(text).ids
 
     def encode_words(self, text: str) -> list[int]:
-        """Token ids of ``text`` as it comes in the middle of another: no special tokens."""
+        """Token ids of ``text`` as it comes in the middle of another: no special tokens are added.
+
+        Raises:
+            UnicodeEncodeError: half of a surrogate pair, which is no text.
+        """
+        text.encode("utf-8")
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -65,9 +79,10 @@ def load_tokenizer(directory: Path) -> Tokenizer | None:
     vocab, merges = directory / "vocab.json", directory / "merges.txt"
     try:
         if fast.exists():
-            return Tokenizer(Backend.from_file(str(fast)))
+            return Tokenizer(Backend.from_file(str(fast)), directory)
         if vocab.exists() and merges.exists():
-            return Tokenizer(_byte_level_bpe(vocab, merges, directory))
+            backend = _byte_level_bpe(vocab, merges, directory)
+            return Tokenizer(backend, directory)
     except Exception as error:  # the Rust side raises bare Exception
         source = fast if fast.exists() else vocab
         raise ValueError(f"cannot read the tokenizer {source}: {error}") from error

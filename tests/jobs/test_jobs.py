@@ -223,7 +223,7 @@ def test_a_closed_pipe_is_no_traceback(tmp_path, offload):
 def test_run_batch_is_vllms(generate, tmp_path):
     body = {"model": "m", "prompt": [5, 6, 7]}
     line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
-    chat = {**line, "custom_id": "b", "url": "/v1/chat/completions", "body": {"messages": []}}
+    chat = {**line, "custom_id": "b", "url": "/v1/embeddings", "body": {"input": "x"}}
     lines = [line, chat, {**line, "custom_id": "c", "body": {**body, "logprobs": 0}}]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     result = generate(
@@ -235,8 +235,8 @@ def test_run_batch_is_vllms(generate, tmp_path):
     logprobs = sampled["response"]["body"]["choices"][0]["logprobs"]["token_logprobs"]
     assert min(logprobs) < -4.5  # temperature 1, as OpenAI's; the likeliest tokens are likelier
     assert bad["custom_id"] == "b"
-    assert bad["response"] is None
-    assert "'/v1/completions', got '/v1/chat/completions'" in bad["error"]["message"]
+    assert bad["response"]["status_code"] == 400
+    assert "'/v1/chat/completions', got '/v1/embeddings'" in bad["error"]["message"]
     assert bad["error"]["line"] == 2
 
 
