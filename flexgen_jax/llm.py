@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from flexgen_jax.arguments import PATHS, expect, expect_callable, expect_names
 from flexgen_jax.distributed.process_runner import runner_of
+from flexgen_jax.engine.callbacks import Callbacks
 from flexgen_jax.engine.cells import WrapStore
 from flexgen_jax.engine.effects import OnLogits
+from flexgen_jax.engine.executor import ExecutionError
 from flexgen_jax.engine.runner import Finished, Runner
 from flexgen_jax.engine.snapshots import Snapshot
 from flexgen_jax.engine.waiting import More
@@ -24,7 +27,8 @@ from flexgen_jax.planning.planner import Planner, checked_slots, named_schedule
 from flexgen_jax.report import Report, Sum
 from flexgen_jax.requests.chat import Chat
 from flexgen_jax.requests.outputs import Gathered, RequestOutput
-from flexgen_jax.requests.prompts import Prompt, RequestError, as_list, made_of_each
+from flexgen_jax.requests.pairs import check_on_error, failed_output, pairs, pairs_as_they_come
+from flexgen_jax.requests.prompts import OnError, Prompt, RequestError, made_of_each
 from flexgen_jax.requests.request import Request
 from flexgen_jax.requests.sampling_params import SamplingParams
 from flexgen_jax.requests.texts import encode, make_request
@@ -107,6 +111,16 @@ class LLM:
         lengths: Lengths | str | os.PathLike[str] | Iterable[int] | None = None,
         runner: Runner | None = None,
     ) -> None:
+        expect("model", model, PATHS, "a path or a hub name (save_params makes one of parameters)")
+        expect("offload_dir", offload_dir, PATHS, "a path", optional=True)
+        expect("hardware", hardware, Hardware, "a Hardware (Hardware.preset)", optional=True)
+        expect("slots", slots, Mapping, "a dict", optional=True)
+        expect("fixed", fixed, Mapping, "a dict of a policy's fields", optional=True)
+        expect("disk", disk, DiskContext, "a DiskContext", optional=True)
+        expect("runner", runner, Runner, "a Runner", optional=True)
+        expect_names("allow", allow)
+        for name, function in (("say", say), ("wrap_store", wrap_store)):
+            expect_callable(name, function)
         base, auto = Auto.asked(policy, fixed, allow)
         memory = parse_bytes(device_memory), parse_bytes(host_memory)
         if auto is None and memory != (None, None):
@@ -121,8 +135,6 @@ class LLM:
             )
         if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
             raise ValueError(f"seed must be an integer of at least 0, got {seed!r}")
-        if disk is not None and not isinstance(disk, DiskContext):
-            raise ValueError(f"disk must be a DiskContext, got {disk!r}")
         asked = Asked(
             dtype=dtype,
             offload_dir=offload_dir,
@@ -210,36 +222,48 @@ class LLM:
         progress: Callable[[int], None] | None = None,
         on_block: OnBlock | None = None,
         on_logits: OnLogits | None = None,
+        on_error: OnError = "raise",
     ) -> list[RequestOutput]:
         """Completes every prompt; results in the order of ``prompts``.
 
         Args:
             prompts: Strings, lists of token ids, or dicts with ``prompt``, ``prompt_token_ids`` or
-                ``messages``, which :meth:`chat` explains.
+                ``messages``, which :meth:`chat` explains, and nothing else.
             sampling_params: One for all, or one per prompt; None: the defaults.
             progress: Told the number of new tokens whenever some are booked.
             on_block: Given the results of prompts as they are complete: of those that have finished
                 since the last time, or without refill with each block.
             on_logits: Given (step, batch, logits [rows, vocab]) of every head computation.
+            on_error: ``"record"``: a prompt that cannot be run, or has no answer, gets a result
+                whose ``error`` says why, as a bad line of a job does, and the others run.
 
         Raises:
             RequestError: prompts that cannot be run, all of them named; nothing has run.
             NoAnswerError: some have no answer (a model whose logits are not numbers); its
                 ``outputs`` are those of all.
             ExecutionError: an op failed.
+
+        What ``progress``, ``on_block`` or ``on_logits`` raise ends the run, and is raised.
         """
-        prompts = as_list(prompts)
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            sampling_params = [sampling_params or SamplingParams()] * len(prompts)
-        if len(sampling_params) != len(prompts):
-            raise RequestError(
-                f"{len(prompts)} prompts but {len(sampling_params)} sampling parameters: "
-                "give one for all, or one per prompt"
-            )
-        pairs = zip(prompts, sampling_params, strict=True)
-        requests = made_of_each(pairs, lambda index, pair: self.request(index, *pair))
+        check_on_error(on_error)
+        each = pairs(prompts, sampling_params)
+        failed: dict[int, RequestOutput] = {}
+
+        def made(index: int, pair: tuple[Prompt, SamplingParams]) -> Request | None:
+            try:
+                return self.request(index, *pair)
+            except RequestError as error:
+                if on_error == "raise":
+                    raise
+                failed[index] = failed_output(index, pair[0], error)
+                return None
+
+        requests = [request for request in made_of_each(each, made) if request is not None]
         outputs = self.run(requests, progress=progress, on_block=on_block, on_logits=on_logits)
-        return answered(outputs)
+        if on_error == "raise":
+            return answered(outputs)
+        ran = iter(outputs)
+        return [failed[index] if index in failed else next(ran) for index in range(len(each))]
 
     def chat(
         self,
@@ -290,23 +314,24 @@ class LLM:
 
     def generate_iter(
         self,
-        prompts: Iterable[Prompt],
+        prompts: Prompt | Iterable[Prompt],
         sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
         window: int | None = None,
         progress: Callable[[int], None] | None = None,
+        on_error: OnError = "raise",
     ) -> Iterator[RequestOutput]:
         """Completes prompts as they come, in their order; holds a window of them at a time.
 
-        For inputs larger than memory: a generator, a file, a Hugging Face dataset (whose column
-        must be called ``prompt``, or ``prompt_token_ids``). A window is read when the outputs of
+        For inputs larger than memory: a generator, a file, a Hugging Face dataset (with a column
+        ``prompt``, or ``prompt_token_ids``, and no other). A window is read when the outputs of
         the one before have been taken, and sorted by length; :attr:`report` covers those that ran.
 
         Args:
             prompts: As :meth:`generate` takes them.
             sampling_params: One for all, or one per prompt; None: the defaults.
             window: Prompts of a window, rounded up to whole blocks; None: 4096, or four blocks.
-            progress: As :meth:`generate` takes it.
+            progress: As :meth:`generate` takes it, like ``on_error``.
 
         Raises:
             RequestError: a prompt that cannot be run, or has no answer, when the outputs of those
@@ -315,7 +340,10 @@ class LLM:
         """
         if window is not None and (not isinstance(window, int) or window < 1):
             raise ValueError(f"window must be an integer of at least 1, got {window!r}")
-        return generate_iter(self, prompts, sampling_params, window=window, progress=progress)
+        check_on_error(on_error)
+        expect_callable("progress", progress)
+        each = pairs_as_they_come(prompts, sampling_params)
+        return generate_iter(self, each, window=window, progress=progress, on_error=on_error)
 
     def request(
         self, index: int, prompt: Prompt | Chat, params: SamplingParams, *, scoring: bool = False
@@ -421,6 +449,8 @@ class LLM:
             StorageError: a snapshot is damaged.
         """
         self.runner.check()
+        expect_callable("progress", progress)
+        expect_callable("on_logits", on_logits)
         planner = self.planner
         planner.check(blocks)
         gathered = Gathered()
@@ -436,15 +466,20 @@ class LLM:
             counted = dataclasses.replace(report, requests=len(whole), failed=failed)
             on_block(number, whole, counted)
 
-        self.runner.run(
-            planner,
-            blocks,
-            gather,
-            progress=progress,
-            on_logits=on_logits,
-            snapshot_of=snapshot_of,
-            more=more,
-        )
+        callbacks = Callbacks()
+        try:
+            self.runner.run(
+                planner,
+                blocks,
+                gather,
+                progress=callbacks.noted(progress),
+                on_logits=callbacks.noted(on_logits),
+                snapshot_of=snapshot_of,
+                more=more,
+            )
+        except ExecutionError:
+            callbacks.raise_noted()
+            raise
 
     @property
     def leads(self) -> bool:

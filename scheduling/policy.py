@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ class Tier(enum.Enum):
 
 
 def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _is_number(value: object) -> bool:
@@ -102,6 +103,7 @@ class Policy:
                 continue
             if not _is_int(value) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+            object.__setattr__(self, name, int(value))  # NumPy's integers are no JSON
         for name in ("weights", "cache", "hidden"):
             if not isinstance(getattr(self, name), Split):
                 raise ValueError(

@@ -45,8 +45,10 @@ def simulate(
 
     Raises:
         ScheduleError: the order is not valid.
-        ValueError: the workload has no sizes.
+        ValueError: no workload, or one without sizes.
     """
+    if not isinstance(workload, Workload):
+        raise ValueError(f"expected a Workload, got {workload!r}; the operations come first")
     limit = look_ahead or look_ahead_of(workload)
     return Timeline(
         spans=tuple(_Simulation(ops, workload, hardware, limit).run()), label="predicted"

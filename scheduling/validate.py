@@ -21,6 +21,8 @@ def validate(ops: Iterable[Op], workload: Workload) -> None:
             the first computation that never comes, the batch whose last token is never stored,
             or the weights that are never freed.
     """
+    if not isinstance(workload, Workload):
+        raise ValueError(f"expected a Workload, got {workload!r}; the operations come first")
     w = workload
     # A batch's computations come in one order: bind sees to it.
     reached = [w.first_step(b) * w.num_layers for b in range(w.num_batches)]

@@ -13,6 +13,7 @@ ORDER = (
     "_version",
     "_siblings",
     "logs",
+    "arguments",
     "models",
     "requests",
     "weights",

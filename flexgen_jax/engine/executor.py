@@ -305,7 +305,10 @@ def execute(
     finally:
         _end(run, [*workers.values(), *watches], interrupt)
     if run.failure is not None:
-        op, cause = run.failure
-        raise ExecutionError(op, cause) from cause
+        (op, cause), run.failure = run.failure, None
+        try:
+            raise ExecutionError(op, cause) from cause
+        finally:
+            del cause  # or an error's traceback would hold itself, and with it all that ran
     run.spans.sort(key=lambda span: span.start)
     return Timeline(spans=tuple(run.spans), label="measured")

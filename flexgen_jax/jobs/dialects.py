@@ -12,11 +12,11 @@ import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+from flexgen_jax.arguments import shown
 from flexgen_jax.jobs.asked import MAX_ID, NO_ANSWER, Asked, LineError
 from flexgen_jax.jobs.openai_lines import asked_of, entry, error_of
 from flexgen_jax.requests.chat import CHAT_FIELDS
 from flexgen_jax.requests.outputs import CompletionOutput, RequestOutput
-from flexgen_jax.requests.prompts import shown
 
 _MAX_MESSAGE = 1000
 _PROMPT_FIELDS = ("prompt", "prompt_token_ids", "messages")

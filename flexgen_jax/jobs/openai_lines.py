@@ -10,10 +10,10 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from flexgen_jax.arguments import shown
 from flexgen_jax.jobs.asked import MAX_ID, NO_ANSWER, Asked, LineError
 from flexgen_jax.requests.chat import CHAT_FIELDS
 from flexgen_jax.requests.outputs import CompletionOutput, Logprob, RequestOutput
-from flexgen_jax.requests.prompts import shown
 
 if TYPE_CHECKING:
     from flexgen_jax.requests.tokenization import Tokenizer

@@ -14,11 +14,11 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, Self
 
+from flexgen_jax.arguments import shown
 from flexgen_jax.jobs.asked import Asked, LineError
 from flexgen_jax.jobs.dialects import dump, error_record, parse_line, parse_text
 from flexgen_jax.jobs.job_input import MAX_LINE, JobError, JobInput, Line
 from flexgen_jax.requests.outputs import RequestOutput
-from flexgen_jax.requests.prompts import shown
 from flexgen_jax.requests.request import Request
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from flexgen_jax.models.attention import attend_cached, attend_prompt
@@ -216,6 +217,38 @@ def _no_padding(tokens: Array) -> Array:
     return jnp.zeros(tokens.shape[0], jnp.int32)
 
 
+def _arrays(params: Params) -> Params:
+    """JAX's: NumPy's cannot be indexed by what is traced."""
+    return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, params)
+
+
+def _check(tokens: Any, padding: Any, config: Config) -> None:
+    """Refuses tokens and padding that cannot be, as far as they are known."""
+    if getattr(tokens, "ndim", None) != 2 or 0 in tokens.shape:
+        shape = getattr(tokens, "shape", type(tokens).__name__)
+        raise ValueError(f"tokens must be an array [batch, seq], not empty; got {shape}")
+    batch, seq = tokens.shape
+    room = family_of(config).room(config, seq)
+    if seq > room:
+        raise ValueError(f"{seq} tokens exceed the model's {room} positions")
+    _check_range("tokens", tokens, config.vocab_size - 1)
+    if padding is not None:
+        if getattr(padding, "shape", None) != (batch,):
+            raise ValueError(f"padding must be an array [batch], of {batch} numbers")
+        _check_range("padding", padding, seq - 1)
+
+
+def _check_range(name: str, values: Any, highest: int) -> None:
+    if not jnp.issubdtype(values.dtype, jnp.integer):
+        raise ValueError(f"{name} must be integers, got {values.dtype}")
+    if isinstance(values, jax.core.Tracer):
+        return
+    known = np.asarray(values)  # what JAX computes amid a trace would be traced
+    least, most = int(known.min()), int(known.max())
+    if least < 0 or most > highest:
+        raise ValueError(f"{name} must lie in 0..{highest}, found {least if least < 0 else most}")
+
+
 def forward(
     params: Params,
     tokens: Int[Array, "batch seq"],
@@ -228,7 +261,13 @@ def forward(
 
     Args:
         padding: How many positions at the left of each row are padding; None: none.
+
+    Raises:
+        ValueError: tokens or padding that cannot be, as far as their values are known: under
+            ``jit`` they are not, and are clamped.
     """
+    _check(tokens, padding, config)
+    params = _arrays(params)
     padding = _no_padding(tokens) if padding is None else padding
     hidden = embed(params["embed"], tokens, 0, padding, config, _dtype_of(params))
     for layer, kind in _decoders(params, config):
@@ -244,7 +283,15 @@ def prefill(
     cache_len: int,
     padding: Int[Array, "batch"] | None = None,
 ) -> tuple[Float[Array, "batch vocab"], tuple[LayerCache, ...]]:
-    """Logits (float32) of the last position, and a cache with room for ``cache_len`` positions."""
+    """Logits (float32) of the last position, and a cache with room for ``cache_len`` positions.
+
+    Raises:
+        ValueError: as :func:`forward`; or there is no room for the tokens.
+    """
+    _check(tokens, padding, config)
+    params = _arrays(params)
+    if cache_len < tokens.shape[1]:
+        raise ValueError(f"cache_len {cache_len} has no room for {tokens.shape[1]} tokens")
     padding = _no_padding(tokens) if padding is None else padding
     hidden = embed(params["embed"], tokens, 0, padding, config)
     caches = []
@@ -264,6 +311,7 @@ def decode(
     padding: Int[Array, "batch"] | None = None,
 ) -> tuple[Float[Array, "batch vocab"], tuple[LayerCache, ...]]:
     """Logits (float32) after ``token``, which takes index ``position`` of the padded sequence."""
+    params = _arrays(params)
     padding = _no_padding(token) if padding is None else padding
     position = jnp.asarray(position, jnp.int32)
     hidden = embed(params["embed"], token[:, None], position, padding, config, _dtype_of(params))

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import jax
 
+from flexgen_jax.arguments import expect
 from flexgen_jax.models.family import Config
 from flexgen_jax.planning.block_sizes import block_sizes
 from flexgen_jax.planning.blocks import Block, Room, make_blocks, padded_length
@@ -330,8 +331,7 @@ class Auto:
         if policy == "auto":
             auto = cls(dict(fixed or {}), tuple(allow))
             return auto.base, auto
-        if not isinstance(policy, Policy):
-            raise ValueError(f"policy must be 'auto' or a Policy, got {policy!r}")
+        expect("policy", policy, Policy, "'auto' or a Policy")
         if fixed or tuple(allow):
             raise ValueError("fixed and allow are for policy='auto'; change the policy instead")
         return policy, None

@@ -20,7 +20,8 @@ def parse_bytes(value: int | str | None) -> int | None:
     """
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
         return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", str(value).lower())
+    text = value.lower() if isinstance(value, str) else ""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text)
     if match is None or match[2] not in _UNITS:
         raise ValueError(f"expected a size such as '12GiB', '500MB' or a number, got {value!r}")
     return int(float(match[1]) * _UNITS[match[2]])

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from flexgen_jax.requests.prompts import shown
+from flexgen_jax.arguments import expect, shown
 from storage.json_text import parse_json
 
 MOST_KEPT = 4096
@@ -61,6 +61,7 @@ class Lengths:
             return lengths
         if isinstance(lengths, (str, os.PathLike)):
             return cls.read(Path(lengths))
+        expect("lengths", lengths, Iterable, "numbers of tokens, or a path")
         return cls(tuple(lengths))
 
     @classmethod

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from flexgen_jax.arguments import expect
 from flexgen_jax.planning.auto import Model
 from flexgen_jax.planning.blocks import (
     Block,
@@ -260,10 +261,11 @@ def named_schedule(schedule: str | Schedule) -> tuple[str, Schedule]:
     """The name of a schedule, and the function.
 
     Raises:
-        ValueError: no such name.
+        ValueError: no such name, and no function.
     """
     if callable(schedule):
         return getattr(schedule, "__name__", "schedule"), schedule
+    expect("schedule", schedule, str, f"one of {', '.join(sorted(SCHEDULES))}, or a function")
     if schedule not in SCHEDULES:
         raise ValueError(f"no schedule {schedule!r}; known: {', '.join(sorted(SCHEDULES))}")
     return schedule, SCHEDULES[schedule]
@@ -275,6 +277,7 @@ def checked_slots(slots: Mapping[str, Any]) -> dict[str, int]:
     Raises:
         ValueError: an unknown name, or a number that cannot be.
     """
+    expect("slots", slots, Mapping, "a dict")
     names = [f.name for f in dataclasses.fields(Workload) if f.name.endswith("_slots")]
     for name in slots:
         if name not in names:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import numbers
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
+from flexgen_jax.arguments import expect, expect_names
 from flexgen_jax.models.family import Config
 from flexgen_jax.models.registry import load_config, preset
 from flexgen_jax.planning.auto import Auto, Model, Uniform
 from flexgen_jax.planning.blocks import padded_length
 from flexgen_jax.planning.forecast import Forecast, forecast, job_size
 from flexgen_jax.planning.lengths import Lengths
-from flexgen_jax.planning.planner import Planner
+from flexgen_jax.planning.planner import Planner, named_schedule
 from flexgen_jax.planning.refilling import Life
 from scheduling.advice import advice
 from scheduling.cost_model import CostModel, bound
@@ -147,13 +150,13 @@ class Plan:
 
 
 def plan(
-    model: str | Config,
-    policy: Policy | Literal["auto"],
-    hardware: Hardware,
+    model: str | os.PathLike[str] | Config,
+    policy: Policy | Literal["auto"] = "auto",
+    hardware: Hardware | str | None = None,
     *,
     prompt_len: int,
     gen_len: int,
-    schedule: tuple[str, Schedule],
+    schedule: str | Schedule | tuple[str, Schedule] = "zigzag",
     dtype: str = "bfloat16",
     slots: Mapping[str, int] | None = None,
     fixed: Mapping[str, Any] | None = None,
@@ -168,8 +171,10 @@ def plan(
         model: A preset, the path of a ``config.json`` (or of a directory that has one), or a
             config.
         policy: ``"auto"``: the best within the hardware's memory for a job of many such blocks.
+        hardware: Or the name of a preset, such as ``"t4"``.
         prompt_len: Tokens of each prompt; padded as a run would.
-        schedule: Its name, and the function.
+        schedule: A name of ``SCHEDULES`` or a function, as ``LLM`` takes it; or its name and the
+            function.
         dtype: Of weights, cache and hidden states, quantisation aside.
         fixed: Fields that ``"auto"`` has to keep.
         allow: Methods that ``"auto"`` may use: ``host_attention``, ``weight_bits``,
@@ -183,6 +188,16 @@ def plan(
         NothingFitsError: no policy fits the hardware.
         ValueError: a model, lengths or a schedule that cannot be.
     """
+    expect("model", model, (str, os.PathLike, Config), "a preset, a path or a config")
+    expect("policy", policy, (str, Policy), "'auto' or a Policy; hardware comes after it")
+    expect("hardware", hardware, (str, Hardware), "a Hardware, or a preset's name such as 't4'")
+    for label, value in (("prompt_len", prompt_len), ("gen_len", gen_len)):
+        expect(label, value, numbers.Integral, "an integer")
+    expect_names("allow", allow)
+    expect("fixed", fixed, Mapping, "a dict of a policy's fields", optional=True)
+    if isinstance(hardware, str):
+        hardware = Hardware.preset(hardware)
+    assert isinstance(hardware, Hardware)
     policy, auto = Auto.asked(policy, fixed, allow)
     config = model if isinstance(model, Config) else config_of(model)
     room = config.max_position_embeddings
@@ -199,7 +214,7 @@ def plan(
     hosts = hosts_of(stages, num_hosts) if num_hosts > 1 else ()
     known = Model(config, dtype, slots=slots or {}, hosts=hosts)
     job = Uniform(prompt_len, gen_len)
-    name, order = schedule
+    name, order = schedule if isinstance(schedule, tuple) else named_schedule(schedule)
     limits = Limits.of(hardware)
     known_lengths = None if lengths is None else Lengths.of(lengths)
     why = None
@@ -257,10 +272,10 @@ def _predicted(order: Schedule, workload: Workload, hardware: Hardware) -> tuple
     return estimate(order, w, hardware, decode_steps=3 if large else w.num_steps)
 
 
-def config_of(model: str) -> Config:
+def config_of(model: str | os.PathLike[str]) -> Config:
     """The config of a preset, a file or a directory.
 
     Raises:
         ConfigError: none of these.
     """
-    return load_config(model) if os.path.exists(model) else preset(model)
+    return load_config(Path(model)) if os.path.exists(model) else preset(str(model))

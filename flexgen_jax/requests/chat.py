@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from flexgen_jax.requests.prompts import RequestError, shown
+from flexgen_jax.arguments import shown
+from flexgen_jax.requests.prompts import RequestError
 
 if TYPE_CHECKING:
     from flexgen_jax.requests.chat_templates import ChatTemplate

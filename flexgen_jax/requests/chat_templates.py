@@ -13,7 +13,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from flexgen_jax.requests.prompts import RequestError, shown
+from flexgen_jax.arguments import shown
+from flexgen_jax.requests.prompts import RequestError
 from storage.json_text import read_json
 
 _FILE, _CONFIG, _SPECIAL = (

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+import numbers
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+from flexgen_jax.arguments import shown
 
 T = TypeVar("T")
 Prompt = str | Sequence[int] | Mapping[str, Any]
+OnError = Literal["raise", "record"]
+
+FIELDS = ("prompt", "prompt_token_ids")
 
 
 class RequestError(ValueError):
@@ -14,11 +20,31 @@ class RequestError(ValueError):
 
 
 def as_list(prompts: Any) -> list[Any]:
-    """One prompt or many, as a list."""
+    """One prompt or many, as a list.
+
+    Raises:
+        RequestError: neither.
+    """
+    return list(each_of(prompts))
+
+
+def each_of(prompts: Any) -> Iterator[Any]:
+    """One prompt or many, lazily; a list of token ids is one prompt.
+
+    Raises:
+        RequestError: neither. At once, not when the first one is taken.
+    """
     if isinstance(prompts, (str, Mapping)) or getattr(prompts, "ndim", None) == 1:
-        return [prompts]
-    several = list(prompts)
-    return [several] if several and all(isinstance(i, int) for i in several) else several
+        return iter([prompts])
+    if isinstance(prompts, (bytes, set, frozenset)) or not isinstance(prompts, Iterable):
+        ordered = ", which have an order" if isinstance(prompts, (set, frozenset)) else ""
+        raise RequestError(
+            "prompts must be a text, a list of token ids, a dict with one of them, or several of "
+            f"these{ordered}; got {shown(prompts)} ({type(prompts).__name__})"
+        )
+    if isinstance(prompts, (list, tuple)) and prompts and all(map(_is_int, prompts)):
+        return iter([prompts])
+    return iter(prompts)
 
 
 def made_of_each(prompts: Iterable[Any], make: Callable[[int, Any], T]) -> list[T]:
@@ -39,17 +65,29 @@ def made_of_each(prompts: Iterable[Any], make: Callable[[int, Any], T]) -> list[
 
 
 def parse_prompt(prompt: Prompt) -> tuple[str | None, list[int] | None]:
-    """(text, token ids); token ids win where both are given."""
-    if isinstance(prompt, Mapping):
-        if prompt.get("prompt_token_ids") is not None:
-            text, ids = prompt.get("prompt"), prompt["prompt_token_ids"]
-            return text if isinstance(text, str) else None, _token_ids(ids)
-        if "prompt" not in prompt:
-            raise RequestError("expected a 'prompt' or 'prompt_token_ids', found neither")
-        prompt = prompt["prompt"]
-    if isinstance(prompt, str):
-        return prompt, None
-    return None, _token_ids(prompt)
+    """(text, token ids), one of which is None.
+
+    Raises:
+        RequestError: no prompt, or two; or fields that a prompt does not have.
+    """
+    if not isinstance(prompt, Mapping):
+        return (prompt, None) if isinstance(prompt, str) else (None, _token_ids(prompt))
+    unknown = [name for name in prompt if name not in FIELDS]
+    if unknown:
+        raise RequestError(
+            f"unknown field {', '.join(map(shown, unknown[:5]))} of a prompt, which is a text, or "
+            "has 'prompt' or 'prompt_token_ids'; sampling fields go into SamplingParams, and other "
+            "columns of a dataset are left out (select_columns)"
+        )
+    given = [name for name in FIELDS if prompt.get(name) is not None]
+    if len(given) > 1:
+        raise RequestError("'prompt' and 'prompt_token_ids' are both given: give one")
+    if not given:
+        raise RequestError("expected a 'prompt' or 'prompt_token_ids', found neither")
+    value = prompt[given[0]]
+    if given[0] == "prompt" and isinstance(value, str):
+        return value, None
+    return None, _token_ids(value)
 
 
 def _token_ids(value: object) -> list[int]:
@@ -57,12 +95,11 @@ def _token_ids(value: object) -> list[int]:
         value = value.tolist()  # NumPy's and JAX's arrays
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         ids = list(value)
-        if all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-            return ids
+        if all(map(_is_int, ids)):
+            return list(map(int, ids))
     raise RequestError(f"expected a text or a list of token ids, got {shown(value)}")
 
 
-def shown(value: object) -> str:
-    """A short ``repr``."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _is_int(value: object) -> bool:
+    """NumPy's integers are some, too."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

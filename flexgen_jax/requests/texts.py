@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from flexgen_jax.arguments import shown
 from flexgen_jax.models.registry import family_of
 from flexgen_jax.requests.bad_words import Sequences, banned_sequences
 from flexgen_jax.requests.chat import Chat
 from flexgen_jax.requests.generated import Generated
 from flexgen_jax.requests.outputs import CompletionOutput, Logprob, RequestOutput
-from flexgen_jax.requests.prompts import Prompt, RequestError, parse_prompt, shown
+from flexgen_jax.requests.prompts import Prompt, RequestError, parse_prompt
 from flexgen_jax.requests.request import Request
 from flexgen_jax.requests.sampling_params import SamplingParams
 from flexgen_jax.requests.stops import up_to

@@ -400,7 +400,7 @@ def test_outputs_come_as_prompts_go(llm):
     def prompts():
         for i in range(50):
             taken.append(i)
-            yield {"prompt_token_ids": [5 + i % 40, 6], "label": i}
+            yield {"prompt_token_ids": [5 + i % 40, 6]}
 
     expected = llm.generate([[5 + i % 40, 6] for i in range(50)], GREEDY)
     found = llm.generate_iter(prompts(), GREEDY, window=16)
@@ -445,8 +445,11 @@ def test_lines_of_any_size_are_read_one_at_a_time(tmp_path, monkeypatch):
 
 def test_a_hugging_face_dataset_is_completed_row_by_row(llm):
     datasets = pytest.importorskip("datasets")
-    rows = [{"prompt_token_ids": [5 + i] * (i + 1), "label": i} for i in range(3)]
-    dataset = datasets.Dataset.from_list(rows)
+    rows = [{"prompt_token_ids": [5 + i] * (i + 1)} for i in range(3)]
+    labelled = datasets.Dataset.from_list([{**row, "label": 1} for row in rows])
+    with pytest.raises(fg.RequestError, match=r"unknown field 'label' .*select_columns"):
+        list(llm.generate_iter(labelled, GREEDY))
+    dataset = labelled.select_columns("prompt_token_ids")
     expected = [o.outputs[0].token_ids for o in llm.generate(rows, GREEDY)]
     for given in (dataset, dataset.to_iterable_dataset(), (row for row in dataset)):
         found = list(llm.generate_iter(given, GREEDY, window=2))
