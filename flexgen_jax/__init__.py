@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from flexgen_jax.requests.outputs import CompletionOutput, Logprob, RequestOutput
     from flexgen_jax.requests.prompts import RequestError
     from flexgen_jax.requests.sampling_params import SamplingParams
+    from flexgen_jax.requests.structured_outputs import StructuredOutputsParams
     from flexgen_jax.requests.unanswered import NoAnswerError
     from flexgen_jax.scoring import Perplexity, Score, perplexity
     from flexgen_jax.weights.checkpoint import convert, convert_dummy, open_store
@@ -64,6 +65,7 @@ __all__ = [
     "ScheduleError",
     "Score",
     "Split",
+    "StructuredOutputsParams",
     "Tier",
     "Timeline",
     "Workload",
@@ -109,6 +111,7 @@ _HOME = {
     "ProcessError": "flexgen_jax.distributed.processes",
     "initialize": "flexgen_jax.distributed.processes",
     "SamplingParams": "flexgen_jax.requests.sampling_params",
+    "StructuredOutputsParams": "flexgen_jax.requests.structured_outputs",
     "Perplexity": "flexgen_jax.scoring",
     "Score": "flexgen_jax.scoring",
     "perplexity": "flexgen_jax.scoring",

@@ -8,20 +8,23 @@ nothing moves when rows change. The columns of a batch have no end; its cells ar
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from flexgen_jax.engine.guiding import Guiding
 from flexgen_jax.engine.no_token import why_no_score, why_no_token
 from flexgen_jax.engine.row_sampling import RowSampling
 from flexgen_jax.engine.sampling import History, Sampled
 from flexgen_jax.planning.blocks import Batch, Block, batch_of, padded_rows
 from flexgen_jax.requests.generated import Generated
+from flexgen_jax.requests.guidance import Guide
 from flexgen_jax.requests.outputs import Logprob
 from flexgen_jax.requests.request import Request
 from flexgen_jax.requests.stops import Decode
+from flexgen_jax.requests.structured_outputs import StructuredOutputsParams
 
 SCORE_CHUNK = 256  # positions scored at a time: their logits are (positions, vocab)
 
@@ -90,19 +93,24 @@ class Makings:
         eos_token_ids: End a request, unless it ignores them.
         decode: Token ids to text, for stop strings; None: there is no tokenizer.
         sampler: The device that samples; None: it is another process's.
+        guide: Makes the guide of an answer in a form; None: there is no tokenizer.
     """
 
     seed: int
     eos_token_ids: Sequence[int]
     decode: Decode | None = None
     sampler: Any = None
+    guide: Callable[[StructuredOutputsParams], Guide] | None = None
 
     def generated(self, request: Request) -> Generated:
         """Nothing yet."""
         ids = set(request.params.stop_token_ids)
         if not request.params.ignore_eos:
             ids.update(self.eos_token_ids)
-        return Generated(request, frozenset(ids), self.decode)
+        form, guide = request.params.structured_outputs, None
+        if form is not None and self.guide is not None and self.sampler is not None:
+            guide = self.guide(form)
+        return Generated(request, frozenset(ids), self.decode, guide)
 
 
 class BatchState:
@@ -124,6 +132,7 @@ class BatchState:
         self._makings = makings
         self._room = batch.room
         self.sampling = RowSampling(batch.num_steps, makings.seed, makings.sampler)
+        self._guiding = Guiding()
         self.rows: list[Generated | None] = [None] * batch.rows
         self.sampled: Sampled | None = None
         self.scores: list[Sampled] = []
@@ -141,6 +150,7 @@ class BatchState:
         self._rows_changed(batch.padding(), batch)
         self.now = Step(number, batch.prompt_len - 1, fresh=True, last=self._is_last())
         self._newcomers = batch.requests
+        self._guiding.begin(self.rows)
 
     def step(self, newcomers: Sequence[Request] = ()) -> None:
         """Begins the next step; ``newcomers`` take free rows."""
@@ -152,6 +162,7 @@ class BatchState:
         self._newcomers = tuple(newcomers)
         joining = self._join(newcomers, column) if newcomers else None
         self.now = Step(number, column, fresh=False, joining=joining, last=self._is_last())
+        self._guiding.begin(self.rows)
 
     def undo_step(self) -> Sequence[Request]:
         """Takes back a step of which nothing was computed; returns who had come with it."""
@@ -267,6 +278,10 @@ class BatchState:
         """See :meth:`RowSampling.history`."""
         return self.sampling.history(self.rows)
 
+    def allowed(self) -> np.ndarray | None:
+        """See :meth:`Guiding.taken`."""
+        return self._guiding.taken()
+
     @property
     def num_score_chunks(self) -> int:
         """How many :meth:`wanted_scores` gives."""
@@ -300,7 +315,8 @@ class BatchState:
         for place, row in enumerate(self.rows):
             if row is not None and row.finish_reason is None:
                 if (why := why_no_token(sampled, place, len(row.token_ids))) is not None:
-                    row.fail(why)
+                    lost = None if row.guide is None else row.guide.error
+                    row.fail(lost or why)
                     self._spoilt.add(place)  # what it has in the cache may be no number, either
                     continue
                 count += 1

@@ -27,7 +27,9 @@ from flexgen_jax.planning.blocks import Block
 from flexgen_jax.planning.planner import Planner
 from flexgen_jax.planning.stage_layout import layers_of, place_stages
 from flexgen_jax.requests.generated import Generated
-from flexgen_jax.requests.texts import output_of
+from flexgen_jax.requests.guidance import Guide
+from flexgen_jax.requests.structured_outputs import StructuredOutputsParams
+from flexgen_jax.requests.texts import guidance_of, output_of
 from scheduling.placement import Placement
 from scheduling.policy import Policy, Tier
 from storage.disk import DiskContext
@@ -125,6 +127,11 @@ class LocalRunner(Runner):
             wrap=self._wrap_store,
         )
 
+    def _guide(self, form: StructuredOutputsParams) -> Guide:
+        """Of an answer in a form, which a request that has passed its checks asks for."""
+        assert self._tokenizer is not None
+        return guidance_of(self.model.config, self._tokenizer).guide(form)
+
     def _run_block(
         self,
         planner: Planner,
@@ -158,6 +165,7 @@ class LocalRunner(Runner):
             eos_token_ids(self.model.config),
             None if self._tokenizer is None else self._tokenizer.decode,
             None if last is None else last.device,
+            self._guide,
         )
 
         def hand_out(results: list[Generated], since: Since, ended: Ended | None) -> None:

@@ -4,7 +4,8 @@ A request's tokens depend on its logits, its seed and its own tokens so far: eve
 its own random stream, so neighbours, blocks and schedules make no difference.
 
 What changes logits comes in vLLM's order: repetition, frequency and presence penalties, logit bias,
-bad words, stop tokens that would be too early, temperature, min-p, top-k, top-p.
+bad words, stop tokens that would be too early, the form of the answer, temperature, min-p, top-k,
+top-p.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from flexgen_jax.requests.sampling_params import SamplingParams
 
@@ -61,6 +62,7 @@ class SamplingFeatures:
     penalised: bool = False
     biased: bool = False
     banning: bool = False
+    guided: bool = False
     num_logprobs: int | None = None
 
 
@@ -144,6 +146,7 @@ def batch_arrays(
         penalised=any(map(_penalised, params)),
         biased=any(p.logit_bias for p in params),
         banning=any(p.bad_words for p in params),
+        guided=any(p.structured_outputs is not None for p in params),
         num_logprobs=max(counts) if counts else None,
     )
     return arrays, features
@@ -209,6 +212,13 @@ def _draw(logits: Array, arrays: SamplingArrays, steps: Array, truncated: bool) 
     return jax.vmap(one)(logits, arrays, steps)
 
 
+def _bits(words: Int[Array, "batch words"], count: int) -> Bool[Array, "batch count"]:
+    """The first ``count`` bits of each row."""
+    shifts = jnp.arange(32, dtype=jnp.int32)
+    bits = (words[:, :, None] >> shifts) & 1
+    return bits.reshape(words.shape[0], -1)[:, :count] != 0
+
+
 def scores(logits: Float[Array, "rows vocab"], token: Int[Array, "rows"], k: int) -> Sampled:
     """Log-probability and rank of ``token`` in each row, and the ``k`` likeliest tokens."""
     logprobs = jax.nn.log_softmax(logits, axis=-1)
@@ -225,13 +235,15 @@ def sample(
     steps: Int[Array, "batch"],
     forced: Int[Array, "batch"] | None = None,
     history: History | None = None,
+    allowed: Int[Array, "batch words"] | None = None,
     *,
     features: SamplingFeatures,
 ) -> Sampled:
     """Draws the token of generated index ``steps[row]`` (0: the first) of every row.
 
     Where ``forced`` is not negative, that is the token. ``history`` is looked at where a feature
-    needs it.
+    needs it. ``allowed``, where answers are guided: a bit a token, the lowest of the first word
+    first.
     """
     raw = logits
     rows = jnp.arange(logits.shape[0])[:, None]
@@ -249,6 +261,9 @@ def sample(
         early = steps < arrays.min_tokens
         ids = jnp.where(early[:, None] & (arrays.stop_ids >= 0), arrays.stop_ids, logits.shape[1])
         logits = logits.at[rows, ids].set(_MASKED, mode="drop")
+    if features.guided:
+        assert allowed is not None
+        logits = jnp.where(_bits(allowed, logits.shape[1]), logits, _MASKED)
     if features.random:
         token = _draw(logits, arrays, steps, features.truncated)
     else:

@@ -303,6 +303,7 @@ class HeadEffects(UnitEffects):
             state.steps,
             state.forced(),
             state.history(),
+            state.allowed(),
             features=state.sampling.features,
         )
         if self._hands_over[op.layer]:

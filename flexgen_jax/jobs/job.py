@@ -124,7 +124,7 @@ def completing_identity(
     defaults: SamplingParams, seed: int, model: str, chatting: Chatting = Chatting()
 ) -> dict[str, Any]:
     """Of the task of ``generate``: known before there is a model."""
-    params = {f.name: getattr(defaults, f.name) for f in dataclasses.fields(defaults)}
+    params = dataclasses.asdict(defaults)
     task = {"kind": "generate", "model": model, **params, "seed": seed}
     if chatting.prompts:
         task["chat"] = True

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from flexgen_jax.requests.guidance import Guide
 from flexgen_jax.requests.outputs import Logprob
 from flexgen_jax.requests.request import Request
 from flexgen_jax.requests.stops import Decode, stopped_by
@@ -13,11 +14,16 @@ from flexgen_jax.requests.stops import Decode, stopped_by
 
 @dataclasses.dataclass
 class Generated:
-    """What one request has produced so far (host side)."""
+    """What one request has produced so far (host side).
+
+    Attributes:
+        guide: Says which tokens may come, if the answer is to have a form and this process samples.
+    """
 
     request: Request
     stop_ids: frozenset[int]
     decode: Decode | None = None
+    guide: Guide | None = None
     token_ids: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[dict[int, Logprob]] = dataclasses.field(default_factory=list)
     scores: list[dict[int, Logprob]] = dataclasses.field(default_factory=list)

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from flexgen_jax.requests.structured_outputs import StructuredOutputsParams, without_aliases
+
 MAX_LOGPROBS = 20
 MAX_STOPS, MAX_BIASES = 64, 1024
 MAX_SAMPLES = 1024
@@ -38,6 +40,8 @@ class SamplingParams:
             a text or after a space: the last token of each cannot come after the ones before it.
             Longer words may have their letters. White space bans every token that holds it; spaces
             only those that are white space. Needs a tokenizer.
+        structured_outputs: The form of the answer, or a mapping with its fields: only tokens that
+            fit it are chosen, and it ends when it is complete. Needs a tokenizer.
         ignore_eos: Go on after the model's end-of-text token.
         max_tokens: Most tokens to generate, at least 1.
         min_tokens: Tokens to generate before a stop token may be chosen, and before a stop string
@@ -71,6 +75,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict, hash=False)
     bad_words: tuple[str, ...] = ()
+    structured_outputs: StructuredOutputsParams | None = None
     max_new_tokens: dataclasses.InitVar[int | None] = None
     do_sample: dataclasses.InitVar[bool | None] = None
 
@@ -93,6 +98,7 @@ class SamplingParams:
         object.__setattr__(self, "stop", _texts("stop", self.stop))
         object.__setattr__(self, "bad_words", _texts("bad_words", self.bad_words))
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
+        self._check_form()
 
     def _check_ranges(self) -> None:
         number = _is_number
@@ -166,6 +172,17 @@ class SamplingParams:
                 count,
             )
 
+    def _check_form(self) -> None:
+        if self.structured_outputs is None:
+            return
+        form = StructuredOutputsParams.of(self.structured_outputs)
+        object.__setattr__(self, "structured_outputs", form)
+        if self.ignore_eos:
+            raise ValueError(
+                "structured_outputs ends an answer with the end-of-text token, and ignore_eos goes "
+                "on after it: give one of them"
+            )
+
     def updated(self, values: Mapping[str, Any]) -> SamplingParams:
         """A copy with ``values`` (as read from a JSON line) in place.
 
@@ -173,6 +190,9 @@ class SamplingParams:
             ValueError: an unknown field, by name, or a value out of range.
         """
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values = without_aliases(values)
+        if "structured_outputs" in values:
+            own["structured_outputs"] = None
         unknown = sorted(set(values) - set(own) - {"max_new_tokens", "do_sample"})
         if unknown:
             raise ValueError(

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from flexgen_jax.arguments import shown
+from flexgen_jax.models.family import eos_token_ids
 from flexgen_jax.models.registry import family_of
 from flexgen_jax.requests.bad_words import Sequences, banned_sequences
 from flexgen_jax.requests.chat import Chat
@@ -18,6 +19,7 @@ from flexgen_jax.requests.stops import up_to
 
 if TYPE_CHECKING:
     from flexgen_jax.models.family import Config
+    from flexgen_jax.requests.guidance import Guidance
     from flexgen_jax.requests.tokenization import Tokenizer
 
 
@@ -61,7 +63,14 @@ def make_request(
         )
     scored = None if params.prompt_logprobs is None else (*ids[1:], -1)
     bad_words = _bad_words(params, tokenizer)
+    if params.structured_outputs is not None and tokenizer is not None:
+        guidance_of(config, tokenizer).check(params.structured_outputs)
     return Request(index, text, tuple(ids), params, scored=scored, bad_words=bad_words)
+
+
+def guidance_of(config: Config, tokenizer: Tokenizer) -> Guidance:
+    """What guides answers of a model."""
+    return tokenizer.guidance(config.vocab_size, tuple(eos_token_ids(config)))
 
 
 def _of_chat(chat: Chat, tokenizer: Tokenizer | None) -> tuple[str, list[int]]:
@@ -88,7 +97,7 @@ def _bad_words(params: SamplingParams, tokenizer: Tokenizer | None) -> Sequences
         RequestError: there is no tokenizer.
     """
     if tokenizer is None:
-        for name in ("stop", "bad_words"):
+        for name in ("stop", "bad_words", "structured_outputs"):
             if getattr(params, name):
                 raise RequestError(
                     f"this model has no tokenizer files, which {name} needs; give "

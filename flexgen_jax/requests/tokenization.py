@@ -6,9 +6,12 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flexgen_jax.requests.chat_templates import ChatTemplates
+
+if TYPE_CHECKING:
+    from flexgen_jax.requests.guidance import Guidance
 
 
 class Tokenizer:
@@ -23,6 +26,7 @@ class Tokenizer:
 
     def __init__(self, backend: Any, directory: Path | None = None) -> None:
         self._backend, self.chat = backend, ChatTemplates(directory)
+        self._guidance: dict[tuple[int, tuple[int, ...]], Guidance] = {}
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``.
@@ -41,6 +45,19 @@ class Tokenizer:
         """
         text.encode("utf-8")
         return self._backend.encode(text, add_special_tokens=False).ids
+
+    def guidance(self, vocab_size: int, eos_token_ids: tuple[int, ...]) -> Guidance:
+        """What guides answers in a form, of a model with so many logits.
+
+        Raises:
+            RequestError: as :class:`Guidance`.
+        """
+        from flexgen_jax.requests.guidance import Guidance
+
+        key = vocab_size, eos_token_ids
+        if key not in self._guidance:
+            self._guidance[key] = Guidance(self._backend, *key)
+        return self._guidance[key]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of ``token_ids`` without special tokens."""

@@ -25,7 +25,12 @@ PARAMS = [
     fg.SamplingParams(max_tokens=3, temperature=1.0, n=2),
     fg.SamplingParams(max_tokens=12, temperature=0.8, logprobs=2, prompt_logprobs=1),
     fg.SamplingParams(max_tokens=12, temperature=0.0, stop=["e"]),
-    fg.SamplingParams(max_tokens=9, temperature=0.7, frequency_penalty=1.0),
+    fg.SamplingParams(
+        max_tokens=9,
+        temperature=0.7,
+        frequency_penalty=1.0,
+        structured_outputs={"regex": "[a-z ]{6,20}"},
+    ),
 ]
 PROMPTS = ["Once upon a time", "The", "A little dog ran into the garden and", "Then", "He"]
 
