@@ -28,3 +28,27 @@ def test_generate(capsys):
     out = capsys.readouterr().out
     assert "'ROMEO:\\n' -> " in out
     assert "tokens/s" in out
+
+
+LIKE_VLLM = EXAMPLES / "like_vllm"
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"), [("basic", 4), ("chat", 4), ("structured_outputs", 4), ("batch", 4)]
+)
+def test_vllms_examples(name, lines, chatting_model, capsys, tmp_path):
+    more = [str(tmp_path / "answers")] if name == "batch" else []
+    runpy.run_path(str(LIKE_VLLM / f"{name}.py"))["main"](str(chatting_model), *more)
+    out = capsys.readouterr().out
+    if name in ("basic", "chat"):
+        assert out.count("Prompt:") == lines
+        return
+    found = dict(line.split(" ", 1) for line in out.splitlines() if line)
+    assert len(found) == lines
+    if name == "batch":
+        codes = {key: value.partition(" ")[0] for key, value in found.items()}
+        assert codes == dict.fromkeys(list(found)[:3], "200") | {"request-4": "400"}
+        assert '{\\"blue\\": ' in (tmp_path / "answers").read_text()
+    else:
+        assert found["choice:"] in ("Positive", "Negative")
+        assert found["grammar:"].startswith("SELECT col_")

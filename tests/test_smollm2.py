@@ -131,6 +131,45 @@ def test_chat_lines_of_a_batch_file_are_answered_as_by_transformers(llm, tmp_pat
         assert body["usage"]["prompt_tokens"] == len(answer["prompt_token_ids"])
 
 
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "minLength": 1, "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 99},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def test_a_hundred_answers_fit_a_schema(llm, tmp_path):
+    """Every answer of a job parses and fits."""
+    form = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
+    with (tmp_path / "in.jsonl").open("w") as file:
+        for i in range(100):
+            said = f"Invent person number {i}, with name and age, as JSON."
+            body = {"messages": [{"role": "user", "content": said}], "response_format": form}
+            body |= {"temperature": float(i % 2), "seed": i}
+            line = {"custom_id": f"{i}", "url": "/v1/chat/completions", "body": body}
+            file.write(json.dumps(line) + "\n")
+    with (
+        JobInput(tmp_path / "in.jsonl") as source,
+        FileResults(tmp_path / "out.jsonl") as results,
+    ):
+        Job(llm, Completing(llm, GREEDY, "smollm2"), source, results).run()
+    texts = []
+    for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines():
+        choice = json.loads(line)["response"]["body"]["choices"][0]
+        assert choice["finish_reason"] == "stop"
+        texts.append(choice["message"]["content"])
+        person = json.loads(texts[-1])
+        assert list(person) == ["name", "age"]
+        assert 1 <= len(person["name"]) <= 12
+        assert 0 <= person["age"] <= 99
+    assert len(texts) == 100
+    assert len(set(texts)) > 30
+
+
 # Tokens as llama.cpp has them: transformers, reading the GGUF file itself, does not split digits.
 TEXTS = {
     "in 1984, 3.14159": [254, 216, 33, 41, 40, 36, 28, 216, 35, 30, 33, 36, 33, 37, 41],

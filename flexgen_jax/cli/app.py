@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from flexgen_jax.cli.llm_options import DTYPES, Chosen, lengths_option, llm_opti
 from flexgen_jax.cli.pictures import check_pictures, write_pictures
 from flexgen_jax.cli.process_options import joined, process_options
 from flexgen_jax.cli.ray_options import OverRay, ray_options
+from flexgen_jax.cli.run_batch import HintingCommand, run_batch_of
 from flexgen_jax.cli.signals import terminable
 
 if TYPE_CHECKING:
@@ -179,7 +181,7 @@ def export(
         tell(f"Hugging Face directory ready: {path}")
 
 
-@main.command()
+@main.command(cls=HintingCommand)
 @llm_options
 @lengths_option
 @job_options
@@ -268,7 +270,10 @@ def generate(
         from flexgen_jax.requests.sampling_params import SamplingParams
 
         chosen = Chosen(options, seed=seed)
-        chatting = read_chatting(options)
+        served = options.pop("served_model_name", None) or chosen.model
+        max_length = options.pop("max_model_len", None)
+        to_the_limit = options.pop("chats_to_the_limit", False)
+        chatting = dataclasses.replace(read_chatting(options), to_the_limit=to_the_limit)
         excluded = {
             "--trace or --plot": trace is not None or plot is not None,
             "--checkpoint-minutes": options["checkpoint_minutes"] is not None,
@@ -308,7 +313,7 @@ def generate(
             defaults = SamplingParams(**options)
             with files:
                 known = {
-                    **completing_identity(defaults, seed, chosen.model, chatting),
+                    **completing_identity(defaults, seed, served, chatting, max_length),
                     **chosen.identity(),
                 }
                 if files.is_complete(known) and process_count() == 1:
@@ -318,7 +323,7 @@ def generate(
                     return
                 recorded = recorded_policy(files.results)
                 with over_ray.llm(chosen, tell, quiet=quiet, recorded=recorded) as llm:
-                    task = Completing(llm, defaults, chosen.model, chatting)
+                    task = Completing(llm, defaults, served, chatting, max_length)
                     done = files.run(
                         llm, task, ("generating", "tokens"), lambda *about: _before(llm, *about)
                     )
@@ -330,16 +335,7 @@ def generate(
     exit_if_none_succeeded(done, quiet=quiet)
 
 
-main.add_command(
-    click.Command(
-        "run-batch",
-        params=generate.params,
-        callback=generate.callback,
-        help="Run a file of OpenAI batch lines, as 'vllm run-batch' does.\n\nThe same as generate, "
-        "with OpenAI's defaults: 16 tokens, temperature 1.",
-        context_settings={"default_map": {"max_tokens": 16, "temperature": 1.0}},
-    )
-)
+main.add_command(run_batch_of(generate))
 
 
 def _before(llm: LLM, window: OpenWindow, blocks: list[Block], whole: bool) -> str:

@@ -26,6 +26,7 @@ from flexgen_jax.jobs.open_windows import MESSAGES, OpenWindow, OpenWindows
 from flexgen_jax.jobs.openai_lines import answer_of
 from flexgen_jax.jobs.results import Results
 from flexgen_jax.jobs.windows import Task, Windows
+from flexgen_jax.models.registry import family_of
 from flexgen_jax.planning.blocks import in_turn, last_blocks
 from flexgen_jax.planning.window_size import WindowSize
 from flexgen_jax.report import Report, Sum
@@ -66,10 +67,13 @@ class Chatting:
     Attributes:
         prompts: Whether a plain line's prompt is what a user says.
         template: As ``Chat.chat_template``.
+        to_the_limit: Whether answers of OpenAI's conversations that say no ``max_tokens`` may be as
+            long as the model has positions for.
     """
 
     prompts: bool = False
     template: str | None = None
+    to_the_limit: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +83,7 @@ class Completing:
     Args:
         defaults: What lines leave out.
         model: Its name in answers of OpenAI's form.
+        max_length: Of a prompt and its answer, in tokens; None: what the model has positions for.
         begun: When the job was, in seconds since 1970: what its answers say, and its templates.
     """
 
@@ -86,6 +91,7 @@ class Completing:
     defaults: SamplingParams
     model: str
     chatting: Chatting = Chatting()
+    max_length: int | None = None
     begun: int = dataclasses.field(default_factory=now)
 
     def request(self, index: int, asked: Asked) -> Request:
@@ -94,11 +100,37 @@ class Completing:
             if not isinstance(prompt.get("prompt"), str):
                 raise RequestError("with --chat a prompt must be a text: what a user says")
             prompt = {"messages": [{"role": "user", "content": prompt["prompt"]}]}
-        if "messages" not in prompt:
-            return self.llm.request(index, prompt, params)
-        when = datetime.datetime.fromtimestamp(self.begun)
-        chat = Chat.of(prompt, chat_template=self.chatting.template, now=when)
-        return self.llm.request(index, chat, params)
+        given: Mapping[str, Any] | Chat = prompt
+        if "messages" in prompt:
+            when = datetime.datetime.fromtimestamp(self.begun)
+            given = Chat.of(prompt, chat_template=self.chatting.template, now=when)
+        longest = asked.sampling.get("max_tokens")
+        if asked.dialect == "chat" and self.chatting.to_the_limit and longest is None:
+            return self._to_the_limit(index, given, params)
+        request = self.llm.request(index, given, params)
+        length, more = len(request.token_ids), request.params.max_tokens
+        if self.max_length is not None and length + more > self.max_length:
+            raise RequestError(
+                f"too long: {length} prompt tokens and max_tokens {more} exceed the "
+                f"{self.max_length} tokens of --max-model-len"
+            )
+        return request
+
+    def _to_the_limit(
+        self, index: int, prompt: Mapping[str, Any] | Chat, params: SamplingParams
+    ) -> Request:
+        least = dataclasses.replace(params, max_tokens=max(1, params.min_tokens))
+        request = self.llm.request(index, prompt, least)
+        length = len(request.token_ids)
+        room = family_of(self.llm.config).room(self.llm.config, length)
+        if self.max_length is not None:
+            room = min(room, self.max_length)
+        if room - length < least.max_tokens:
+            raise RequestError(
+                f"too long: {length} prompt tokens leave no room in the {room} of --max-model-len"
+            )
+        params = dataclasses.replace(params, max_tokens=room - length)
+        return dataclasses.replace(request, params=params)
 
     def answer(
         self, asked: Asked, requests: Sequence[Request], outputs: Sequence[RequestOutput]
@@ -117,17 +149,27 @@ class Completing:
         return dataclasses.replace(self, begun=begun)
 
     def identity(self) -> dict[str, Any]:
-        return completing_identity(self.defaults, self.llm.seed, self.model, self.chatting)
+        return completing_identity(
+            self.defaults, self.llm.seed, self.model, self.chatting, self.max_length
+        )
 
 
 def completing_identity(
-    defaults: SamplingParams, seed: int, model: str, chatting: Chatting = Chatting()
+    defaults: SamplingParams,
+    seed: int,
+    model: str,
+    chatting: Chatting = Chatting(),
+    max_length: int | None = None,
 ) -> dict[str, Any]:
     """Of the task of ``generate``: known before there is a model."""
     params = dataclasses.asdict(defaults)
     task = {"kind": "generate", "model": model, **params, "seed": seed}
     if chatting.prompts:
         task["chat"] = True
+    if chatting.to_the_limit:
+        task["chats to the limit"] = True
+    if max_length is not None:
+        task["max model len"] = max_length
     if chatting.template is not None:
         task["chat template"] = hashlib.sha256(chatting.template.encode()).hexdigest()
     return {"task": task}

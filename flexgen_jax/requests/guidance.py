@@ -21,7 +21,7 @@ from flexgen_jax.requests.structured_outputs import StructuredOutputsParams
 _MOST_GRAMMARS = 256
 _WORD = 32  # bits
 # On one line: an answer ends with what it says, not with the last of its line breaks.
-_JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_JSON_FORM: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class Guidance:
