@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from storage.ring_index import spans
+from storage.ring_index import resized_index, spans
 from storage.slots import Slot
-from storage.store import check_capacity, check_renewal, sequence_length
+from storage.store import check_capacity, check_renewal, check_resize, sequence_length
 
 
 class DeviceStore:
@@ -122,6 +122,15 @@ class DeviceSequences:
         start = np.int32((group.length - positions) % group.capacity)
         group.arrays = _renew(group.arrays, rows, self._here(arrays), start)
 
+    def resize(self, name: str, capacity: int) -> None:
+        group = self._groups[name]
+        check_resize(name, group.ring, capacity)
+        if capacity == group.capacity:
+            return
+        index = resized_index(group.length, group.capacity, capacity)
+        group.arrays = gathered(group.arrays, index)
+        group.capacity, group.shared = capacity, False
+
     def load(self, name: str, slot: Slot) -> tuple[jax.Array, ...]:
         return self._groups[name].arrays
 
@@ -139,6 +148,12 @@ class DeviceSequences:
 def take_positions(arrays: tuple[jax.Array, ...], index: jax.Array) -> tuple[jax.Array, ...]:
     """``array[..., index[..., i], :]`` of each array."""
     return tuple(jnp.take_along_axis(a, index[..., None], axis=-2) for a in arrays)
+
+
+@jax.jit
+def gathered(arrays: tuple[jax.Array, ...], index: jax.Array) -> tuple[jax.Array, ...]:
+    """``array[..., index, :]`` of each array."""
+    return tuple(jnp.take(a, index, axis=-2, mode="clip") for a in arrays)
 
 
 @partial(jax.jit, static_argnums=1)

@@ -24,11 +24,12 @@ from storage.chunks import Chunks, Layout, RawChunks, Views, ZarrChunks, touched
 from storage.device import take_positions
 from storage.disk import DiskContext
 from storage.memory import available_memory, round_up
-from storage.ring_index import even_pieces, spans
+from storage.ring_index import even_pieces, resized_index, spans
 from storage.slots import Slot
 from storage.store import (
     StorageError,
     check_capacity,
+    check_resize,
     renewed_rows,
     sequence_length,
 )
@@ -120,7 +121,7 @@ class DiskSequences:
     def put(
         self,
         name: str,
-        arrays: Sequence[jax.Array],
+        arrays: Sequence[jax.Array | np.ndarray],
         capacity: int,
         *,
         length: int | None = None,
@@ -166,7 +167,7 @@ class DiskSequences:
         self._add(name, group, self._flat(group, arrays))
 
     @staticmethod
-    def _flat(group: _Group, arrays: Sequence[jax.Array]) -> list[np.ndarray]:
+    def _flat(group: _Group, arrays: Sequence[jax.Array | np.ndarray]) -> list[np.ndarray]:
         return [
             np.asarray(a).reshape(s[0], -1, s[2])
             for a, s in zip(arrays, group.layout.shapes, strict=True)
@@ -237,6 +238,21 @@ class DiskSequences:
         self._count_read(nbytes)
         self.bytes_written += nbytes
 
+    def resize(self, name: str, capacity: int) -> None:
+        group = self._groups[name]
+        check_resize(name, group.ring, capacity)
+        if capacity == group.capacity:
+            return
+        index = resized_index(group.length, group.capacity, capacity)
+        index = index[: min(group.length, capacity)]
+        whole = [
+            np.empty(shape, dtype)
+            for shape, dtype in zip(group.shapes, group.layout.dtypes, strict=True)
+        ]
+        self._read(name, group, whole)
+        kept = [array.take(index, axis=-2) for array in whole]
+        self.put(name, kept, capacity, length=group.length, ring=True)
+
     def _count_read(self, nbytes: int) -> None:
         with self._counting:
             self.bytes_read += nbytes
@@ -248,6 +264,12 @@ class DiskSequences:
             slot.take(size)[:size].view(dtype).reshape(shape)
             for size, dtype, shape in zip(group.sizes, layout.dtypes, group.shapes, strict=True)
         ]
+        self._read(name, group, whole)
+        return tuple(jax.block_until_ready(jax.device_put(whole, self._device)))
+
+    def _read(self, name: str, group: _Group, whole: Sequence[np.ndarray]) -> None:
+        """Fills arrays of the full capacity."""
+        layout = group.layout
         views = [w.reshape(s[0], -1, s[2]) for w, s in zip(whole, layout.shapes, strict=True)]
         if group.chunks:
             try:
@@ -259,7 +281,6 @@ class DiskSequences:
         for view, tail in zip(views, group.tail, strict=True):
             view[:, group.index - filled : group.index] = tail[:, :filled]
             view[:, group.length :] = 0  # what an earlier load left may be of another dtype
-        return tuple(jax.block_until_ready(jax.device_put(whole, self._device)))
 
     def take(self, name: str, index: jax.Array) -> tuple[jax.Array, ...]:
         """Everything is read: a position of a head is a small part of a disk's page.

@@ -19,10 +19,11 @@ import numpy as np
 from storage.device import grow, take_positions, take_rows
 from storage.memory import aligned_bytes
 from storage.pinned_ring import PinnedRing, patched
-from storage.ring_index import spans
+from storage.ring_index import resized_index, spans
 from storage.slots import Slot
 from storage.store import (
     check_capacity,
+    check_resize,
     full_nbytes,
     renewed_rows,
     sequence_length,
@@ -155,6 +156,21 @@ class HostSequences:
             for kept, array in zip(group.arrays, host, strict=True):
                 kept[rows, ..., start : start + size, :] = array[..., source : source + size, :]
 
+    def resize(self, name: str, capacity: int) -> None:
+        group = self._groups[name]
+        check_resize(name, group.ring, capacity)
+        if capacity == group.capacity:
+            return
+        index = resized_index(group.length, group.capacity, capacity)
+        arrays = []
+        for array in group.arrays:
+            shape = (*array.shape[:-2], capacity, array.shape[-1])
+            nbytes = array.nbytes // group.capacity * capacity
+            # Whoever reads the old one has it still: what is appended next comes of what it reads.
+            arrays.append(aligned_bytes(nbytes).view(array.dtype).reshape(shape))
+            np.take(array, index, axis=-2, out=arrays[-1], mode="clip")
+        self._groups[name] = _Group(arrays, group.length, ring=True)
+
     def load(self, name: str, slot: Slot) -> tuple[jax.Array, ...]:
         return tuple(jax.device_put(self._groups[name].arrays, self._device))
 
@@ -277,6 +293,16 @@ class PinnedSequences:
             kept[rows, ..., group.filled - newest : group.filled, :] = array[
                 ..., positions - newest :, :
             ]
+
+    def resize(self, name: str, capacity: int) -> None:
+        group = self._groups[name]
+        check_resize(name, isinstance(group, PinnedRing), capacity)
+        assert isinstance(group, PinnedRing)
+        if capacity != group.capacity:
+            arrays = group.resized(self._on_device, capacity)
+            self._groups[name] = PinnedRing(
+                arrays, capacity, group.length, self._piece, self._pinned
+            )
 
     def load(self, name: str, slot: Slot) -> tuple[jax.Array, ...]:
         group = self._groups[name]

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from storage.device import grow
-from storage.ring_index import even_pieces, spans
+from storage.device import gathered, grow
+from storage.ring_index import even_pieces, resized_index, spans
 from storage.store import full_nbytes
 
 
@@ -107,6 +107,11 @@ class PinnedRing:
         pieces, tail = jax.device_put((pinned, tail), on_device)
         start = np.int32(number * self._piece)
         return jax.block_until_ready(_joined(pieces, tail, start, np.int32(filled), self.capacity))
+
+    def resized(self, on_device: Any, capacity: int) -> tuple[jax.Array, ...]:
+        """On the device: what a ring of ``capacity`` positions keeps of it."""
+        index = resized_index(self.length, self.capacity, capacity)
+        return gathered(self.load(on_device), index[: min(self.length, capacity)])
 
 
 def patched(

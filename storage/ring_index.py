@@ -5,6 +5,8 @@ Arithmetic only; what lies there is the stores' business.
 
 from __future__ import annotations
 
+import numpy as np
+
 
 def spans(length: int, count: int, capacity: int) -> list[tuple[int, int, int]]:
     """Where ``count`` more positions go, after ``length``: cut where they cross the ring's end.
@@ -31,3 +33,18 @@ def even_pieces(capacity: int, positions: int) -> int:
     All pieces are equal, but for the last one, which may be shorter.
     """
     return -(-capacity // -(-capacity // positions))
+
+
+def resized_index(length: int, old: int, new: int) -> np.ndarray:
+    """Of each index of a ring of ``new`` positions, where in one of ``old`` its position lies.
+
+    Where no position of the old ring belongs: some index or other.
+
+    Args:
+        length: How many positions the sequence has.
+
+    Returns:
+        (new,) int32.
+    """
+    position = length - 1 - (length - 1 - np.arange(new)) % new
+    return (position % old).astype(np.int32)

@@ -132,6 +132,16 @@ class SequenceStore(Protocol):
         """
         ...
 
+    def resize(self, name: str, capacity: int) -> None:
+        """Gives a ring another capacity; it keeps the newest positions that fit.
+
+        Raises:
+            KeyError: no such name.
+            StorageError: the tier did not take them.
+            ValueError: the group is no ring, or the capacity is none.
+        """
+        ...
+
     def load(self, name: str, slot: Slot) -> tuple[jax.Array, ...]:
         """The group on the device, ready, each array of ``capacity`` positions, by index.
 
@@ -191,6 +201,18 @@ def check_renewal(name: str, positions: int, length: int, capacity: int) -> None
     kept = min(length, capacity)
     if positions > kept:
         raise ValueError(f"{name} keeps {kept} positions: {positions} cannot be renewed")
+
+
+def check_resize(name: str, ring: bool, capacity: int) -> None:
+    """Refuses another capacity for what is no ring, and one of no positions.
+
+    Raises:
+        ValueError: says which.
+    """
+    if not ring:
+        raise ValueError(f"{name} is no ring: its capacity stays")
+    if capacity < 1:
+        raise ValueError(f"{name} cannot have a capacity of {capacity} positions")
 
 
 def renewed_rows(

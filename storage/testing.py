@@ -340,3 +340,49 @@ class SequenceStoreContract:
                 store.renew(name, rows, new)
         self.check_ring(store, "a", whole, 33, 20)
         self.check(store, "b", tuple(w[..., :20, :] for w in whole), 30)
+
+    @pytest.mark.parametrize("length", [3, 9, 33])
+    def test_a_ring_gets_another_capacity(self, store: Any, length: int) -> None:
+        whole, kept = _values(0, 90), 12
+        self.put_ring(store, "a", whole, length, kept)
+        for capacity in (20, 8, 8, 13, 1, 24):
+            kept = min(kept, capacity)
+            store.resize("a", capacity)
+            assert store.nbytes == 6 * capacity * (4 + 5) * 4
+            for more in (0, 2, 1):
+                if more:
+                    self.append(store, "a", whole, length, length + more)
+                length, kept = length + more, min(kept + more, capacity)
+                self.check_newest(store, "a", whole, length, capacity, min(kept, length))
+
+    def test_what_a_ring_was_put_from_stays_when_it_is_resized(self, store: Any) -> None:
+        given = _values(6, 8)
+        store.put("a", given, 8, ring=True)
+        store.resize("a", 5)
+        for seed in range(7):
+            store.append("a", _values(seed, 1))
+        for array, want in zip(given, _values(6, 8), strict=True):
+            np.testing.assert_array_equal(np.asarray(array), np.asarray(want))
+
+    def test_only_a_ring_has_another_capacity(self, store: Any) -> None:
+        with pytest.raises(KeyError):
+            store.resize("a", 5)
+        store.put("a", _values(0, 5), 8)
+        with pytest.raises(ValueError, match="a is no ring"):
+            store.resize("a", 16)
+        self.put_ring(store, "a", _values(0, 5), 5, 8)
+        with pytest.raises(ValueError, match="a cannot have a capacity of 0 positions"):
+            store.resize("a", 0)
+        self.check_ring(store, "a", _values(0, 5), 5, 8)
+
+    def check_newest(
+        self, store: Any, name: str, whole: Any, length: int, capacity: int, kept: int
+    ) -> None:
+        """That a ring has the last ``kept`` positions of ``whole[..., :length, :]``."""
+        at = np.arange(length - kept, length)
+        for got, array in zip(self.load(store, name), whole, strict=True):
+            assert got.shape[-2] == capacity
+            assert np.isfinite(np.asarray(got)).all()
+            np.testing.assert_array_equal(
+                np.asarray(got)[..., at % capacity, :], np.asarray(array)[..., at, :]
+            )

@@ -54,6 +54,9 @@ class _Wrapper:
     def renew(self, name: str, rows: Any, arrays: Any) -> None:
         self._move("renew", name, lambda: self._store.renew(name, rows, arrays), arrays)
 
+    def resize(self, name: str, capacity: int) -> None:
+        self._move("resize", name, lambda: self._store.resize(name, capacity), ())
+
     def _move(self, verb: str, names: Any, call: Callable[[], Any], moved: Any = None) -> Any:
         raise NotImplementedError
 

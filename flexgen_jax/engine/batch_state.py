@@ -19,6 +19,7 @@ from flexgen_jax.engine.no_token import why_no_score, why_no_token
 from flexgen_jax.engine.row_sampling import RowSampling
 from flexgen_jax.engine.sampling import History, Sampled
 from flexgen_jax.planning.blocks import Batch, Block, batch_of, padded_rows
+from flexgen_jax.planning.capacities import capacity_for, next_capacity
 from flexgen_jax.requests.generated import Generated
 from flexgen_jax.requests.guidance import Guide
 from flexgen_jax.requests.outputs import Logprob
@@ -49,7 +50,9 @@ class Step:
     Attributes:
         number: In the schedule.
         column: Of the newest position.
-        fresh: The batch begins: whole prompts.
+        fresh: The batch begins: whole prompts, of ``prompt_len`` columns.
+        capacity: Positions that its cells keep after it, in a rolling block. ``resized``: they
+            kept another number before.
         joining: Who comes, into free rows of a batch that goes on.
         last: All its rows will have their last token: what it computes is not read again.
     """
@@ -57,6 +60,9 @@ class Step:
     number: int
     column: int
     fresh: bool
+    prompt_len: int = 0
+    capacity: int | None = None
+    resized: bool = False
     joining: Joining | None = None
     last: bool = False
 
@@ -147,8 +153,13 @@ class BatchState:
         self.rows = [*map(self._makings.generated, batch.requests), *[None] * empty]
         self.tokens = batch.tokens()
         self._spoilt.clear()
-        self._rows_changed(batch.padding(), batch)
-        self.now = Step(number, batch.prompt_len - 1, fresh=True, last=self._is_last())
+        length, capacity = batch.prompt_len, None
+        # A later prompt lies before the others' newest column, however long: there are so many.
+        column = max(length, batch.longest_prompt) - 1
+        if self._room is not None:
+            capacity = capacity_for(length + 1, self._room.positions)
+        self._rows_changed(batch.padding() + column + 1 - length, batch)
+        self.now = Step(number, column, True, length, capacity, last=self._is_last())
         self._newcomers = batch.requests
         self._guiding.begin(self.rows)
 
@@ -161,8 +172,23 @@ class BatchState:
         column = self.now.column + 1
         self._newcomers = tuple(newcomers)
         joining = self._join(newcomers, column) if newcomers else None
-        self.now = Step(number, column, fresh=False, joining=joining, last=self._is_last())
+        self._padding = {}
+        capacity = self._capacity_at(column)
+        resized = capacity != self.now.capacity
+        self.now = Step(number, column, False, 0, capacity, resized, joining, self._is_last())
         self._guiding.begin(self.rows)
+
+    def _capacity_at(self, column: int) -> int | None:
+        """What the cells of a rolling block keep with a position in ``column``."""
+        if self._room is None:
+            return None
+        oldest = min(
+            start for start, row in zip(self.starts, self.rows, strict=True) if row is not None
+        )
+        positions, most = column + 1 - int(oldest), self._room.positions
+        if self.now.capacity is None:
+            return capacity_for(positions, most)
+        return next_capacity(self.now.capacity, positions, most)
 
     def undo_step(self) -> Sequence[Request]:
         """Takes back a step of which nothing was computed; returns who had come with it."""
@@ -191,18 +217,27 @@ class BatchState:
         self.sampling.rows_are(self.rows)
         self._wanted = _wanted(newcomers, self.rows)
 
-    def take_over(self, rows: Sequence[Living | None], column: int, number: int = 0) -> None:
+    def take_over(
+        self,
+        rows: Sequence[Living | None],
+        column: int,
+        number: int = 0,
+        capacity: int | None = None,
+    ) -> None:
         """The batch is between two steps, the one before in ``column``, with ``rows`` in it.
 
         Args:
             number: Of the step before.
+            capacity: That its cells had after it, in a rolling block; None: what they need.
         """
         self.rows = [None if row is None else row.generated for row in rows]
         self.tokens = np.asarray([[row.token if row else 0] for row in rows], np.int32)
         # Nobody has a row for itself: it sees the newest position.
         starts = [column + 1 - (row.length if row else 1) for row in rows]
         self._rows_changed(np.asarray(starts, np.int32), None)
-        self.now, self._before = Step(number, column, fresh=False), None
+        self.now, self._before = Step(number, column, False, capacity=capacity), None
+        if capacity is None:
+            self.now = dataclasses.replace(self.now, capacity=self._capacity_at(column))
         self.num_done = max(self.num_done, 1)
 
     @property
@@ -259,9 +294,10 @@ class BatchState:
         return shapes
 
     def padding_on(self, device: Any) -> jax.Array:
-        """(rows,) int32 on ``device``: the first column of each row."""
+        """(rows,) int32 on ``device``: the first column of each row; of prompts, among theirs."""
         if device not in self._padding:
-            self._padding[device] = jax.device_put(self.starts, device)
+            first = self.now.column + 1 - self.now.prompt_len if self.now.fresh else 0
+            self._padding[device] = jax.device_put(self.starts - np.int32(first), device)
         return self._padding[device]
 
     @property
@@ -363,6 +399,7 @@ class BatchState:
         """Between two steps: all that the arrays do not follow from."""
         return {
             "column": self.now.column,
+            "capacity": self.now.capacity,
             "number": self.now.number,
             "rows": [row and row.to_json() for row in self.living] if self.begun else None,
             "num_rows": len(self.rows),

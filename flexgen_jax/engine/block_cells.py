@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flexgen_jax.engine.batch_state import Step
 from flexgen_jax.engine.cells import Cells
 from flexgen_jax.models.params import unit_kinds
 from flexgen_jax.planning.blocks import Block
@@ -40,11 +41,13 @@ class Kept(NamedTuple):
     Attributes:
         arrays: Keys and values: of one position of all rows, or of whole prompts.
         length: Positions so far, where the batch begins; None: it goes on.
+        capacity: That a rolling batch has from now on.
         joined: Likewise of the prompts of newcomers. ``rows``: where they go; -1: nowhere.
     """
 
     arrays: tuple[jax.Array, ...]
     length: int | None = None
+    capacity: int | None = None
     joined: tuple[jax.Array, ...] = ()
     rows: np.ndarray | None = None
 
@@ -59,7 +62,7 @@ class BlockCell(NamedTuple):
         sizes: Bytes of each array at its full capacity.
         hosted: Attention to it is computed on the host.
         values: Where the values lie if only some of them will be read.
-        room: Its positions; of hidden states nobody asks.
+        room: Its positions at most; of hidden states nobody asks.
     """
 
     name: str
@@ -81,18 +84,25 @@ class BlockCell(NamedTuple):
         """Of all parts."""
         return [self.name] if self.values is None else [self.name, self.values]
 
-    def begin(self, arrays: tuple[jax.Array, ...], length: int) -> None:
+    def capacity(self, of_batch: int | None) -> int:
+        """Its positions while those of a rolling batch are ``of_batch``."""
+        whole = self.room.capacity
+        return whole if of_batch is None else min(whole, of_batch)
+
+    def begin(self, arrays: tuple[jax.Array, ...], length: int, of_batch: int | None) -> None:
         """Puts the first ``length`` positions, or what a ring keeps of them."""
         ring: dict[str, Any] = {"length": length, "ring": True} if self.room.ring else {}
         for name, part in self.parts(arrays):
-            self.store.put(name, part, self.room.capacity, **ring)
+            self.store.put(name, part, self.capacity(of_batch), **ring)
 
     def add(self, kept: Kept) -> None:
         """Puts or appends what was computed."""
         if kept.length is not None:
-            self.begin(kept.arrays, kept.length)
+            self.begin(kept.arrays, kept.length, kept.capacity)
             return
         for name, part in self.parts(kept.arrays):
+            if kept.capacity is not None:
+                self.store.resize(name, self.capacity(kept.capacity))
             self.store.append(name, part)
         if kept.rows is not None:
             for name, part in self.parts(kept.joined):
@@ -281,16 +291,17 @@ class BlockCells:
         for kept in (self._arrived, self._slots, self._leaving):
             kept.clear()
 
-    def positions(self, layer: int, batch: int, column: int) -> list[np.ndarray]:
-        """What a cell has up to ``column``, between two steps, copied.
+    def positions(self, layer: int, batch: int, now: Step) -> list[np.ndarray]:
+        """What a cell has after the batch's step ``now``, before the next one, copied.
 
         Returns:
             Of each array (rows, heads, positions, dim), in the order of the columns: those that
             there are, at most as many as the cell keeps.
         """
         cell = self.cache[layer, batch]
-        count = min(column + 1, cell.room.capacity)
-        index = np.arange(column + 1 - count, column + 1) % cell.room.capacity
+        capacity = cell.capacity(now.capacity)
+        count = min(now.column + 1, capacity)
+        index = np.arange(now.column + 1 - count, now.column + 1) % capacity
         slot, arrays = Slot(), []
         for name in cell.names:
             slot.begin(cell.store.slot_nbytes(cell.sizes))
@@ -300,15 +311,16 @@ class BlockCells:
         return arrays
 
     def begin(
-        self, layer: int, batch: int, arrays: Sequence[np.ndarray], column: int, device: Any
+        self, layer: int, batch: int, arrays: Sequence[np.ndarray], now: Step, device: Any
     ) -> None:
-        """Fills a cell with the newest positions up to ``column``, as :meth:`positions` gives them.
+        """Fills a cell with the newest positions, as :meth:`positions` gives them.
 
         Args:
+            now: The batch's step, which is over.
             device: Of the layer's stage.
         """
         cell = self.cache[layer, batch]
-        capacity, length = cell.room.capacity, column + 1
+        capacity, length = cell.capacity(now.capacity), now.column + 1
         count = min(length, capacity)
         home = self.host if cell.hosted else device
         there = []
@@ -320,7 +332,7 @@ class BlockCells:
                 array = np.pad(array, room)
             shift = (length - count) % capacity
             there.append(jnp.array(np.roll(array, shift, axis=-2), device=home))
-        cell.begin(tuple(there), length)
+        cell.begin(tuple(there), length, now.capacity)
 
     def set_value_sum(self, layer: int, batch: int, value_sum: np.ndarray, device: Any) -> None:
         """Of a cell that sparse attention attends to; ``device``: of the layer's stage."""

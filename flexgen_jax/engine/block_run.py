@@ -291,13 +291,13 @@ class BlockRun:
     def _put_together(self) -> None:
         """Those who are left, into fewer batches."""
         old, states = self._effects, self._states
-        moved = rearranging.together(states)
+        moved = rearranging.together(states, self._block.room)
         block = rearranging.block_of(moved, max(len(s.rows) for s in states), self._block.room)
         self._begin(block, self._setting.cells.add(block), anew=False)
         for state, m in zip(self._states, moved, strict=True):
             state.take_over([*m.rows, *[None] * (len(state.rows) - len(m.rows))], m.column)
-        columns = [state.now.column for state in states]
-        rearranging.move_cells(moved, old.cells, columns, self._effects.cells, old.devices)
+        steps, cells = [state.now for state in states], self._effects.cells
+        rearranging.move_cells(moved, old.cells, steps, cells, self._states, old.devices)
 
     def _begin_anew(self) -> None:
         """With those who wait: there was no room for them, or no batch."""
@@ -347,7 +347,7 @@ class BlockRun:
             self._begin(block, self._setting.cells.add(block))
         for batch, values, rows in zip(self._states, state.batches, living, strict=True):
             if any(rows):
-                batch.take_over(rows, values["column"], values["number"])
+                batch.take_over(rows, values["column"], values["number"], values["capacity"])
             elif not batch.num_live or (state.room is None and values["rows"] is not None):
                 batch.left = True
         rearranging.restore(kept, self._states, self._effects.cells, self._effects.devices)

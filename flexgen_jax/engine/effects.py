@@ -84,7 +84,7 @@ class Tally:
         self.rows_computed += rows
         self.rows_used += used
         if now.fresh:
-            self.padded_tokens += rows * (now.column + 1)
+            self.padded_tokens += rows * now.prompt_len
         elif now.joining is not None:
             joined = now.joining.batch
             self.padded_tokens += joined.rows * joined.prompt_len

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from flexgen_jax.engine import sampling
 from flexgen_jax.models import attention, decoding
 from flexgen_jax.models.family import Config, Kind
-from flexgen_jax.models.kv_cache import CacheFormat, KeptCache, LayerCache, last_positions
+from flexgen_jax.models.kv_cache import CacheFormat, KeptCache, LayerCache, in_ring
 from flexgen_jax.models.pieces import rows_per_call
 from flexgen_jax.models.quantization import Quantized
 
@@ -40,7 +40,7 @@ def embed(
     return hidden, _marker(hidden)
 
 
-@partial(jax.jit, static_argnames=("config", "kind", "form", "keep", "in_turn"))
+@partial(jax.jit, static_argnames=("config", "kind", "form", "keep", "ring"))
 def prefill_layer(
     params: Any,
     hidden: Float[Array, "batch seq hidden"],
@@ -50,22 +50,26 @@ def prefill_layer(
     kind: Kind,
     form: CacheFormat,
     keep: int | None = None,
-    in_turn: bool = False,
+    ring: tuple[int, int] | None = None,
 ) -> tuple[Float[Array, "batch seq hidden"], KeptCache, Float[Array, ""]]:
     """A decoder layer over whole prompts, a few rows at a time; their keys and values as well.
 
     Args:
-        keep: At most so many positions of these, the last ones, as a ring; None: all.
-        in_turn: Not as a ring, but one after the other.
+        keep: At most so many positions of these, the last ones; None: all.
+        ring: As a ring of so many positions, of sequences that have so many; see
+            :func:`~flexgen_jax.models.kv_cache.in_ring`.
     """
     batch, seq, _ = hidden.shape
     rows = rows_per_call(batch, seq)
 
     def some_rows(part: tuple[Array, Array]) -> tuple[Array, KeptCache]:
         out, (k, v) = decoding.prefill_layer(params, *part, config, kind)
-        if in_turn and keep is not None:
-            return out, form.pack(LayerCache(k[:, :, -keep:], v[:, :, -keep:]))
-        return out, form.pack(last_positions(LayerCache(k, v), keep))
+        cache = LayerCache(k, v)
+        if ring is not None:
+            cache = in_ring(cache, *ring)
+        elif keep is not None:
+            cache = LayerCache(k[:, :, -keep:], v[:, :, -keep:])
+        return out, form.pack(cache)
 
     if rows == batch:
         out, cache = some_rows((hidden, padding))
@@ -166,10 +170,12 @@ def attend_selected(
 
 @jax.jit
 def sum_values(
-    value: Float[Array, "batch kv_heads seq head_dim"] | Quantized, padding: Int[Array, "batch"]
+    value: Float[Array, "batch kv_heads seq head_dim"] | Quantized,
+    padding: Int[Array, "batch"],
+    length: Int[Array, ""] | None = None,
 ) -> Float[Array, "batch kv_heads head_dim"]:
-    """Of a prompt."""
-    return attention.sum_values(value, padding)
+    """Of a prompt; ``length``: it lies in a ring, of sequences that have so many positions."""
+    return attention.sum_values(value, padding, length)
 
 
 @partial(jax.jit, static_argnames=("config", "kind"))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flexgen_jax.engine.batch_state import BatchState, Living
+from flexgen_jax.engine.batch_state import BatchState, Living, Step
 from flexgen_jax.engine.block_cells import BlockCells
 from flexgen_jax.engine.snapshots import Arrays
 from flexgen_jax.planning.blocks import Batch, Block, Room
@@ -31,7 +31,7 @@ class Moved(NamedTuple):
     column: int
 
 
-def together(states: Sequence[BatchState]) -> list[Moved]:
+def together(states: Sequence[BatchState], room: Room | None) -> list[Moved]:
     """Those who are left in ``states``, in as few batches as they fit into."""
     size = max(len(state.rows) for state in states)
     found = [
@@ -43,7 +43,9 @@ def together(states: Sequence[BatchState]) -> list[Moved]:
     moved = []
     for start in range(0, len(found), size):
         rows, places = zip(*found[start : start + size], strict=True)
-        column = max(row.length for row in rows) - 1
+        # A prompt lies before now: the longest that there is room for, too.
+        longest = max(row.length for row in rows)
+        column = max(longest, 0 if room is None else room.prompt_len) - 1
         moved.append(Moved(list(rows), list(places), column))
     return moved
 
@@ -59,19 +61,21 @@ def block_of(moved: Sequence[Moved], rows: int, room: Room | None) -> Block:
 def move_cells(
     moved: Sequence[Moved],
     old: BlockCells,
-    columns: Sequence[int],
+    steps: Sequence[Step],
     new: BlockCells,
+    states: Sequence[BatchState],
     devices: Mapping[int, Any],
 ) -> None:
     """Brings the cache along, layer after layer; the old cells are gone.
 
     Args:
-        columns: The newest of each old batch.
+        steps: Of each old batch the last one.
+        states: Of the new batches.
         devices: Of the stages that are here.
     """
     sources = sorted({place.batch for m in moved for place in m.places})
     for layer, device in new.homes(devices).items():
-        arrays = {b: old.positions(layer, b, columns[b]) for b in sources}
+        arrays = {b: old.positions(layer, b, steps[b]) for b in sources}
         sums = {b: old.value_sums.get(old.cache[layer, b].name) for b in sources}
         old.discard_layer(layer)
         for number, m in enumerate(moved):
@@ -80,7 +84,7 @@ def move_cells(
                 _gathered([arrays[p.batch][i][p.row] for p in m.places], rows, m.column + 1)
                 for i in range(len(arrays[sources[0]]))
             ]
-            new.begin(layer, number, found, m.column, device)
+            new.begin(layer, number, found, states[number].now, device)
             if all(sums[p.batch] is not None for p in m.places):
                 each = [np.asarray(sums[p.batch])[p.row] for p in m.places]
                 whole = np.zeros((rows, *each[0].shape), each[0].dtype)
@@ -105,7 +109,7 @@ def saved(states: Sequence[BatchState], cells: BlockCells) -> Iterator[tuple[str
         state = states[number]
         if not (state.begun and state.num_live):
             continue
-        arrays = cells.positions(layer, number, state.now.column)
+        arrays = cells.positions(layer, number, state.now)
         found = {f"{place}": array for place, array in enumerate(arrays)}
         if cell.name in cells.value_sums:
             found["value_sum"] = np.array(cells.value_sums[cell.name])
@@ -133,4 +137,4 @@ def restore(
         if "value_sum" in found:
             cells.set_value_sum(layer, number, found.pop("value_sum"), homes[layer])
         arrays = [np.asarray(found[f"{i}"]) for i in range(len(found))]
-        cells.begin(layer, number, arrays, state.now.column, homes[layer])
+        cells.begin(layer, number, arrays, state.now, homes[layer])

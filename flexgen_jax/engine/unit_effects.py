@@ -125,21 +125,23 @@ class DecoderEffects(UnitEffects):
         if now.fresh:
             self._cells.drop(LoadCache(step, layer, number))
             padding = state.padding_on(stage.device)
-            hidden, new, marker = self._prefill(layer, padding, weights, hidden, cell)
-            kept = Kept(_leaves(new), length=now.column + 1)
-            self._sum_values(cell, new, padding)
+            ring = None
+            if cell is not None and cell.room.ring:
+                ring = cell.capacity(now.capacity), now.column + 1
+            hidden, new, marker = self._prefill(layer, padding, weights, hidden, ring=ring)
+            kept = Kept(_leaves(new), now.column + 1, now.capacity)
+            self._sum_values(cell, new, state.starts, np.int32(now.column + 1))
         else:
             assert cell is not None
             hidden, new, marker = self._decode(op, state, stage, weights, hidden, cell)
-            kept = Kept(_leaves(new))
+            kept = Kept(_leaves(new), capacity=now.capacity if now.resized else None)
         found: tuple[jax.Array, ...] = (hidden,)
         if now.joining is not None:
             assert cell is not None
             padding = jax.device_put(now.joining.batch.padding(), stage.device)
-            out, theirs, marker = self._prefill(
-                layer, padding, weights, joined[0], cell, in_turn=True
-            )
-            self._sum_values(cell, theirs, padding, now.joining.rows)
+            keep = cell.capacity(now.capacity) if cell.room.ring else None
+            out, theirs, marker = self._prefill(layer, padding, weights, joined[0], keep=keep)
+            self._sum_values(cell, theirs, padding, rows=now.joining.rows)
             kept = kept._replace(joined=_leaves(theirs), rows=now.joining.rows)
             found = (hidden, out)
         if not now.last:
@@ -155,12 +157,16 @@ class DecoderEffects(UnitEffects):
         padding: jax.Array,
         weights: LayerWeights,
         hidden: jax.Array,
-        cell: BlockCell | None,
         *,
-        in_turn: bool = False,
+        keep: int | None = None,
+        ring: tuple[int, int] | None = None,
     ) -> tuple[jax.Array, KeptCache, jax.Array]:
-        """Args: ``in_turn``: the positions that a ring keeps come in their own order."""
-        ring = cell is not None and cell.room.ring
+        """See :func:`kernels.prefill_layer`; no program is made for what changes nothing."""
+        seq = hidden.shape[1]
+        if keep is not None and keep >= seq:
+            keep = None
+        if ring is not None and ring[1] == seq <= ring[0]:
+            ring = None
         return kernels.prefill_layer(
             weights.params,
             hidden,
@@ -168,21 +174,26 @@ class DecoderEffects(UnitEffects):
             config=self._config,
             kind=self._kinds[layer],
             form=self._cells.form,
-            keep=cell.room.capacity if cell is not None and ring else None,
-            in_turn=in_turn,
+            keep=keep,
+            ring=ring,
         )
 
     def _sum_values(
         self,
         cell: BlockCell | None,
         new: KeptCache,
-        padding: jax.Array,
+        padding: jax.Array | np.ndarray,
+        length: np.int32 | None = None,
         rows: np.ndarray | None = None,
     ) -> None:
-        """Of prompts, which sparse attention needs; ``rows``: of those that join."""
+        """Of prompts, which sparse attention needs; ``rows``: of those that join.
+
+        Args:
+            length: They are kept in a ring, of sequences of so many positions.
+        """
         if cell is None or cell.values is None:
             return
-        sums = kernels.sum_values(new.value, padding)
+        sums = kernels.sum_values(new.value, padding, length)
         if cell.hosted:
             sums = jax.device_put(sums, self._cells.host)
         if rows is not None:

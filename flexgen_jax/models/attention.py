@@ -440,7 +440,7 @@ def _cached_weights(
     batch, kv_heads, size, head_dim = key.shape
     group = group_size(query, key)
     query = query.reshape(batch, kv_heads, group, head_dim)
-    held = position - 1 - (position - 1 - jnp.arange(size)) % size
+    held = _held(position, size)
     visible = held[None, :] >= jnp.maximum(padding, 0)[:, None]
     if window is not None:
         visible = visible & (held > position - window)[None, :]
@@ -461,6 +461,11 @@ def _cached_weights(
     weights, own, sink = jnp.exp(scores - top), jnp.exp(own - top), jnp.exp(sink - top)
     total = weights.sum(axis=-1, keepdims=True) + own + sink
     return weights / total, own / total, sink / total
+
+
+def _held(length: Int[Array, ""], size: int) -> Int[Array, "size"]:
+    """Which position lies at each index of a ring after ``length`` of them; negative: none."""
+    return length - 1 - (length - 1 - jnp.arange(size)) % size
 
 
 class Selection(NamedTuple):
@@ -546,9 +551,16 @@ def attend_selected(
 
 
 def sum_values(
-    value: Float[Array, "batch kv_heads seq head_dim"] | Quantized, padding: Int[Array, "batch"]
+    value: Float[Array, "batch kv_heads seq head_dim"] | Quantized,
+    padding: Int[Array, "batch"],
+    length: Int[Array, ""] | int | None = None,
 ) -> Float[Array, "batch kv_heads head_dim"]:
-    """Over the positions that are not padding, in float32: what :func:`attend_selected` needs."""
+    """Over the positions that are not padding, in float32: what :func:`attend_selected` needs.
+
+    Args:
+        length: ``value`` is a ring, of sequences of so many positions; None: they are in turn.
+    """
     x = dense(value, jnp.float32).astype(jnp.float32)
-    visible = jnp.arange(x.shape[2])[None, :] >= padding[:, None]
+    position = jnp.arange(x.shape[2]) if length is None else _held(length, x.shape[2])
+    visible = position[None, :] >= padding[:, None]
     return jnp.sum(jnp.where(visible[:, None, :, None], x, 0), axis=2)

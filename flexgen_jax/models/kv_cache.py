@@ -68,13 +68,20 @@ def write_prompt(
     return LayerCache(jnp.pad(key, widths), jnp.pad(value, widths))
 
 
-def last_positions(cache: LayerCache, keep: int | None) -> LayerCache:
-    """The last ``keep`` positions as a ring, position ``p`` at ``p % keep``; all if they fit."""
-    seq = cache.key.shape[2]
-    if keep is None or seq <= keep:
-        return cache
-    shift = (seq - keep) % keep
-    return LayerCache(*(jnp.roll(x[:, :, seq - keep :], shift, axis=2) for x in cache))
+def in_ring(cache: LayerCache, capacity: int, length: int) -> LayerCache:
+    """What a ring of ``capacity`` positions keeps of sequences of ``length``, p at p % capacity.
+
+    ``cache`` has the last of them; what it lacks of the others is zeros.
+    """
+    have = min(length, capacity)
+    shift = (length - have) % capacity
+
+    def kept(x: Array) -> Array:
+        x = x[:, :, max(0, x.shape[2] - have) :]
+        x = jnp.pad(x, ((0, 0), (0, 0), (have - x.shape[2], 0), (0, 0)))
+        return jnp.roll(x, shift, axis=2) if shift else x
+
+    return LayerCache(kept(cache.key), kept(cache.value))
 
 
 def write_token(

@@ -18,7 +18,7 @@ from flexgen_jax.models.attention import (
     select_cached,
     sum_values,
 )
-from flexgen_jax.models.kv_cache import LayerCache, last_positions
+from flexgen_jax.models.kv_cache import LayerCache, in_ring
 
 
 def normal(seed, *shape):
@@ -163,7 +163,7 @@ def test_a_new_token_attends_as_the_last_of_a_prompt(options, size):
     whole = attend_prompt(*prompt, **options)[:, :, -1:]
     kept = LayerCache(*(jnp.asarray(x[:, :, :-1]) for x in (key, value)))
     if size < seq:
-        cache = last_positions(kept, size)
+        cache = in_ring(kept, size, seq - 1)
     else:
         room = ((0, 0), (0, 0), (0, size - seq + 1), (0, 0))
         cache = LayerCache(*(jnp.pad(x, room, constant_values=7.0) for x in kept))

@@ -158,8 +158,11 @@ def test_any_ring_holds_its_last_positions(kind, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["device", "host", "pinned", "mapped", "direct", "tensorstore"])
-def test_any_order_of_appending_and_renewing_agrees_with_an_array(kind, tmp_path_factory):
+def test_any_order_of_appending_renewing_and_resizing_agrees_with_an_array(
+    kind, tmp_path_factory
+):
     append = st.sampled_from([1, 2, 11])
+    resize = st.sampled_from(["5", "12", "19"])
     # Few shapes: each is a program on the device.
     renew = st.tuples(
         st.sampled_from([(-1, 0), (2, 1), (1, -1), (0, 2)]), st.sampled_from([1, 7, 12])
@@ -170,20 +173,26 @@ def test_any_order_of_appending_and_renewing_agrees_with_an_array(kind, tmp_path
         ring=st.booleans(),
         cut=st.integers(1, 14),
         first=st.integers(1, 40),
-        steps=st.lists(append | renew, max_size=12),
+        steps=st.lists(append | renew | resize, max_size=12),
     )
     def check(ring, cut, first, steps):
         capacity = 12 if ring else 172
         store = cut_by(cut, kind, tmp_path_factory.mktemp("renewed"))
         whole = np.arange(3 * 172 * 2, dtype=np.float32).reshape(3, 172, 2)
-        end, fresh = first, whole.size
+        end, fresh, known = first, whole.size, min(first, capacity)
         begin = in_ring_order(whole[:, :end], capacity)
         store.put("a", [jnp.asarray(begin)], capacity, length=end, ring=ring)
         for step in steps:
             if isinstance(step, int):
                 store.append("a", [jnp.asarray(whole[:, end : end + step])])
                 end += step
-            elif step[1] <= end:
+                known = min(known + step, capacity)
+            elif isinstance(step, str):
+                if ring:
+                    capacity = int(step)
+                    store.resize("a", capacity)
+                    known = min(known, capacity)
+            elif step[1] <= known:
                 rows, positions = step
                 new = fresh + np.arange(2 * positions * 2, dtype=np.float32)
                 new = new.reshape(2, positions, 2)
@@ -195,8 +204,8 @@ def test_any_order_of_appending_and_renewing_agrees_with_an_array(kind, tmp_path
             slot = Slot(max(1, store.slot_nbytes([whole.nbytes])))
             slot.begin()
             (got,) = store.load("a", slot)
-            want = in_ring_order(whole[:, :end], capacity)
-            np.testing.assert_array_equal(np.asarray(got)[:, : want.shape[1]], want)
+            at = np.arange(end - known, end)
+            np.testing.assert_array_equal(np.asarray(got)[:, at % capacity], whole[:, at])
         store.close()
 
     check()
