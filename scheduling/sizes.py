@@ -6,6 +6,7 @@ host are differences of size here, not cases.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import enum
 import functools
@@ -79,6 +80,8 @@ class BatchSizes:
         begun: (step, positions) where it begins anew, with other prompts in all its rows.
         joined: (step, rows, positions of each) where newcomers' prompts are computed beside the
             others' step.
+        resized: (step, positions) where its cells begin to have another capacity, of which all is
+            read; empty: they have their whole capacity, of which what is filled is read.
         longest_prompt: Positions of the longest prompt that may come; 0: that of the prefill.
         standing: Positions in its cache at any decode step, on average, where rows come and go
             and few steps stand for many; None: those of the steps so far.
@@ -94,6 +97,7 @@ class BatchSizes:
     stride: float = 1.0
     begun: tuple[tuple[int, int], ...] = ()
     joined: tuple[tuple[int, int, int], ...] = ()
+    resized: tuple[tuple[int, int], ...] = ()
     longest_prompt: int = 0
     standing: int | None = None
 
@@ -120,10 +124,20 @@ class BatchSizes:
             return 0
         if self.standing is not None:
             return self.standing
+        if self.resized:
+            return self.resized[bisect.bisect_right(self._since, step) - 1][1]
         if not self.begun:
             return self.prompt_len + int((step - 0.5) * self.stride)
         begun = max(s for s in self._begun if s < step)
         return self._begun[begun] + step - begun - 1
+
+    @functools.cached_property
+    def _since(self) -> list[int]:
+        return [step for step, _ in self.resized]
+
+    def moves(self, step: int) -> bool:
+        """Whether ``step`` leaves its cells with another capacity: what is kept moves."""
+        return not self.begins(step) and step + 1 in self._since
 
     def positions(self, step: int) -> int:
         """Positions that ``step`` computes of each row; newcomers come on top."""
@@ -181,7 +195,8 @@ class Sizes:
             case LoadCache() if op.step and (op.layer, op.batch) in self.cache:
                 cell, batch = self.cache[op.layer, op.batch], self.batches[op.batch]
                 filled = cell.kept(batch.cached(op.step))
-                whole = self._whole(filled) if cell.tier is Tier.DISK else filled
+                ring = cell.tier is not Tier.DISK or batch.resized
+                whole = filled if ring else self._whole(filled)
                 return _links(
                     {
                         Link.DISK_TO_HOST: _if(cell.tier is Tier.DISK, cell, whole, cell.loaded),
@@ -194,21 +209,15 @@ class Sizes:
                 cell, batch = self.cache[op.layer, op.batch], self.batches[op.batch]
                 if op.step + 1 >= batch.num_steps:
                     return {}  # nobody will read it
-                new, filled = cell.kept(batch.positions(op.step)), batch.cached(op.step)
-                if op.step and (batch.stride > 1 or batch.standing is not None):
-                    whole = new  # on average
-                else:
-                    whole = self._whole(filled + new) - self._whole(filled)
-                # Of newcomers, whole prompts of some rows; on disk, the chunks of all rows.
+                # Of newcomers, whole prompts of some rows.
                 come, length = batch.newcomers(op.step)
-                share, length = come / batch.rows, cell.kept(length)
-                more = self._whole(length) if come else 0
+                new = cell.kept(batch.positions(op.step)) + come / batch.rows * cell.kept(length)
+                read, written = self._on_disk(cell, batch, op.step)
                 return _links(
                     {
-                        Link.DEVICE_TO_HOST: _if(
-                            cell.tier is not Tier.DEVICE, cell, new + length * share
-                        ),
-                        Link.HOST_TO_DISK: _if(cell.tier is Tier.DISK, cell, whole + more),
+                        Link.DISK_TO_HOST: _if(cell.tier is Tier.DISK, cell, read),
+                        Link.DEVICE_TO_HOST: _if(cell.tier is not Tier.DEVICE, cell, new),
+                        Link.HOST_TO_DISK: _if(cell.tier is Tier.DISK, cell, written),
                     }
                 )
             case LoadHidden() | StoreHidden():
@@ -219,6 +228,22 @@ class Sizes:
     def buffered(self, cell: CacheCell) -> int:
         """Bytes of host memory in which a cell on disk collects a chunk."""
         return cell.position_nbytes * self.chunk_positions if cell.tier is Tier.DISK else 0
+
+    def _on_disk(self, cell: CacheCell, batch: BatchSizes, step: int) -> tuple[int, int]:
+        """Positions that storing what ``step`` has made reads and writes, if the cell is there."""
+        new, filled = cell.kept(batch.positions(step)), batch.cached(step)
+        later = cell.kept(batch.cached(step + 1)) if batch.resized else 0
+        if batch.resized and batch.begins(step):
+            return 0, later
+        read = written = 0
+        if batch.moves(step):
+            read, written = cell.kept(filled), later
+        come, length = batch.newcomers(step)
+        if come:  # the chunks of all rows
+            written += self._whole(cell.kept(length))
+        if (step and (batch.stride > 1 or batch.standing is not None)) or batch.resized:
+            return read, written + new  # on average
+        return read, written + self._whole(filled + new) - self._whole(filled)
 
     def _whole(self, positions: int) -> int:
         return positions // self.chunk_positions * self.chunk_positions

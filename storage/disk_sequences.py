@@ -121,13 +121,23 @@ class DiskSequences:
     def put(
         self,
         name: str,
-        arrays: Sequence[jax.Array | np.ndarray],
+        arrays: Sequence[jax.Array],
         capacity: int,
         *,
         length: int | None = None,
         ring: bool = False,
     ) -> None:
         length = sequence_length(name, arrays, capacity, length, ring)
+        self._put(name, arrays, capacity, length, ring)
+
+    def _put(
+        self,
+        name: str,
+        arrays: Sequence[jax.Array | np.ndarray],
+        capacity: int,
+        length: int,
+        ring: bool,
+    ) -> None:
         # What cannot grow is one chunk: nothing of it needs to wait in host memory.
         fixed = length == capacity and not ring
         if ring:
@@ -251,7 +261,7 @@ class DiskSequences:
         ]
         self._read(name, group, whole)
         kept = [array.take(index, axis=-2) for array in whole]
-        self.put(name, kept, capacity, length=group.length, ring=True)
+        self._put(name, kept, capacity, group.length, ring=True)
 
     def _count_read(self, nbytes: int) -> None:
         with self._counting:

@@ -145,6 +145,7 @@ class BatchState:
         self.left = self.paused = self.over = False
         self.num_done = 0
         self._spoilt: set[int] = set()
+        self._padding: dict[Any, jax.Array] = {}
         self._before: Step | None = None  # the step before, while nothing of this one is computed
         self._begin(batch, 0)
 
@@ -172,7 +173,7 @@ class BatchState:
         column = self.now.column + 1
         self._newcomers = tuple(newcomers)
         joining = self._join(newcomers, column) if newcomers else None
-        self._padding = {}
+        self._padding.clear()
         capacity = self._capacity_at(column)
         resized = capacity != self.now.capacity
         self.now = Step(number, column, False, 0, capacity, resized, joining, self._is_last())
@@ -213,7 +214,7 @@ class BatchState:
 
     def _rows_changed(self, starts: np.ndarray, newcomers: Batch | None) -> None:
         self.starts = starts
-        self._padding: dict[Any, jax.Array] = {}
+        self._padding.clear()
         self.sampling.rows_are(self.rows)
         self._wanted = _wanted(newcomers, self.rows)
 
@@ -384,7 +385,7 @@ class BatchState:
             self.rows = [None if g else r for g, r in zip(gone, self.rows, strict=True)]
             # Nobody's positions are counted anew: they stay within those of the model.
             self.starts = np.where(gone, self.now.column, self.starts).astype(np.int32)
-            self._padding = {}
+            self._padding.clear()
         return finished
 
     # Between two runs of a schedule

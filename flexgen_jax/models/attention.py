@@ -463,7 +463,7 @@ def _cached_weights(
     return weights / total, own / total, sink / total
 
 
-def _held(length: Int[Array, ""], size: int) -> Int[Array, "size"]:
+def _held(length: Int[Array, ""] | int, size: int) -> Int[Array, "size"]:
     """Which position lies at each index of a ring after ``length`` of them; negative: none."""
     return length - 1 - (length - 1 - jnp.arange(size)) % size
 

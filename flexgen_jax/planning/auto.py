@@ -17,6 +17,7 @@ from flexgen_jax.models.family import Config
 from flexgen_jax.planning.block_sizes import block_sizes
 from flexgen_jax.planning.blocks import Block, Room, make_blocks, padded_length
 from flexgen_jax.planning.byte_sizes import device_memory
+from flexgen_jax.planning.capacities import capacity_for
 from flexgen_jax.planning.default_job import GEN_LEN, PROMPT_LEN
 from flexgen_jax.planning.lengths import Lengths
 from flexgen_jax.planning.stage_layout import place_stages, stage_starts
@@ -28,6 +29,7 @@ from scheduling.limits import Limits
 from scheduling.policy import Policy
 from scheduling.schedules import Schedule
 from scheduling.search import CHOICES, Blocks, Found, search
+from scheduling.sizes import BatchSizes
 from scheduling.workload import Workload
 from storage.disk import DiskContext
 from storage.memory import available_memory
@@ -146,7 +148,7 @@ class Model:
             counts = [times * (end - i) for i, end in zip(picked, ends, strict=True)]
             several = [made[i] for i in picked]
             if policy.refill:
-                workloads = self._standing(several, counts, policy, room, forecast)
+                workloads = self._standing(several, policy, room, forecast)
             else:
                 workloads = [forecast.ended(self.workload(block, policy)) for block in several]
             return list(zip(workloads, counts, strict=True))
@@ -156,34 +158,28 @@ class Model:
     def _standing(
         self,
         blocks: Sequence[Block],
-        counts: Sequence[float],
         policy: Policy,
         room: Room | None,
         forecast: _Forecast,
     ) -> list[Workload]:
-        """Of ``blocks``, as they are amid a job of so many like each, whose rows come and go.
+        """Of ``blocks``, as they are amid a job of many like each, whose rows come and go.
 
         Args:
             room: Of each row; None: the job is endless, and all of it like the one block.
         """
-        means = [forecast.mean(block.requests) for block in blocks]
-        passes = (
-            math.inf if room is None else sum(m * n for m, n in zip(means, counts, strict=True))
-        )
         room = room or Room.of(blocks[0].requests)
         found = []
-        for block, mean in zip(blocks, means, strict=True):
+        for block in blocks:
             rolling = Block(tuple(dataclasses.replace(b, room=room) for b in block.batches))
             workload = self.workload(rolling, policy)
             assert workload.sizes is not None
-            steps, alike = max(1, round(mean)), forecast.alike(block.requests)
+            steps = max(1, round(forecast.mean(block.requests)))
+            alike = forecast.alike(block.requests)
             batches = tuple(
                 dataclasses.replace(
                     batch,
                     num_steps=steps,
-                    standing=None
-                    if alike
-                    else round(_mean_filled(batch.prompt_len, batch.capacity, passes)),
+                    standing=None if alike else _standing(batch, forecast),
                 )
                 for batch in workload.sizes.batches
             )
@@ -217,26 +213,25 @@ class _Forecast:
             return workload
         assert workload.sizes is not None
         batches = tuple(
-            dataclasses.replace(batch, num_steps=self._steps(batch.rows, batch.num_steps))
+            dataclasses.replace(batch, num_steps=self.steps(batch.rows, batch.num_steps))
             for batch in workload.sizes.batches
         )
         rows = sum(batch.rows for batch in batches)
         return dataclasses.replace(
             workload,
-            num_steps=self._steps(rows, workload.num_steps),
+            num_steps=self.steps(rows, workload.num_steps),
             sizes=dataclasses.replace(workload.sizes, batches=batches),
         )
 
-    def _steps(self, count: int, limit: int) -> int:
+    def steps(self, count: int, limit: int) -> int:
+        """Of the longest of ``count`` requests that may take ``limit``."""
         return max(1, round(self._longest(count, limit)))
 
 
-def _mean_filled(begun: int, capacity: int, passes: float) -> float:
-    """Positions in a cache that grows by one with each of ``passes`` up to its capacity."""
-    growing = max(0, capacity - begun)
-    if passes <= growing:
-        return begun + passes / 2
-    return capacity - growing * growing / (2 * passes)
+def _standing(batch: BatchSizes, forecast: _Forecast) -> int:
+    """Positions in a cache whose oldest row is about as old as one of its rows gets."""
+    oldest = batch.prompt_len + forecast.steps(batch.rows, batch.num_steps)
+    return capacity_for(oldest, batch.capacity)
 
 
 def kind_of(job: Demand) -> object:

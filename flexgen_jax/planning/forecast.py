@@ -79,6 +79,7 @@ def forecast(
         device_batch_size=policy.device_batch_size,
         num_device_batches=policy.num_device_batches,
         refill=policy.refill,
+        most_positions=_most_positions(whole),
     )
     passes = [
         (run, step)
@@ -103,6 +104,11 @@ def forecast(
         passes=played.passes,
         ideal_passes=ideal_passes((life.num_tokens for life in lives), policy.block_size),
     )
+
+
+def _most_positions(whole: Workload) -> int:
+    assert whole.sizes is not None
+    return max(batch.capacity for batch in whole.sizes.batches)
 
 
 def _prompt_positions(run: Workload, step: int) -> int:
@@ -130,6 +136,7 @@ def _pass(run: Workload, step: int) -> Workload:
                 standing=batch.cached(step),
                 begun=((1, batch.positions(step)),) if batch.begins(step) else (),
                 joined=((1, rows, length),) if rows else (),
+                resized=(),
             )
         )
     cells = sizes.cache

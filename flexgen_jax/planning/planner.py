@@ -155,6 +155,7 @@ class Planner:
             device_batch_size=self.policy.device_batch_size,
             num_device_batches=self.policy.num_device_batches,
             most_passes=most_passes,
+            most_positions=block.room.positions,
         )
         # A block that began with few requests, or was gone on with, may have had more batches.
         most = max((len(batches) for batches in played.runs), default=0)
@@ -238,6 +239,7 @@ def run_of(batches: Sequence[BatchPlay], whole: Workload) -> Workload:
             num_steps=batch.num_steps,
             begun=tuple(batch.begun),
             joined=tuple(batch.joined),
+            resized=tuple(batch.resized),
         )
         for batch, of_batch in zip(batches, sizes.batches, strict=False)
     )

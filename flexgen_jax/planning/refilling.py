@@ -10,6 +10,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 from flexgen_jax.planning.blocks import padded_rows
+from flexgen_jax.planning.capacities import capacity_for, next_capacity
 
 MOST_LIVES = 20_000
 
@@ -77,24 +78,42 @@ class BatchPlay:
         cached: Positions in its cache as the run begins; None: it begins, with prompts of
             ``prompt_len``.
         num_steps: Of the run; the first is step 1 where it goes on.
-        begun, joined: As :class:`scheduling.sizes.BatchSizes` has them.
+        begun, joined, resized: As :class:`scheduling.sizes.BatchSizes` has them.
     """
 
     rows: list[int]  # new tokens that each is still to get; 0: nobody's
+    has: list[int]  # positions of each in the cache
+    most: int | None  # positions that there is room for; None: it keeps all that it has room for
     prompt_len: int = 0
     cached: int | None = None
     num_steps: int = 0
     begun: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     joined: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
+    resized: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     held: int = 0  # rows that are somebody's, as of its last step border
 
     def __post_init__(self) -> None:
         self.held = self.live
+        if self.most is not None:
+            fresh = self.cached is None
+            self.resized.append((0, capacity_for(max(self.has) + fresh, self.most)))
 
     @property
     def live(self) -> int:
         """Rows that are somebody's."""
         return sum(left > 0 for left in self.rows)
+
+    def keep(self, step: int, positions: int, *, fresh: bool) -> None:
+        """What ``step`` leaves has so many ``positions``."""
+        if self.most is None:
+            return
+        now = self.resized[-1][1]
+        if fresh:
+            capacity = capacity_for(positions + 1, self.most)
+        else:
+            capacity = next_capacity(now, positions, self.most)
+        if capacity != now:
+            self.resized.append((step + 1, capacity))
 
 
 @dataclasses.dataclass
@@ -125,6 +144,7 @@ def play(
     num_device_batches: int,
     refill: bool = True,
     most_passes: int | None = None,
+    most_positions: int = 1 << 30,
 ) -> Play:
     """What becomes of a block if its requests live so, in the order in which they come.
 
@@ -133,13 +153,15 @@ def play(
     Args:
         refill: False: blocks that follow one another, each a run of its own.
         most_passes: Nothing after these is played.
+        most_positions: That there is room for in a row.
     """
     found, size = Play(), device_batch_size * num_device_batches
+    most = most_positions if refill else None
     waiting = deque(lives)
     while waiting and (most_passes is None or found.passes < most_passes):
         begin = [waiting.popleft() for _ in range(min(size, len(waiting)))]
         batches = [
-            _begun(begin[i : i + device_batch_size], device_batch_size)
+            _begun(begin[i : i + device_batch_size], device_batch_size, most)
             for i in range(0, len(begin), device_batch_size)
         ]
         while batches:
@@ -150,10 +172,11 @@ def play(
     return found
 
 
-def _begun(lives: Sequence[Life], device_batch_size: int) -> BatchPlay:
+def _begun(lives: Sequence[Life], device_batch_size: int, most: int | None) -> BatchPlay:
     rows = padded_rows(len(lives), device_batch_size)
     left = [life.num_tokens for life in lives] + [0] * (rows - len(lives))
-    return BatchPlay(left, max(life.prompt_len for life in lives))
+    longest = max(life.prompt_len for life in lives)
+    return BatchPlay(left, [longest] * rows, most, longest)
 
 
 def _run(
@@ -192,23 +215,29 @@ def _fewer(there: list[BatchPlay], batches: list[BatchPlay]) -> bool:
 def _come(batch: BatchPlay, waiting: deque[Life], step: int) -> None:
     free = [place for place, left in enumerate(batch.rows) if not left]
     come = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
-    if not come:
-        return
-    longest = max(life.prompt_len for life in come)
-    if batch.live:
-        batch.joined.append((step, padded_rows(len(come), len(batch.rows)), longest))
-    else:
+    longest = max((life.prompt_len for life in come), default=0)
+    if not batch.live:
         batch.begun.append((step, longest))
+        batch.keep(step, longest, fresh=True)
+    else:
+        if come:
+            batch.joined.append((step, padded_rows(len(come), len(batch.rows)), longest))
+        has = [n + 1 for n, left in zip(batch.has, batch.rows, strict=True) if left]
+        batch.keep(step, max(longest, *has), fresh=False)
+    batch.has = [n + bool(left) for n, left in zip(batch.has, batch.rows, strict=True)]
     for place, life in zip(free, come, strict=False):
-        batch.rows[place] = life.num_tokens
+        batch.rows[place], batch.has[place] = life.num_tokens, life.prompt_len
     batch.held = batch.live
 
 
 def _together(batches: list[BatchPlay], size: int) -> list[BatchPlay]:
     rows = max(len(batch.rows) for batch in batches)
     cached = max((b.cached or b.prompt_len) + b.num_steps for b in batches)
-    left = [n for batch in batches for n in batch.rows if n]
-    return [
-        BatchPlay((left[i : i + rows] + [0] * rows)[:rows], cached=cached)
-        for i in range(0, len(left), rows)
-    ]
+    left = [(n, has) for b in batches for n, has in zip(b.rows, b.has, strict=True) if n]
+    found = []
+    for start in range(0, len(left), rows):
+        part = left[start : start + rows]
+        part += [(0, 0)] * (rows - len(part))
+        each, has = map(list, zip(*part, strict=True))
+        found.append(BatchPlay(each, has, batches[0].most, cached=cached))
+    return found
