@@ -119,13 +119,17 @@ class BatchSizes:
         return step in self._begun
 
     def cached(self, step: int) -> int:
-        """Positions in the cache when ``step`` begins; a ring keeps the last of them."""
+        """Positions in the cache that are read when ``step`` begins; a ring keeps the last ones."""
+        if self.resized and step not in self._begun:
+            return self.resized[bisect.bisect_right(self._since, step) - 1][1]
+        return self.appended(step)
+
+    def appended(self, step: int) -> int:
+        """Positions so far when ``step`` begins."""
         if step in self._begun:
             return 0
         if self.standing is not None:
             return self.standing
-        if self.resized:
-            return self.resized[bisect.bisect_right(self._since, step) - 1][1]
         if not self.begun:
             return self.prompt_len + int((step - 0.5) * self.stride)
         begun = max(s for s in self._begun if s < step)
@@ -231,17 +235,17 @@ class Sizes:
 
     def _on_disk(self, cell: CacheCell, batch: BatchSizes, step: int) -> tuple[int, int]:
         """Positions that storing what ``step`` has made reads and writes, if the cell is there."""
-        new, filled = cell.kept(batch.positions(step)), batch.cached(step)
+        new, filled = cell.kept(batch.positions(step)), batch.appended(step)
         later = cell.kept(batch.cached(step + 1)) if batch.resized else 0
         if batch.resized and batch.begins(step):
             return 0, later
         read = written = 0
         if batch.moves(step):
-            read, written = cell.kept(filled), later
+            read, written = cell.kept(batch.cached(step)), later
         come, length = batch.newcomers(step)
         if come:  # the chunks of all rows
             written += self._whole(cell.kept(length))
-        if (step and (batch.stride > 1 or batch.standing is not None)) or batch.resized:
+        if step and (batch.stride > 1 or batch.standing is not None):
             return read, written + new  # on average
         return read, written + self._whole(filled + new) - self._whole(filled)
 

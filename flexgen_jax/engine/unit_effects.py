@@ -125,12 +125,15 @@ class DecoderEffects(UnitEffects):
         if now.fresh:
             self._cells.drop(LoadCache(step, layer, number))
             padding = state.padding_on(stage.device)
-            ring = None
+            length, ring = now.column + 1, None
             if cell is not None and cell.room.ring:
-                ring = cell.capacity(now.capacity), now.column + 1
+                ring = cell.capacity(now.capacity), length
             hidden, new, marker = self._prefill(layer, padding, weights, hidden, ring=ring)
-            kept = Kept(_leaves(new), now.column + 1, now.capacity)
-            self._sum_values(cell, new, state.starts, np.int32(now.column + 1))
+            kept = Kept(_leaves(new), length, now.capacity)
+            if ring is None:
+                self._sum_values(cell, new, padding)
+            else:
+                self._sum_values(cell, new, state.starts, np.int32(length))
         else:
             assert cell is not None
             hidden, new, marker = self._decode(op, state, stage, weights, hidden, cell)

@@ -13,6 +13,7 @@ from scheduling.estimate import busiest, lanes, moving, one_after_the_other
 from scheduling.hardware import Hardware
 from scheduling.limits import Limits
 from scheduling.linear_program import CONTENTION
+from scheduling.sizes import BatchSizes
 from scheduling.workload import Workload
 
 # So many blocks' worth of requests, or of large blocks fewer: playing takes seconds at most.
@@ -86,8 +87,9 @@ def forecast(
         for run in (run_of(batches, whole) for batches in played.runs)
         for step in range(bool(run.done), run.num_steps)
     ]
-    # Those with many prompts are few, and take long: an even part of each kind is looked at.
-    passes.sort(key=lambda found: _prompt_positions(*found))
+    # Those with many prompts are few, and take long, and so do those that move the cache: an even
+    # part of each kind is looked at.
+    passes.sort(key=lambda found: (_positions_moved(*found), _prompt_positions(*found)))
     count = min(len(passes), _PRICED)
     picked = [passes[int((i + 0.5) * len(passes) / count)] for i in range(count)]
     priced = sum(
@@ -121,6 +123,12 @@ def _prompt_positions(run: Workload, step: int) -> int:
     return total
 
 
+def _positions_moved(run: Workload, step: int) -> int:
+    """To cells of another capacity."""
+    assert run.sizes is not None
+    return sum(b.rows * b.cached(step + 1) for b in run.sizes.batches if b.moves(step))
+
+
 def _pass(run: Workload, step: int) -> Workload:
     """One step of ``run``, as the only one after a prefill."""
     sizes = run.sizes
@@ -136,7 +144,7 @@ def _pass(run: Workload, step: int) -> Workload:
                 standing=batch.cached(step),
                 begun=((1, batch.positions(step)),) if batch.begins(step) else (),
                 joined=((1, rows, length),) if rows else (),
-                resized=(),
+                resized=_around(batch, step) if batch.resized else (),
             )
         )
     cells = sizes.cache
@@ -150,6 +158,13 @@ def _pass(run: Workload, step: int) -> Workload:
         done=(),
         sizes=dataclasses.replace(sizes, batches=tuple(batches), cache=cells),
     )
+
+
+def _around(batch: BatchSizes, step: int) -> tuple[tuple[int, int], ...]:
+    """The capacities before and after ``step``, as if it were step 1."""
+    before = batch.cached(step)
+    later = batch.cached(step + 1)
+    return ((0, before),) if before == later else ((0, before), (2, later))
 
 
 def _busiest(

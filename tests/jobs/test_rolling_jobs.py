@@ -210,15 +210,28 @@ def test_what_was_finished_after_the_checkpoint_is_not_run_again(
 def test_who_needs_more_room_comes_when_the_others_have_left(llm, tmp_path):
     lines = [{"prompt_token_ids": [5 + i % 40], "max_tokens": 3 + i % 5} for i in range(40)]
     lines[20] = {"prompt_token_ids": [6] * 20, "max_tokens": 40}
+    answers_are_those_alone(llm, lines, tmp_path)
+
+
+def answers_are_those_alone(llm, lines, tmp_path):
     source = tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
     run(llm, source, tmp_path / "out")
     records = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
-    assert [r["id"] for r in records] == list(range(1, 41))
+    assert [r["id"] for r in records] == list(range(1, len(lines) + 1))
     prompts = [line["prompt_token_ids"] for line in lines]
     params = [dataclasses.replace(PARAMS, max_tokens=line["max_tokens"]) for line in lines]
     alone = [llm.generate(*pair)[0].outputs[0] for pair in zip(prompts, params, strict=True)]
     assert [r["token_ids"] for r in records] == [list(a.token_ids) for a in alone]
+
+
+def test_a_long_prompt_comes_to_a_batch_that_has_only_begun(llm, tmp_path):
+    """Its positions lie before those of the others, however few they have so far."""
+    lines = [{"prompt_token_ids": [5 + i % 40], "max_tokens": 3 + i % 5} for i in range(WINDOW)]
+    lines[0] = {"prompt_token_ids": [6] * 60, "max_tokens": 2}
+    lines[5]["max_tokens"] = 20
+    lines += [{"prompt_token_ids": [7 + i] * 60, "max_tokens": 3} for i in range(WINDOW)]
+    answers_are_those_alone(llm, lines, tmp_path)
 
 
 def test_an_input_that_cannot_be_read_on_is_the_jobs_error(llm, source, tmp_path, monkeypatch):

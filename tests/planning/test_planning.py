@@ -53,6 +53,7 @@ def test_the_placement_is_what_a_run_places(tmp_path):
         weights=fg.Split(device=20, host=30, disk=50),
         cache=fg.Split(device=40, host=20, disk=40),
         hidden=fg.Split(device=50, host=50),
+        refill=False,
     )
     config = Path(__file__).parents[1] / "goldens" / "pre_norm" / "config.json"
     found = fg.plan(

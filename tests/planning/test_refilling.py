@@ -1,16 +1,20 @@
 """Playing a rolling block with lengths gives what the engine does with tokens."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 import flexgen_jax as fg
+from flexgen_jax.engine.block_cells import BlockCell
 from flexgen_jax.planning.blocks import padded_length
+from flexgen_jax.planning.capacities import capacity_for, next_capacity
 from flexgen_jax.planning.refilling import IdealRefill, Life, ideal_passes, play
 from tests.engine.test_refill import VARIANT, job
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
+DEMO = str(Path(fg.__file__).parent / "demo_model")
 EXPECTED = json.loads((GOLDENS / "expected.json").read_text())
 
 
@@ -77,3 +81,38 @@ def test_the_engine_does_what_was_played(shape, tmp_path):
     )
     first = sum(b.rows * b.prompt_len for b in runs[0].sizes.batches)
     assert joined + begun + first == report.padded_tokens
+
+
+def test_capacities_are_few_and_last():
+    assert [capacity_for(n, 1000) for n in (1, 32, 33, 65, 97, 129, 200, 257, 400, 999)] == [
+        *(32, 32, 64, 96, 128, 192, 256, 384, 512, 1000)
+    ]
+    assert next_capacity(64, 65, 1000) == 96
+    assert next_capacity(96, 60, 1000) == 96  # it would soon be too small
+    assert next_capacity(96, 30, 1000) == 64
+    assert next_capacity(96, 90, 80) == 80
+
+
+def test_cells_grow_and_shrink_as_was_played(tmp_path, monkeypatch):
+    """A long row among short ones; then short ones alone."""
+    ends = [3] * 30
+    ends[1] = 70
+    prompts = [[5 + i, 6] for i in range(len(ends))]
+    params = [fg.SamplingParams(max_tokens=n, temperature=0.0, ignore_eos=True) for n in ends]
+    seen = []
+    add = BlockCell.add
+
+    def adding(self, kept):
+        if kept.capacity is not None and self.name == "cache.layer_0.batch_0":
+            seen.append(kept.capacity)
+        add(self, kept)
+
+    monkeypatch.setattr(BlockCell, "add", adding)
+    policy = fg.Policy(device_batch_size=2, num_device_batches=1)
+    with fg.LLM(DEMO, policy=policy, offload_dir=str(tmp_path)) as llm:
+        found = llm.generate(prompts, params)
+        llm.policy = dataclasses.replace(policy, refill=False)
+        assert found == llm.generate(prompts, params)
+    lives = [Life(16, n) for n in sorted(ends, reverse=True)]
+    (run,) = play(lives, device_batch_size=2, num_device_batches=1).runs
+    assert [capacity for _, capacity in run[0].resized] == seen == [32, 64, 96, 64]
