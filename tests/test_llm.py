@@ -506,7 +506,7 @@ def test_prompts_come_in_several_forms(offload):
         ([1], {"max_tokens": 5000}, "max_tokens 5000"),
         ([1], {"stop_token_ids": [9999]}, "stop token id 9999"),
         ("text", {}, "no tokenizer"),
-        ({"text": "x"}, {}, "neither"),
+        ({"text": "x"}, {}, "unknown field 'text'"),
         ({"prompt": 3}, {}, "a text or a list of token ids, got 3"),
         ({"prompt_token_ids": ["a"]}, {}, "list of token ids"),
         (None, {}, "got None"),
