@@ -1,3 +1,3 @@
-from flexgen_jax.cli.app import main
+from flexgen_jax.cli.entry import main
 
-main(prog_name="flexgen-jax")
+main()

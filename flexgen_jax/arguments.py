@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 from typing import Any
 
@@ -50,3 +51,8 @@ def expect_names(name: str, value: Any) -> None:
     if isinstance(value, str):
         raise ValueError(f"{name} must be a list of names, got a text: give [{value!r}]")
     expect(name, value, (list, tuple, set, frozenset), "a list of names")
+
+
+def is_int(value: object) -> bool:
+    """NumPy's integers are some, too; True and False are not."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -205,7 +205,7 @@ class FlexGenLM(TemplateLM):
             prompts.append(self.tok_encode(context)[-(self.max_length - most) :])
             params.append(_sampling(fields, [u for u in until if u and u != eos], most))
             stops.append(until)
-        amount = sum(p.max_tokens for p in params)
+        amount = sum(p.max_tokens or 0 for p in params)
         with progress.count(amount, "generating", "tokens") as bar:
             outputs = self.llm.generate(prompts, params, progress=bar)
         texts = []

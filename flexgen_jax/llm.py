@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from flexgen_jax.arguments import PATHS, expect, expect_callable, expect_names
+import numpy as np
+
+from flexgen_jax.arguments import PATHS, expect, expect_callable, expect_names, is_int
 from flexgen_jax.distributed.process_runner import runner_of
 from flexgen_jax.engine.callbacks import Callbacks
 from flexgen_jax.engine.cells import WrapStore
@@ -26,6 +28,7 @@ from flexgen_jax.planning.lengths import Lengths
 from flexgen_jax.planning.planner import Planner, checked_slots, named_schedule
 from flexgen_jax.report import Report, Sum
 from flexgen_jax.requests.chat import Chat
+from flexgen_jax.requests.generation_config import default_params
 from flexgen_jax.requests.outputs import Gathered, RequestOutput
 from flexgen_jax.requests.pairs import check_on_error, failed_output, pairs, pairs_as_they_come
 from flexgen_jax.requests.prompts import OnError, Prompt, RequestError, made_of_each
@@ -63,7 +66,12 @@ class LLM:
             another it is an error); None: what the machine has. ``host_memory``: likewise.
         offload_dir: Where converted models are kept; None: ``~/.cache/flexgen-jax``.
         dtype: ``"float32"`` or ``"bfloat16"``: of weights, cache and activations.
-        seed: For requests that have none of their own.
+        seed: For sampled requests that have none of their own. The first call of ``generate`` (or
+            ``chat``, ``generate_iter``) draws from it, each later one from a fresh seed derived
+            from it, which ``report.seed`` names: an ``LLM`` with that one repeats the call.
+        generation_config: Where the sampling parameters of calls without any come from:
+            ``"auto"``, the model's ``generation_config.json``; a directory with such a file; or
+            ``"vllm"``, the defaults of ``SamplingParams``.
         disk: How the disk tier is read.
         say: Told in plain words what takes long (a conversion); None: the ``flexgen_jax`` logger.
         hardware: Of this machine, for ``"auto"`` and for predicting every run; None: what
@@ -101,6 +109,7 @@ class LLM:
         offload_dir: str | None = None,
         dtype: str = "float32",
         seed: int = 0,
+        generation_config: str = "auto",
         disk: DiskContext | None = None,
         say: Callable[[str], None] | None = None,
         hardware: Hardware | None = None,
@@ -133,7 +142,8 @@ class LLM:
                 "lengths are for policy 'auto', which chooses by them; leave them out, or give "
                 "them to plan(), which predicts any policy"
             )
-        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        expect("generation_config", generation_config, PATHS, "'auto', 'vllm' or a directory")
+        if not is_int(seed) or seed < 0:
             raise ValueError(f"seed must be an integer of at least 0, got {seed!r}")
         asked = Asked(
             dtype=dtype,
@@ -147,13 +157,14 @@ class LLM:
             say=say or _log,
             lengths=None if lengths is None else Lengths.of(lengths),
         )
-        self.seed = seed
+        self.seed, self._calls = int(seed), 0
         self.report: Report | None = None
         self.runner = runner or runner_of(
-            base.num_stages, seed=seed, scratch=asked.scratch, disk=disk, wrap_store=wrap_store
+            base.num_stages, seed=self.seed, scratch=asked.scratch, disk=disk, wrap_store=wrap_store
         )
         self._placed = PlacedModel(self.runner, str(model), base, auto, asked)
         self.config = self.runner.model.config
+        self._defaults = default_params(generation_config, self.store)
 
     @property
     def store(self) -> Path:
@@ -164,6 +175,14 @@ class LLM:
     def tokenizer(self) -> Tokenizer | None:
         """None: the model has no files of one."""
         return self._placed.tokenizer
+
+    def get_tokenizer(self) -> Tokenizer | None:
+        """:attr:`tokenizer`, under vLLM's name."""
+        return self.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Those of calls without any: of the model's ``generation_config.json``."""
+        return self._defaults
 
     @property
     def hardware(self) -> Hardware:
@@ -246,7 +265,8 @@ class LLM:
         What ``progress``, ``on_block`` or ``on_logits`` raise ends the run, and is raised.
         """
         check_on_error(on_error)
-        each = pairs(prompts, sampling_params)
+        each = pairs(prompts, self._defaults if sampling_params is None else sampling_params)
+        seed = self._next_seed()
         failed: dict[int, RequestOutput] = {}
 
         def made(index: int, pair: tuple[Prompt, SamplingParams]) -> Request | None:
@@ -258,8 +278,10 @@ class LLM:
                 failed[index] = failed_output(index, pair[0], error)
                 return None
 
-        requests = [request for request in made_of_each(each, made) if request is not None]
+        requests = [_seeded(r, seed) for r in made_of_each(each, made) if r is not None]
         outputs = self.run(requests, progress=progress, on_block=on_block, on_logits=on_logits)
+        assert self.report is not None
+        self.report = dataclasses.replace(self.report, seed=seed)
         if on_error == "raise":
             return answered(outputs)
         ran = iter(outputs)
@@ -342,8 +364,25 @@ class LLM:
             raise ValueError(f"window must be an integer of at least 1, got {window!r}")
         check_on_error(on_error)
         expect_callable("progress", progress)
-        each = pairs_as_they_come(prompts, sampling_params)
-        return generate_iter(self, each, window=window, progress=progress, on_error=on_error)
+        each = pairs_as_they_come(
+            prompts, self._defaults if sampling_params is None else sampling_params
+        )
+        return generate_iter(
+            self,
+            each,
+            window=window,
+            progress=progress,
+            on_error=on_error,
+            seed=self._next_seed(),
+        )
+
+    def _next_seed(self) -> int:
+        """Of a call: the first one's is the ``LLM``'s own."""
+        number, self._calls = self._calls, self._calls + 1
+        if number == 0:
+            return self.seed
+        words = np.random.SeedSequence(self.seed, spawn_key=(number,)).generate_state(1, np.uint64)
+        return int(words[0]) >> 1
 
     def request(
         self, index: int, prompt: Prompt | Chat, params: SamplingParams, *, scoring: bool = False
@@ -508,6 +547,10 @@ class LLM:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.runner.close(error)
+
+
+def _seeded(request: Request, seed: int) -> Request:
+    return dataclasses.replace(request, seed=seed)
 
 
 def _log(message: str) -> None:

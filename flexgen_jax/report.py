@@ -41,6 +41,7 @@ class Report:
             with the reading and writing between them.
         prompt_tokens: Tokens of the prompts, as given.
         failed: Of the requests, those that have an error for an answer.
+        seed: What requests without one of their own were sampled by; None: nothing says.
         padded_tokens: Positions that prefill computed, padding and empty rows included.
         generated_tokens: New tokens of all requests. ``limit_tokens``: those that their
             ``max_tokens`` allow.
@@ -93,6 +94,7 @@ class Report:
     why: str | None = None
     compile_seconds: float = 0.0
     failed: int = 0
+    seed: int | None = None
 
     @functools.cached_property
     def lower_bound_seconds(self) -> float:
@@ -136,7 +138,7 @@ class Report:
             requests=len(finished.requests),
             prompt_tokens=sum(len(r.token_ids) for r in finished.requests),
             generated_tokens=finished.generated_tokens,
-            limit_tokens=sum(r.params.max_tokens for r in finished.requests),
+            limit_tokens=sum(r.max_tokens for r in finished.requests),
             peak_bytes=finished.peak_bytes,
             **finished.counts,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +26,7 @@ def generate_iter(
     window: int | None,
     progress: Callable[[int], None] | None,
     on_error: OnError,
+    seed: int,
 ) -> Iterator[RequestOutput]:
     """See :meth:`LLM.generate_iter`."""
     total: Sum | None = None
@@ -46,7 +48,7 @@ def generate_iter(
                 wrong = RequestError(f"prompt {index}: {error}")
                 break
             try:
-                requests.append(llm.request(index, prompt, params))
+                requests.append(dataclasses.replace(llm.request(index, prompt, params), seed=seed))
             except RequestError as error:
                 if on_error == "raise":
                     wrong = RequestError(f"prompt {index}: {error}")
@@ -66,7 +68,7 @@ def generate_iter(
             found.update(finished)  # noqa: B023
 
         llm.run_blocks(llm.planner.blocks(requests), keep, progress=progress)
-        llm.report = total.total()
+        llm.report = dataclasses.replace(total.total(), seed=seed)
         for number in range(first, index):
             output = found.pop(number)
             yield from answered([output]) if on_error == "raise" else [output]

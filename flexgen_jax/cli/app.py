@@ -18,7 +18,7 @@ from flexgen_jax.cli import plan_commands as cli_plan
 from flexgen_jax.cli import score_commands as cli_scores
 from flexgen_jax.cli import verify_command as cli_verify
 from flexgen_jax.cli.chat_options import chat_options, read_chatting
-from flexgen_jax.cli.failures import Failure, plain_errors, say, silent
+from flexgen_jax.cli.failures import Failure, interrupted, plain_errors, say, silent
 from flexgen_jax.cli.job_commands import (
     JobFiles,
     checkpoint_option,
@@ -40,7 +40,20 @@ if TYPE_CHECKING:
     from flexgen_jax.planning.blocks import Block
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class _Commands(click.Group):
+    """Whatever a command is doing when it is interrupted."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise interrupted(error) from None
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(__version__, prog_name="flexgen-jax")
 @click.option(
     "--log-level",

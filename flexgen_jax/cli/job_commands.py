@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from flexgen_jax.cli import interrupts
 from flexgen_jax.cli.failures import Failure, interrupted, say, silent
 
 if TYPE_CHECKING:
@@ -160,6 +161,7 @@ class JobFiles:
             output = self.output_path or (self._scratch or Path()) / "out.jsonl"
             opened = results(output, restart=self._restart, force=self._force)
             self.results: Results = stack.enter_context(opened)
+            interrupts.on_end(lambda: opened.__exit__(None, None, None))
             if self._checkpoint_seconds is not None and self.results.snapshots is not None:
                 check_place(self.results.snapshots)
             if self._source is not None:
@@ -257,11 +259,12 @@ class JobFiles:
             def on_window(window: OpenWindow, blocks: list[Block], left: list[int]) -> None:
                 if expected.windows == 0:
                     self._tell(describe(window, blocks, source.share_read == 1))
-                amount = sum(r.params.max_tokens for k in left for r in blocks[k].requests)
+                amount = sum(r.max_tokens for k in left for r in blocks[k].requests)
                 expected.add(amount, window.last_line)
 
             try:
-                return job.run(progress=expected.advance, on_window=on_window)
+                with interrupts.orderly():
+                    return job.run(progress=expected.advance, on_window=on_window)
             except KeyboardInterrupt as error:
                 raise interrupted(error, self._kept()) from None
             except (ExecutionError, JobError, ProcessError, StorageError) as error:

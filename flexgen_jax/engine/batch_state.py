@@ -251,9 +251,7 @@ class BatchState:
 
     def _is_last(self) -> bool:
         return all(
-            len(row.token_ids) + 1 >= row.request.params.max_tokens
-            for row in self.rows
-            if row is not None
+            len(row.token_ids) + 1 >= row.request.max_tokens for row in self.rows if row is not None
         )
 
     @property
@@ -280,7 +278,7 @@ class BatchState:
     def most_left(self) -> int:
         """Steps that its longest row may still take."""
         return max(
-            (r.request.params.max_tokens - len(r.token_ids) for r in self.rows if r is not None),
+            (r.request.max_tokens - len(r.token_ids) for r in self.rows if r is not None),
             default=0,
         )
 

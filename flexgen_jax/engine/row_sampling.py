@@ -82,7 +82,8 @@ class RowSampling:
 
     def _seed_of(self, row: Generated) -> np.ndarray:
         request = row.request
-        return seed_words(request.params, (self._seed, request.index), request.sample)
+        seed = self._seed if request.seed is None else request.seed
+        return seed_words(request.params, (seed, request.index), request.sample)
 
     def history(self, rows: Rows) -> History | None:
         """What was generated, for sampling; None where no request asked for it so far."""

@@ -290,7 +290,8 @@ class Job:
                     while (window := self._open.next()) is not None:
                         self._run_window(window, progress, on_window)
         results.finish()
-        self._llm.report = report = self._total.total()
+        report = dataclasses.replace(self._total.total(), seed=self._llm.seed)
+        self._llm.report = report
         position, failed = results.position, report.failed
         messages = (*position.messages, *self._failures)[:MESSAGES]
         return JobReport(position.requests - failed, position.errors + failed, messages, report)

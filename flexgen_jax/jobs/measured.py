@@ -38,7 +38,7 @@ def prompts(where: Path, llm: LLM, prompt_len: int, params: SamplingParams) -> P
         RequestError: so many tokens do not fit the model.
     """
     # One block of the policy for as many such prompts as there is room for.
-    llm.policy = llm.choose_policy(Uniform(prompt_len, params.max_tokens))
+    llm.policy = llm.choose_policy(Uniform(prompt_len, params.max_tokens or 1))
     vocab, path = llm.config.vocab_size, where / "prompts.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for row in range(llm.policy.block_size):

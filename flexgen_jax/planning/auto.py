@@ -198,11 +198,11 @@ class _Forecast:
 
     def mean(self, requests: Sequence[Request]) -> float:
         """New tokens of one of them, on average."""
-        return math.fsum(self._expected(r.params.max_tokens) for r in requests) / len(requests)
+        return math.fsum(self._expected(r.max_tokens) for r in requests) / len(requests)
 
     def alike(self, requests: Sequence[Request]) -> bool:
         """Whether rows that begin together end together."""
-        limits = {r.params.max_tokens for r in requests}
+        limits = {r.max_tokens for r in requests}
         if self._lengths is None or self._lengths.sample[0] >= max(limits):
             return len(limits) == 1
         return self._lengths.alike
@@ -239,7 +239,7 @@ def kind_of(job: Demand) -> object:
     if isinstance(job, Uniform) or not job:
         return job if isinstance(job, Uniform) else ()
     longest = padded_length(max(len(r.token_ids) for r in job))
-    most = max(r.params.max_tokens for r in job)
+    most = max(r.max_tokens for r in job)
     return _rows(job).bit_length(), longest, most.bit_length()
 
 

@@ -41,7 +41,7 @@ class Room:
     def of(cls, requests: Iterable[Request]) -> Room:
         """For any of ``requests``, of which there is one at least."""
         prompt_len = num_steps = need = 0
-        for length, steps in {(len(r.token_ids), r.params.max_tokens) for r in requests}:
+        for length, steps in {(len(r.token_ids), r.max_tokens) for r in requests}:
             prompt_len = max(prompt_len, padded_length(length))
             num_steps = max(num_steps, steps)
             need = max(need, _need(padded_length(length), steps))
@@ -53,7 +53,7 @@ class Room:
 
     def fits(self, request: Request) -> bool:
         """Whether ``request`` may come."""
-        length, steps = padded_length(len(request.token_ids)), request.params.max_tokens
+        length, steps = padded_length(len(request.token_ids)), request.max_tokens
         return (
             length <= self.prompt_len
             and steps <= self.num_steps
@@ -84,7 +84,7 @@ class Batch:
         """The most new tokens of a row."""
         if self.room is not None:
             return self.room.num_steps
-        return max(r.params.max_tokens for r in self.requests)
+        return max(r.max_tokens for r in self.requests)
 
     @cached_property
     def cache_len(self) -> int:
@@ -201,7 +201,7 @@ def rolling_block(
 
 def long_first(requests: Iterable[Request]) -> list[Request]:
     """In the order in which they are run."""
-    return sorted(requests, key=lambda r: (-len(r.token_ids), -r.params.max_tokens, r.index))
+    return sorted(requests, key=lambda r: (-len(r.token_ids), -r.max_tokens, r.index))
 
 
 def _batches(

@@ -147,9 +147,7 @@ class Planner:
         if block.room is None:
             return [self.workload(block)]
         if not lives:
-            lives = [
-                Life(padded_length(len(r.token_ids)), r.params.max_tokens) for r in block.requests
-            ]
+            lives = [Life(padded_length(len(r.token_ids)), r.max_tokens) for r in block.requests]
         played = play(
             lives,
             device_batch_size=self.policy.device_batch_size,

@@ -44,7 +44,7 @@ class Generated:
             )
         if self.stop_string is not None:
             self.finish_reason = "stop"
-        elif len(self.token_ids) >= self.request.params.max_tokens:
+        elif len(self.token_ids) >= self.request.max_tokens:
             self.finish_reason = "length"
 
     def fail(self, why: str) -> None:

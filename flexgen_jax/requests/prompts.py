@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
-from flexgen_jax.arguments import shown
+from flexgen_jax.arguments import is_int, shown
 
 T = TypeVar("T")
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -42,7 +41,7 @@ def each_of(prompts: Any) -> Iterator[Any]:
             "prompts must be a text, a list of token ids, a dict with one of them, or several of "
             f"these{ordered}; got {shown(prompts)} ({type(prompts).__name__})"
         )
-    if isinstance(prompts, (list, tuple)) and prompts and all(map(_is_int, prompts)):
+    if isinstance(prompts, (list, tuple)) and prompts and all(map(is_int, prompts)):
         return iter([prompts])
     return iter(prompts)
 
@@ -95,11 +94,6 @@ def _token_ids(value: object) -> list[int]:
         value = value.tolist()  # NumPy's and JAX's arrays
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         ids = list(value)
-        if all(map(_is_int, ids)):
+        if all(map(is_int, ids)):
             return list(map(int, ids))
     raise RequestError(f"expected a text or a list of token ids, got {shown(value)}")
-
-
-def _is_int(value: object) -> bool:
-    """NumPy's integers are some, too."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -21,6 +21,7 @@ class Request:
             through the cache as generating does.
         bad_words: Token sequences that are never generated.
         sample: Which of the ``n`` completions of its prompt.
+        seed: Where ``params`` have none, of the call that it is part of; None: the runner's.
     """
 
     index: int
@@ -31,6 +32,13 @@ class Request:
     forced: tuple[int, ...] | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()
     sample: int = 0
+    seed: int | None = None
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens to generate."""
+        assert self.params.max_tokens is not None  # a request has passed every check
+        return self.params.max_tokens
 
     @property
     def key(self) -> tuple[int, int]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
+from flexgen_jax.arguments import is_int
 from flexgen_jax.requests.structured_outputs import StructuredOutputsParams, without_aliases
 
 MAX_LOGPROBS = 20
@@ -14,6 +16,15 @@ MAX_SAMPLES = 1024
 # Beyond these nothing changes any more, and numbers overflow.
 MAX_TEMPERATURE = 1e6
 MAX_TOP_K = 2**31 - 1
+
+
+_SWITCHES = ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output", "detokenize")
+# What NumPy's numbers become, which JSON does not know.
+_INTEGERS = ("top_k", "seed", "max_tokens", "min_tokens", "logprobs", "n", "prompt_logprobs")
+_NUMBERS = (
+    *("temperature", "top_p", "min_p"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,8 +36,8 @@ class SamplingParams:
         top_k: Draw among the k likeliest tokens; 0 or -1: all.
         top_p: Draw among the likeliest tokens that together reach this probability, in (0, 1].
         min_p: Leave out tokens less likely than this share of the likeliest one's, in [0, 1].
-        seed: Of this request's random stream; None: derived from the ``LLM``'s seed and the
-            request's place in the input.
+        seed: Of this request's random stream; None: derived from the seed of the call (see
+            ``LLM``) and the request's place in the input.
         stop_token_ids: Token ids that end the request, beside the model's end-of-text token. The
             token that ends a request is the last of ``token_ids`` and is not part of ``text``.
         stop: Texts that end the request, also where they come across several tokens; ``text`` ends
@@ -43,9 +54,14 @@ class SamplingParams:
         structured_outputs: The form of the answer, or a mapping with its fields: only tokens that
             fit it are chosen, and it ends when it is complete. Needs a tokenizer.
         ignore_eos: Go on after the model's end-of-text token.
-        max_tokens: Most tokens to generate, at least 1.
+        max_tokens: Most tokens to generate, at least 1; None: as many as the model has positions
+            for.
         min_tokens: Tokens to generate before a stop token may be chosen, and before a stop string
             counts: one that is complete by then neither ends the request nor cuts its text.
+        skip_special_tokens: Leave special tokens out of ``text``.
+        include_stop_str_in_output: ``text`` ends with the stop string that ended it, or with the
+            text of the token.
+        detokenize: Make a ``text`` of the tokens; False: it stays empty.
         n: How many completions of the prompt, each drawn by itself; above 1 only with a
             ``temperature`` above 0. The first is what ``n=1`` gives.
         logprobs: Return the log-probabilities of the chosen and this many likeliest tokens.
@@ -64,7 +80,7 @@ class SamplingParams:
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
-    max_tokens: int = 16
+    max_tokens: int | None = 16
     min_tokens: int = 0
     logprobs: int | None = None
     n: int = 1
@@ -76,6 +92,9 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict, hash=False)
     bad_words: tuple[str, ...] = ()
     structured_outputs: StructuredOutputsParams | None = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    detokenize: bool = True
     max_new_tokens: dataclasses.InitVar[int | None] = None
     do_sample: dataclasses.InitVar[bool | None] = None
 
@@ -94,7 +113,11 @@ class SamplingParams:
             elif self.temperature == 0:
                 raise ValueError("do_sample=True contradicts temperature=0 (greedy)")
         self._check_ranges()
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        for name in _INTEGERS + _NUMBERS:
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, (int, float)):
+                object.__setattr__(self, name, (int if name in _INTEGERS else float)(value))
+        object.__setattr__(self, "stop_token_ids", tuple(map(int, self.stop_token_ids or ())))
         object.__setattr__(self, "stop", _texts("stop", self.stop))
         object.__setattr__(self, "bad_words", _texts("bad_words", self.bad_words))
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
@@ -109,7 +132,7 @@ class SamplingParams:
             self.temperature,
         )
         _require(
-            _is_int(self.top_k) and -1 <= self.top_k <= MAX_TOP_K,
+            is_int(self.top_k) and -1 <= self.top_k <= MAX_TOP_K,
             "top_k",
             f"an integer from -1 to {MAX_TOP_K}",
             self.top_k,
@@ -121,7 +144,7 @@ class SamplingParams:
             number(self.min_p) and 0 <= self.min_p <= 1, "min_p", "a number in [0, 1]", self.min_p
         )
         _require(
-            _is_int(self.n) and 1 <= self.n <= MAX_SAMPLES,
+            is_int(self.n) and 1 <= self.n <= MAX_SAMPLES,
             "n",
             f"an integer from 1 to {MAX_SAMPLES}",
             self.n,
@@ -131,24 +154,30 @@ class SamplingParams:
                 f"n={self.n} completions of greedy decoding are all the same; give a temperature "
                 "above 0, or n=1"
             )
-        _require(self.seed is None or _is_int(self.seed), "seed", "an integer or null", self.seed)
-        _require(isinstance(self.ignore_eos, bool), "ignore_eos", "true or false", self.ignore_eos)
+        _require(self.seed is None or is_int(self.seed), "seed", "an integer or null", self.seed)
+        for name in _SWITCHES:
+            value = getattr(self, name)
+            _require(isinstance(value, bool), name, "true or false", value)
+        if self.stop and not self.detokenize:
+            raise ValueError("stop needs the text: give detokenize=True, or stop_token_ids")
+        most = self.max_tokens
         _require(
-            _is_int(self.max_tokens) and self.max_tokens >= 1,
+            most is None or (is_int(most) and most >= 1),
             "max_tokens",
             "an integer of at least 1",
-            self.max_tokens,
+            most,
         )
         _require(
-            _is_int(self.min_tokens) and 0 <= self.min_tokens <= self.max_tokens,
+            is_int(self.min_tokens)
+            and 0 <= self.min_tokens <= (MAX_TOP_K if most is None else most),
             "min_tokens",
-            f"an integer from 0 to max_tokens ({self.max_tokens})",
+            f"an integer from 0 to max_tokens ({most})",
             self.min_tokens,
         )
         ids = self.stop_token_ids
         _require(
             ids is None
-            or (isinstance(ids, (list, tuple)) and all(_is_int(i) and i >= 0 for i in ids)),
+            or (isinstance(ids, (list, tuple)) and all(is_int(i) and i >= 0 for i in ids)),
             "stop_token_ids",
             "a list of token ids",
             ids,
@@ -166,7 +195,7 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(self, name)
             _require(
-                count is None or (_is_int(count) and 0 <= count <= MAX_LOGPROBS),
+                count is None or (is_int(count) and 0 <= count <= MAX_LOGPROBS),
                 name,
                 f"null or an integer from 0 to {MAX_LOGPROBS}",
                 count,
@@ -229,19 +258,15 @@ def _biases(value: Any) -> dict[int, float]:
     found = {}
     for key, bias in (value or {}).items():
         token = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key
-        fits = _is_int(token) and token >= 0 and _is_number(bias) and -100 <= bias <= 100
+        fits = is_int(token) and token >= 0 and _is_number(bias) and -100 <= bias <= 100
         _require(fits, "logit_bias", expected, value)
         found[int(token)] = float(bias)
     _require(len(found) <= MAX_BIASES, "logit_bias", expected, value)
     return found
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _require(condition: bool, name: str, expected: str, value: object) -> None:

@@ -45,11 +45,17 @@ def stopped_by(
     return whole[1] if whole else None
 
 
-def up_to(stop: str, tokens: Sequence[int], decode: Decode, min_tokens: int = 0) -> str:
-    """The text of ``tokens`` before ``stop``, by which :func:`stopped_by` has found it to end."""
+def up_to(
+    stop: str, tokens: Sequence[int], decode: Decode, min_tokens: int = 0, *, include: bool = False
+) -> str:
+    """The text of ``tokens`` before ``stop``, by which :func:`stopped_by` has found it to end.
+
+    Args:
+        include: The text ends with ``stop``.
+    """
     text = decode(tokens)
     found = first_stop(text, [stop], _early(tokens, min_tokens, decode))
-    return text if found is None else text[: found[0]]
+    return text if found is None else text[: found[0] + (len(stop) if include else 0)]
 
 
 def _early(tokens: Sequence[int], min_tokens: int, decode: Decode) -> int:

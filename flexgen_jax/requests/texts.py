@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -56,7 +57,14 @@ def make_request(
     _check_vocabulary("stop token id", params.stop_token_ids, config)
     _check_vocabulary("logit_bias token id", params.logit_bias, config)
     room = family_of(config).room(config, len(ids))
-    if len(ids) + (0 if scoring else params.max_tokens) > room:
+    if params.max_tokens is None:
+        if len(ids) + max(1, params.min_tokens) > room:
+            raise RequestError(
+                f"too long: {len(ids)} prompt tokens leave no room for "
+                f"{max(1, params.min_tokens)} new ones in the model's {room} positions"
+            )
+        params = dataclasses.replace(params, max_tokens=room - len(ids))
+    if len(ids) + (0 if scoring else params.max_tokens or 0) > room:
         raise RequestError(
             f"too long: {len(ids)} prompt tokens and max_tokens {params.max_tokens} "
             f"exceed the model's {room} positions"
@@ -139,10 +147,8 @@ def output_of(generated: Generated, tokenizer: Tokenizer | None) -> RequestOutpu
     text, logprobs, cumulative = "", None, None
     stop = generated.stop_string
     by_token = generated.finish_reason == "stop" and stop is None
-    if stop is not None and tokenizer is not None:
-        text = up_to(stop, ids, tokenizer.decode, request.params.min_tokens)
-    elif tokenizer is not None:
-        text = tokenizer.decode(ids[:-1] if by_token else ids)
+    if tokenizer is not None and request.params.detokenize:
+        text = _text(generated, tokenizer, by_token=by_token)
     if request.params.logprobs is not None:
         logprobs = _decoded(generated.logprobs, tokenizer)
         cumulative = sum(entry[token].logprob for entry, token in zip(logprobs, ids, strict=True))
@@ -162,6 +168,18 @@ def output_of(generated: Generated, tokenizer: Tokenizer | None) -> RequestOutpu
     return RequestOutput(
         str(request.index), request.prompt, request.token_ids, (completion,), scored
     )
+
+
+def _text(generated: Generated, tokenizer: Tokenizer, *, by_token: bool) -> str:
+    ids, params = generated.token_ids, generated.request.params
+    include = params.include_stop_str_in_output
+
+    def decode(tokens: Sequence[int]) -> str:
+        return tokenizer.decode(tokens, skip_special_tokens=params.skip_special_tokens)
+
+    if generated.stop_string is not None:
+        return up_to(generated.stop_string, ids, decode, params.min_tokens, include=include)
+    return decode(ids[:-1] if by_token and not include else ids)
 
 
 def _decoded(

@@ -59,9 +59,9 @@ class Tokenizer:
             self._guidance[key] = Guidance(self._backend, *key)
         return self._guidance[key]
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of ``token_ids`` without special tokens."""
-        return self._backend.decode(list(token_ids), skip_special_tokens=True)
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of ``token_ids``."""
+        return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
     def token_id(self, token: str) -> int | None:
         """The id of a token as the tokenizer's files write it; None: it has none such."""

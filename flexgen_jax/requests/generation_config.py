@@ -1,0 +1,43 @@
+"""Sampling defaults that a model's publishers suggest, in its ``generation_config.json``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from flexgen_jax.requests.sampling_params import SamplingParams
+from storage.json_text import read_json
+
+# As vLLM takes them.
+_FIELDS = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p", "max_new_tokens")
+_NAME = "generation_config.json"
+
+
+def default_params(generation_config: str | os.PathLike[str], model: Path) -> SamplingParams:
+    """What calls without sampling parameters get.
+
+    Args:
+        generation_config: ``"auto"``: of the file of ``model``, if there is one; ``"vllm"``: the
+            defaults of :class:`SamplingParams`; or a directory that has such a file.
+
+    Raises:
+        ValueError: there is no such file, or it has a value that cannot be; the message names it.
+    """
+    if generation_config == "vllm":
+        return SamplingParams()
+    auto = generation_config == "auto"
+    path = (model if auto else Path(generation_config)) / _NAME
+    if auto and not path.is_file():
+        return SamplingParams()
+    try:
+        values = read_json(path)
+        if not isinstance(values, dict):
+            raise ValueError("it is no JSON object")
+        given = {name: values[name] for name in _FIELDS if values.get(name) is not None}
+        return SamplingParams(**given)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"cannot take sampling defaults from {path}: {why}; give generation_config='vllm' to "
+            "do without"
+        ) from error
