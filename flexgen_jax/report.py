@@ -18,6 +18,7 @@ from scheduling.timeline import Timeline, compare
 
 # Of a long job's timeline so much is kept: about 20 MB, and simulated in seconds.
 MAX_SPANS = 100_000
+SHORTEST = 1.0  # seconds of work that can be held against a prediction
 _NOT_PLAIN = (
     "policy",
     "placement",
@@ -63,7 +64,8 @@ class Report:
         why: Of the policy, where it was searched for.
         predict: Simulates what ``timeline`` has; see :attr:`predicted`.
         observe: Gives :attr:`observations`. ``lower_bound``: :attr:`lower_bound_seconds`.
-        compile_seconds: Of ``seconds``, spent on compiling programs.
+        compile_seconds: Of ``seconds``, spent on compiling programs, by all threads together.
+        timeline_compile_seconds: Likewise, of the time that ``timeline`` covers.
     """
 
     policy: Policy
@@ -93,6 +95,7 @@ class Report:
     lower_bound: Callable[[], float] = dataclasses.field(repr=False)
     why: str | None = None
     compile_seconds: float = 0.0
+    timeline_compile_seconds: float = 0.0
     failed: int = 0
     seed: int | None = None
 
@@ -156,6 +159,7 @@ class Report:
         return dataclasses.replace(
             report,
             timeline=timeline,
+            timeline_compile_seconds=report.compile_seconds,
             predict=functools.partial(planner.predict, block, finished.lives, finished.passes),
             observe=functools.partial(planner.observe, block, timeline, finished.lives),
             lower_bound=functools.partial(
@@ -193,15 +197,29 @@ class Report:
     def beside_prediction(self) -> str:
         """One line: predicted and measured, and how near the bound of any schedule it came."""
         predicted, measured = self.predicted.seconds, self.timeline.seconds
-        compiling = self.compile_seconds
+        compiling = measured - self.working_seconds
         text = f"predicted {predicted:.1f} s, measured {measured:.1f} s"
         if compiling > 0.01 * measured:
             text += f", {compiling:.1f} s of it compiling"
-        ratio = max(measured - compiling, 0.0) / predicted
+        ratio = self.measured_over_predicted
+        if ratio is None:
+            return f"{text}: too short to compare ({self.hardware})"
         return (
             f"{text}: ratio {ratio:.2f}; no schedule takes less than "
             f"{self.lower_bound_seconds:.1f} s ({self.hardware})"
         )
+
+    @property
+    def working_seconds(self) -> float:
+        """Of the timeline, without compiling, which several threads may do at once."""
+        return max(self.timeline.seconds - self.timeline_compile_seconds, 0.0)
+
+    @property
+    def measured_over_predicted(self) -> float | None:
+        """Compiling aside; None: so short, or so much of it compiling, that it says nothing."""
+        work, predicted = self.working_seconds, self.predicted.seconds
+        enough = work >= max(SHORTEST, 0.1 * self.timeline.seconds) and predicted >= 0.1 * SHORTEST
+        return work / predicted if enough else None
 
     def to_json(self) -> dict[str, Any]:
         """All figures but the spans, which ``Timeline.to_json`` and a trace give."""
@@ -224,8 +242,10 @@ class Report:
             "stages": self.timeline.stage_table(),
             "predicted": compare(self.predicted, self.timeline),
             "lower_bound_seconds": self.lower_bound_seconds,
-            "achieved_over_bound": self.timeline.seconds / self.lower_bound_seconds
-            if self.lower_bound_seconds
+            "working_seconds": self.working_seconds,
+            "measured_over_predicted": self.measured_over_predicted,
+            "achieved_over_bound": self.working_seconds / self.lower_bound_seconds
+            if self.lower_bound_seconds and self.measured_over_predicted is not None
             else None,
             "observations": [row.to_json() for row in self.observations],
         }
@@ -277,6 +297,7 @@ class Sum:
         self._kept: list[tuple[float, Report]] = []  # with the time that each began
         self._offset = self._begun = 0.0  # of all, and of those before the block on its way
         self._spans, self._max_spans = 0, max_spans
+        self._compiling = 0.0  # of what is kept: of this process
 
     @classmethod
     def of(cls, planner: Planner) -> Self:
@@ -313,6 +334,7 @@ class Sum:
         if self._spans > self._max_spans:
             return
         self._offset += report.seconds
+        self._compiling += report.compile_seconds
         if report.timeline.spans:
             self._spans += len(report.timeline.spans)
             self._kept.append((self._begun, report))
@@ -328,6 +350,7 @@ class Sum:
             placement=self._largest,
             moved=dict(self._moved),
             peak_bytes=dict(self._peak),
+            timeline_compile_seconds=self._compiling,
             timeline=Timeline.concatenate(
                 ((begun, report.timeline) for begun, report in kept), label="measured"
             ),

@@ -11,6 +11,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 # No test may touch the user's own cache of converted models.
+os.environ["FLEXGEN_JAX_PROGRAMS"] = "off"  # nor keep programs from one test to another
 os.environ["FLEXGEN_JAX_CACHE"] = "/nonexistent/flexgen-jax-tests-must-pass-offload-dir"
 
 # Two runs of a job are the same job: what they answer has no clock in it.

@@ -253,7 +253,8 @@ class JobFiles:
             self._tell("already complete; --restart runs it again")
         elif self.results.header is not None:
             self._tell(f"resuming: {self.results.requests_finished} already finished")
-        with progress.count(None, *what, quiet=self._quiet) as bar:
+        first = "compiling, prefill"
+        with progress.count(None, *what, first=first, quiet=self._quiet) as bar:
             expected = _Expected(source, bar, self.results.position.line, job)
 
             def on_window(window: OpenWindow, blocks: list[Block], left: list[int]) -> None:

@@ -217,10 +217,12 @@ class Chosen:
         from flexgen_jax.distributed.backends import local_devices
         from flexgen_jax.distributed.processes import process_count
         from flexgen_jax.jobs import measured
+        from flexgen_jax.machine.kept_programs import keep_programs
         from flexgen_jax.weights.checkpoint import GROUP_SIZE, stored_dtype
         from scheduling.hardware import Hardware
         from storage.disk import DiskContext
 
+        keep_programs()
         if process_count() > 1:
             stages = self._num_stages or jax.device_count()
             if stages < process_count():

@@ -34,7 +34,7 @@ def this_machine(dtype: str) -> Hardware:
     memory = available_memory()
     return dataclasses.replace(
         preset,
-        name=f"not profiled: taken for {preset.name}",
+        name=f"not profiled; using preset {preset.name}",
         device_memory=memory // 2 if shared else device_memory(),
         host_memory=memory // 2 if shared else memory,
     )

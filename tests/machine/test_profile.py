@@ -73,11 +73,11 @@ def test_the_command(monkeypatch, tmp_path, hardware):
 def test_what_profile_saves_is_what_runs_use(monkeypatch, tmp_path, hardware):
     monkeypatch.setenv("FLEXGEN_JAX_CACHE", str(tmp_path))
     monkeypatch.setattr(profiling, "profile", lambda *args, **options: hardware)
-    assert this_machine("float32").name.startswith("not profiled: ")
+    assert this_machine("float32").name.startswith("not profiled; using preset ")
     done = CliRunner().invoke(main, ["profile", "--dtype", "float32"])
     assert done.exit_code == 0, done.output
     assert this_machine("float32") == hardware
-    assert this_machine("bfloat16").name.startswith("not profiled: ")
+    assert this_machine("bfloat16").name.startswith("not profiled; using preset ")
     with fg.LLM("flexgen_jax/demo_model", offload_dir=str(tmp_path)) as llm:
         llm.generate([[5, 6]], fg.SamplingParams(max_tokens=2))
         assert llm.report.hardware == hardware.name

@@ -1,0 +1,70 @@
+"""Compiled programs, kept from one process to the next: JAX's persistent compilation cache.
+
+A command spends seconds on compiling what the same command compiled yesterday. Programs for a CPU
+hold instructions that another model of CPU may not have, so each has a directory of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import tempfile
+import warnings
+from pathlib import Path
+
+import jax
+
+from flexgen_jax.weights.checkpoint import cache_directory
+
+VARIABLE = "FLEXGEN_JAX_PROGRAMS"
+MOST_NBYTES = 1 << 30  # of a directory; what was not used for longest goes first
+
+
+def keep_programs() -> Path | None:
+    """Has JAX keep compiled programs in the cache directory, and take them from there.
+
+    ``$FLEXGEN_JAX_PROGRAMS`` names another directory, or is ``off``. Whoever has set a cache in
+    JAX's own way keeps it. A directory that cannot be written is left alone: nothing fails by it.
+
+    Returns:
+        Where they are kept; None: nowhere, or where JAX was told.
+    """
+    chosen = os.environ.get(VARIABLE, "")
+    if chosen.lower() in ("off", "0", "false", "no") or _in_use():
+        return None
+    base = Path(chosen).expanduser() if chosen else cache_directory() / "programs"
+    directory = base / this_cpu()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as probe:
+            probe.write(b"x")
+    except OSError:
+        return None
+    # A disk that fills later, or a program that cannot be read, is compiled again without a word.
+    warnings.filterwarnings("ignore", message=".*persistent compilation cache")
+    jax.config.update("jax_compilation_cache_max_size", MOST_NBYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    return directory
+
+
+def _in_use() -> bool:
+    """Whether somebody has told JAX where to keep programs."""
+    return bool(getattr(jax.config, "jax_compilation_cache_dir", None))
+
+
+def this_cpu() -> str:
+    """The name of a directory for programs of CPUs like this one."""
+    facts = set()
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = platform.processor()
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("model name", "flags", "Features", "CPU part", "cpu family", "model"):
+            facts.add(f"{key.strip()} {' '.join(sorted(value.split()))}")
+    digest = hashlib.sha256("\n".join(sorted(facts)).encode()).hexdigest()
+    return f"{platform.machine()}-{digest[:16]}"

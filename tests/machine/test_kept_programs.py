@@ -1,0 +1,77 @@
+"""Programs are kept between processes, and nothing depends on it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flexgen_jax.machine import kept_programs
+
+ROOT = Path(__file__).parents[2]
+MODEL = str(ROOT / "tests" / "goldens" / "pre_norm")
+
+
+@pytest.fixture
+def job(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt_token_ids": [5, 6]}\n' * 2)
+
+    def run(name, **variables):
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+        environment |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **variables}
+        environment["FLEXGEN_JAX_CACHE"] = str(tmp_path / "cache")
+        arguments = ["generate", "--model", MODEL, "-i", tmp_path / "in.jsonl"]
+        arguments += ["-o", tmp_path / name, "--max-tokens", 3, "--json", "--temperature", 1]
+        arguments += ["--logprobs", 3]
+        done = subprocess.run(
+            [sys.executable, "-m", "flexgen_jax", *map(str, arguments)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert not [line for line in done.stderr.splitlines() if "ache entry" in line]
+        return (tmp_path / name).read_bytes(), json.loads(done.stdout), done.stderr
+
+    return run
+
+
+def kept(tmp_path):
+    return sorted(p.name for p in (tmp_path / "cache" / "programs").rglob("*-cache"))
+
+
+def test_the_next_process_takes_them_to_the_same_bits(job, tmp_path):
+    plain, _, said = job("plain", FLEXGEN_JAX_PROGRAMS="off")
+    assert not (tmp_path / "cache" / "programs").exists()
+    first, report, said_first = job("first", FLEXGEN_JAX_PROGRAMS="")
+    programs = kept(tmp_path)
+    assert len(programs) >= report["compilations"] > 0
+    second, _, said_second = job("second", FLEXGEN_JAX_PROGRAMS="")
+    assert kept(tmp_path) == programs  # nothing was compiled anew
+    assert plain == first == second
+    # XLA has nothing to say about what it loads: as many lines each time.
+    assert said_second.count("\n") == said_first.count("\n") <= said.count("\n")
+
+
+def test_a_damaged_program_is_compiled_again(job, tmp_path):
+    first, *_ = job("first", FLEXGEN_JAX_PROGRAMS="")
+    for path in (tmp_path / "cache" / "programs").rglob("*-cache"):
+        path.write_bytes(b"damaged")
+    assert job("second", FLEXGEN_JAX_PROGRAMS="")[0] == first
+
+
+def test_a_directory_that_cannot_be_written_is_left_alone(job, tmp_path):
+    (tmp_path / "file").write_text("")
+    job("out", FLEXGEN_JAX_PROGRAMS=str(tmp_path / "file" / "below"))
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_each_kind_of_cpu_has_a_directory(monkeypatch):
+    texts = iter(["flags : a b\n", "flags : a b c\n", "flags : b a\n"])
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: next(texts))
+    one, other, same = (kept_programs.this_cpu() for _ in range(3))
+    assert one != other
+    assert one == same
