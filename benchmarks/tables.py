@@ -183,7 +183,8 @@ def offload(records: list[dict]) -> str:
         header = ("memory", "", "block", "tokens/s", "prefill + decode", "read", "disk beside it")
         note = (
             f"{preset} shapes in bfloat16, {prompt_len} prompt tokens, {gen_len} generated, 2 CPU "
-            "cores; memory includes the page cache. Rows of one memory ran side by side, on shared "
+            "cores; memory includes the page cache. Rows with the same memory "
+            "limit ran side by side, on shared "
             f"cores; {_times(chosen)} each."
         )
         parts.append(f"{note}\n\n{table(header, rows)}")

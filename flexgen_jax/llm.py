@@ -73,7 +73,8 @@ class LLM:
             ``"auto"``, the model's ``generation_config.json``; a directory with such a file; or
             ``"vllm"``, the defaults of ``SamplingParams``.
         disk: How the disk tier is read.
-        say: Told in plain words what takes long (a conversion); None: the ``flexgen_jax`` logger.
+        say: Called with a message before slow steps (a conversion); None: the ``flexgen_jax``
+            logger.
         hardware: Of this machine, for ``"auto"`` and for predicting every run; None: what
             ``flexgen-jax profile`` has saved, or else the nearest preset.
         fixed: Fields of the policy that ``"auto"`` has to keep, such as ``device_batch_size``.

@@ -89,7 +89,7 @@ def main(context: click.Context, log_level: str | None, log_format: logs.Format 
 @click.argument("model_and_store", nargs=-1, metavar="[MODEL] STORE")
 @click.option("--dummy", metavar="PRESET", help="Random weights of this preset; needs no MODEL.")
 @click.option(
-    "--dtype", type=DTYPES, help="Of the weights. [default: a weight store's own, or float32]"
+    "--dtype", type=DTYPES, help="Dtype of the weights. [default: a weight store's own, or float32]"
 )
 @click.option(
     "--weight-bits",
@@ -103,7 +103,9 @@ def main(context: click.Context, log_level: str | None, log_format: logs.Format 
     show_default=True,
     help="Elements that share a scale, at most.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random weights.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed of the random weights of --dummy."
+)
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def convert(
     model_and_store: tuple[str, ...],
@@ -150,7 +152,9 @@ def convert(
 @main.command()
 @click.argument("model")
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--dtype", type=DTYPES, help="Of a model that is no weight store. [default: float32]")
+@click.option(
+    "--dtype", type=DTYPES, help="Dtype of a model that is not a weight store. [default: float32]"
+)
 @click.option(
     "--max-shard-size",
     default="5GB",
@@ -207,47 +211,110 @@ def export(
     metavar="N",
     help="Instead of an input: a block of made-up prompts of N tokens, to measure.",
 )
-@click.option("--max-tokens", "--gen-len", type=int, default=32, show_default=True)
+@click.option(
+    "--max-tokens",
+    "--gen-len",
+    type=int,
+    default=32,
+    show_default=True,
+    help="Most new tokens of a request.",
+)
 @click.option(
     "--cut-gen-len", type=int, metavar="N", help="Stop every request after N tokens, to measure."
 )
-@click.option("--min-tokens", type=int, default=0, show_default=True)
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-k", type=int, default=0, show_default=True, help="0: all tokens.")
-@click.option("--top-p", type=float, default=1.0, show_default=True)
-@click.option("--min-p", type=float, default=0.0, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True, help="For requests without one.")
-@click.option("--stop-token-id", "stop_token_ids", type=int, multiple=True, help="Repeatable.")
-@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. Repeatable.")
+@click.option(
+    "--min-tokens",
+    type=int,
+    default=0,
+    show_default=True,
+    help="New tokens before a request may end.",
+)
+@click.option(
+    "--temperature",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Randomness of the choice; 0 is greedy.",
+)
+@click.option(
+    "--top-k",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Draw among this many likeliest tokens; 0: all.",
+)
+@click.option(
+    "--top-p",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Draw among the likeliest tokens with this probability together.",
+)
+@click.option(
+    "--min-p",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Leave out tokens less likely than this share of the likeliest.",
+)
+@click.option(
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Seed of requests without one of their own.",
+)
+@click.option(
+    "--stop-token-id",
+    "stop_token_ids",
+    type=int,
+    multiple=True,
+    help="Token id that ends a request; repeatable.",
+)
+@click.option(
+    "--stop",
+    multiple=True,
+    metavar="TEXT",
+    help="Text that ends a request, and is left out of it; repeatable.",
+)
 @click.option(
     "--repetition-penalty",
     type=float,
     default=1.0,
     show_default=True,
-    help="Above 1: against what prompt or output have had.",
+    help="Above 1: against tokens that the prompt or the output has.",
 )
 @click.option(
     "--presence-penalty",
     type=float,
     default=0.0,
     show_default=True,
-    help="Above 0: against what the output has had.",
+    help="Above 0: against tokens that the output has.",
 )
 @click.option(
     "--frequency-penalty",
     type=float,
     default=0.0,
     show_default=True,
-    help="Likewise, as often as it has had it.",
+    help="Above 0: against tokens of the output, as often as they came.",
 )
 @click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-text token.")
-@click.option("--logprobs", type=int, help="Return this many likeliest tokens' log-probabilities.")
-@click.option("--prompt-logprobs", type=int, help="Likewise, at each token of the prompt.")
+@click.option(
+    "--logprobs",
+    type=int,
+    help="Return log-probabilities of this many likeliest tokens. [default: none]",
+)
+@click.option(
+    "--prompt-logprobs",
+    type=int,
+    help="Return log-probabilities of this many likeliest tokens at each token of the prompt. "
+    "[default: none]",
+)
 @chat_options
 @click.option("--trace", type=click.Path(path_type=Path), help="Write a Perfetto trace here.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the timeline here (PNG, SVG).")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
-@click.option("--quiet", is_flag=True, help="Say nothing but errors.")
+@click.option("--quiet", is_flag=True, help="Print errors only.")
 def generate(
     prompt_len: int | None,
     cut_gen_len: int | None,
@@ -377,7 +444,13 @@ def _before(llm: LLM, window: OpenWindow, blocks: list[Block], whole: bool) -> s
     show_default=True,
     help="Where completions, trace and picture go.",
 )
-@click.option("--max-tokens", type=click.IntRange(1, 256), default=48, show_default=True)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(1, 256),
+    default=48,
+    show_default=True,
+    help="Most new tokens of a prompt.",
+)
 def demo(output_dir: Path, max_tokens: int) -> None:
     """Run a bundled tiny model with all its weights on disk, and show what happened."""
     with plain_errors():

@@ -36,7 +36,13 @@ if TYPE_CHECKING:
     metavar="NAME|FILE",
     help="What 'profile' measured, or a preset: to expect from. [default: measured, roughly]",
 )
-@click.option("--dtype", type=DTYPES, default="bfloat16", show_default=True)
+@click.option(
+    "--dtype",
+    type=DTYPES,
+    default="bfloat16",
+    show_default=True,
+    help="Dtype that is computed with.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print all as JSON on stdout.")
 def doctor(
     offload_dir: Path | None,
@@ -71,9 +77,9 @@ def _described(found: Diagnosis) -> str:
     if found.outlook:
         assert found.hardware is not None
         what = f"{PROMPT_LEN} prompt tokens and {GEN_LEN} new ones"
-        lines += ["", f"to expect of {what}, on {found.hardware.name}:", *_table(found.outlook)]
+        lines += ["", f"estimated for {what}, on {found.hardware.name}:", *_table(found.outlook)]
     else:
-        lines += ["", "what to expect cannot be said before the errors above are mended"]
+        lines += ["", "fix the errors above to get an estimate"]
     return "\n".join(lines)
 
 

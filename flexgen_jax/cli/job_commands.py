@@ -308,7 +308,7 @@ class JobFiles:
                 f"{self.output_path}; run the same command again to go on"
             )
         if not done:
-            return "stopped before the first block was finished; nothing was kept"
+            return "stopped before the first result; nothing was kept"
         return (
             f"{done} requests are finished and kept beside {self.output_path}; run the same "
             "command again to go on"

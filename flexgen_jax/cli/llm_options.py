@@ -32,32 +32,46 @@ _AFTER = [
     click.option(
         "--dtype",
         type=DTYPES,
-        help="Of the computation. [default: a weight store's own, or float32]",
+        help="Dtype of the computation. [default: a weight store's own, or float32]",
     ),
-    click.option("--device-memory", metavar="SIZE", help="What 'auto' may use, such as 12GiB."),
-    click.option("--host-memory", metavar="SIZE", help="Likewise, in host memory."),
+    click.option(
+        "--device-memory",
+        metavar="SIZE",
+        help="Device memory that policy 'auto' may use, such as 12GiB. [default: what is free]",
+    ),
+    click.option(
+        "--host-memory",
+        metavar="SIZE",
+        help="Host memory that policy 'auto' may use. [default: what is free]",
+    ),
     click.option(
         "--path",
         type=click.Path(),
         metavar="DIR|_DUMMY_",
-        help="Where converted models are kept; _DUMMY_: random weights of the preset --model.",
+        help="Where converted models are kept; _DUMMY_: random weights of the preset "
+        "--model. [default: --offload-dir]",
     ),
     click.option(
         "--offload-dir",
         type=click.Path(),
         help="Where cache and hidden states on disk are kept during the run, and converted models "
-        "without --path.",
+        "without --path. [default: the cache directory]",
     ),
     click.option(
         "--weight-slots",
         type=int,
         help="Layers of weights held at once: 2 is one ahead. [default: 2]",
     ),
-    click.option("--cache-slots", type=int, help="Likewise, cells of the KV cache. [default: 2]"),
+    click.option(
+        "--cache-slots",
+        type=int,
+        help="Cells of the KV cache held at once: 2 is one ahead. [default: 2]",
+    ),
     click.option(
         "--hardware",
         metavar="FILE",
-        help="This machine, as 'profile' measured it. [default: what 'profile' saved, or a preset]",
+        help="A file with this machine's figures, as 'profile' measured them. "
+        "[default: what 'profile' saved, or a preset]",
     ),
     click.option(
         "--disk-mode",

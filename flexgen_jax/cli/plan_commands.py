@@ -26,7 +26,14 @@ _BEFORE = [
         "--model", required=True, help="A preset, or a config.json or directory that has one."
     ),
     click.option("--prompt-len", type=int, required=True, help="Tokens of each prompt."),
-    click.option("--gen-len", "--max-tokens", type=int, default=32, show_default=True),
+    click.option(
+        "--gen-len",
+        "--max-tokens",
+        type=int,
+        default=32,
+        show_default=True,
+        help="New tokens of each prompt.",
+    ),
     click.option(
         "--hardware",
         required=True,
@@ -39,12 +46,20 @@ _BEFORE = [
         type=int,
         default=1,
         show_default=True,
-        help="Such machines that the stages are spread over.",
+        help="Machines like --hardware that the stages are spread over.",
     ),
 ]
 _AFTER = [
-    click.option("--schedule", default="zigzag", show_default=True),
-    click.option("--dtype", type=DTYPES, default="bfloat16", show_default=True),
+    click.option(
+        "--schedule", default="zigzag", show_default=True, help="Order of the operations."
+    ),
+    click.option(
+        "--dtype",
+        type=DTYPES,
+        default="bfloat16",
+        show_default=True,
+        help="Dtype of weights, cache and hidden states.",
+    ),
     click.option("--trace", type=click.Path(path_type=Path), help="Write a Perfetto trace here."),
     click.option("--plot", type=click.Path(path_type=Path), help="Draw the timeline (PNG, SVG)."),
     click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON on stdout."),
@@ -153,16 +168,28 @@ def _streams(found: Plan) -> list[str]:
     "--hardware",
     "start",
     metavar="NAME|FILE",
-    help="What to calibrate. [default: this machine's, as it is known]",
+    help="Machine file to calibrate. [default: this machine's, as it is known]",
 )
 @click.option(
     "--offload-dir",
     type=click.Path(path_type=Path),
     default=Path(),
-    help="On the disk to measure. [default: the current directory]",
+    help="A directory on the disk to measure. [default: the current directory]",
 )
-@click.option("--dtype", type=DTYPES, default="bfloat16", show_default=True)
-@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option(
+    "--dtype",
+    type=DTYPES,
+    default="bfloat16",
+    show_default=True,
+    help="Dtype that is computed with.",
+)
+@click.option(
+    "--repeats",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="How often each figure is measured.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON on stdout too.")
 def profile(
     output: Path | None,

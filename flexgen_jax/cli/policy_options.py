@@ -42,13 +42,14 @@ _OPTIONS = [
         "--device-batch-size",
         "--gpu-batch-size",
         type=int,
-        help="Requests that one kernel launch sees.",
+        help="Requests that one kernel launch sees. [default: what 'auto' chooses, or 8]",
     ),
     click.option(
         "--num-device-batches",
         "--num-gpu-batches",
         type=int,
-        help="Batches of a block: they share each pass over the weights.",
+        help="Batches of a block: they share each pass over the weights. [default: what 'auto' "
+        "chooses, or 4]",
     ),
     click.option(
         "--overlap",
@@ -73,10 +74,13 @@ _OPTIONS = [
     click.option(
         "--weight-bits",
         type=click.Choice(["4", "8"]),
-        help="Quantise the weights, once, and keep the result like a converted model.",
+        help="Quantise the weights, once, and keep the result like a converted model. "
+        "[default: as the model has them]",
     ),
     click.option("--compress-weight", is_flag=True, help="The same as --weight-bits 4."),
-    click.option("--cache-bits", type=click.Choice(["4", "8"]), help="Quantise the KV cache."),
+    click.option(
+        "--cache-bits", type=click.Choice(["4", "8"]), help="Quantise the KV cache. [default: no]"
+    ),
     click.option("--compress-cache", is_flag=True, help="The same as --cache-bits 4."),
     click.option(
         "--group-size", type=int, help="Elements that share a scale, at most. [default: 64]"
@@ -86,7 +90,8 @@ _OPTIONS = [
         "--attn-sparsity",
         type=float,
         metavar="SHARE",
-        help="Attend to this share of the positions, those with the largest weights.",
+        help="Attend to this share of the positions, those with the largest weights. "
+        "[default: 1, all of them]",
     ),
     click.option(
         "--stages",
@@ -98,7 +103,8 @@ _OPTIONS = [
     click.option(
         "--num-groups",
         type=int,
-        help="Groups of batches that follow one another through the stages.",
+        help="Groups of batches that follow one another through the stages. "
+        "[default: as many as stages]",
     ),
     click.option(
         "--sep-layer",
@@ -185,7 +191,7 @@ def read_policy(values: Mapping[str, Any]) -> tuple[Policy | Literal["auto"], di
     except OSError as error:
         raise OSError(f"cannot read the policy {policy}: {error.strerror}") from error
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{policy} is no policy: {error}") from error
+        raise ValueError(f"{policy} is not a policy: {error}") from error
 
 
 def _bits(values: Mapping[str, Any], name: str, short: str) -> int | None:

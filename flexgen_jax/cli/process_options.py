@@ -28,14 +28,15 @@ _OPTIONS = [
     click.option(
         "--distributed",
         is_flag=True,
-        help="The same, with all three as Slurm, Open MPI or Kubernetes have them.",
+        help="Take --coordinator, --num-processes and --process-id from Slurm, Open MPI or "
+        "Kubernetes.",
     ),
     click.option(
         "--process-timeout",
         type=click.FloatRange(min=1),
         metavar="SECONDS",
         help="A process that does not join within it, or shows no sign of life for so long, is "
-        "taken for lost, and the others end. [default: 60]",
+        "considered lost; the others exit. [default: 60]",
     ),
 ]
 

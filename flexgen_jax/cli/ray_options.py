@@ -30,7 +30,7 @@ _OPTIONS = [
         "--ray-workers",
         type=click.IntRange(min=1),
         metavar="N",
-        help="How many. [default: one per GPU of the cluster, or one per machine]",
+        help="Number of workers. [default: one per GPU of the cluster, or one per machine]",
     ),
     click.option(
         "--ray-address",
@@ -49,7 +49,7 @@ _OPTIONS = [
         "--ray-gpus",
         type=click.FloatRange(min=0),
         metavar="N",
-        help="GPUs likewise. [default: 1, where there are any]",
+        help="GPUs that Ray keeps for a worker. [default: 1, where there are any]",
     ),
 ]
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from flexgen_jax.jobs.open_windows import OpenWindow
     from flexgen_jax.planning.blocks import Block
 
-_QUIET = click.option("--quiet", is_flag=True, help="Say nothing but errors.")
+_QUIET = click.option("--quiet", is_flag=True, help="Print errors only.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON on stdout.")
 _TEXT = click.option(
     "--text",
@@ -112,9 +112,13 @@ def perplexity(
 @_TEXT
 @click.option("--context", type=int, default=256, show_default=True, help="Tokens of a window.")
 @click.option(
-    "--prompt-len", type=int, help="Of them, those that are prefilled. [default: half of them]"
+    "--prompt-len", type=int, help="Tokens of a window that are prefilled. [default: half of them]"
 )
-@click.option("--max-windows", type=click.IntRange(min=1), help="Of the text. [default: all]")
+@click.option(
+    "--max-windows",
+    type=click.IntRange(min=1),
+    help="Windows of the text that are used. [default: all]",
+)
 @_JSON
 @_QUIET
 def compare(

@@ -56,7 +56,7 @@ def initialize(
         num_processes: How many there are.
         process_id: Which of them this is, from 0.
         timeout: Seconds after which a process that does not join, or shows no sign of life, is
-            taken for lost, whereupon the others end.
+            considered lost; the others exit.
 
     Raises:
         ValueError: no address, or one that is taken; or the environment does not say what was not

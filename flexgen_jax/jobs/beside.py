@@ -98,7 +98,7 @@ def check_regular(path: Path) -> None:
     except OSError:
         return
     if not stat.S_ISREG(mode):
-        raise in_the_way(path, "it is no regular file")
+        raise in_the_way(path, "it is not a regular file")
 
 
 def in_the_way(path: Path, why: str) -> JobError:

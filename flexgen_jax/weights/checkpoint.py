@@ -266,7 +266,7 @@ def open_store(
     if dtype is not None and dtype != manifest.dtype:
         _check_dtype(dtype)
         raise StoreError(
-            f"{path} holds {manifest.dtype} weights, asked for was {dtype}; convert the model "
+            f"{path} holds {manifest.dtype} weights, but {dtype} was requested; convert the model "
             f"again with --dtype {dtype}, or pass dtype={manifest.dtype!r}"
         )
     config = load_config(path)
@@ -377,8 +377,8 @@ def resolve(
             return Path(os.path.abspath(model))
         if manifest.weight_bits is not None:
             raise StoreError(
-                f"{model} holds weights of {manifest.weight_bits} bits, asked for were "
-                f"{weight_bits}: quantise the model it was made from"
+                f"{model} holds weights of {manifest.weight_bits} bits, but "
+                f"{weight_bits} were requested: quantise the model it was made from"
             )
         source = _Stored(open_store(model, dtype=dtype))
     else:

@@ -189,7 +189,7 @@ class OrbaxParams:
     def _damaged(self, error: Exception) -> SourceError:
         reason = str(error).partition("\n")[0]
         return SourceError(
-            f"{self._path} is no complete Orbax checkpoint of params ({reason}); save it again"
+            f"{self._path} is not a complete Orbax checkpoint of params ({reason}); save it again"
         )
 
     def _checkpointer(self) -> Any:

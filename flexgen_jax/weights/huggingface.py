@@ -293,12 +293,12 @@ def not_a_model(directory: Path) -> str:
     """Why :func:`is_model_directory` says no."""
     if (directory / "config.json").is_file():
         return (
-            f"{directory} is no model: it has a config.json, but no weights "
+            f"{directory} is not a model directory: it has a config.json, but no weights "
             f"({', '.join(WEIGHT_FILES)}, or an Orbax checkpoint)"
         )
     return (
-        f"{directory} is no model: it has neither the manifest of a weight store nor a "
-        "config.json with weights beside it"
+        f"{directory} is not a model directory: it has neither the manifest of a weight store nor "
+        "a config.json with weights beside it"
     )
 
 
@@ -359,7 +359,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         return dict(mapping)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SourceError(
-            f"{index} is no index of weight shards ({type(error).__name__}: {error}); download "
+            f"{index} is not an index of weight shards ({type(error).__name__}: {error}); download "
             "the model again"
         ) from error
 

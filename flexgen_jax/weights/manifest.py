@@ -122,8 +122,8 @@ class Manifest:
             values = read_json(file)
         except OSError as error:
             raise StoreError(
-                f"{directory} is no weight store: cannot read {file} ({error.strerror}); make one "
-                "with 'flexgen-jax convert MODEL STORE'"
+                f"{directory} is not a weight store: cannot read {file} ({error.strerror}); make "
+                "one with 'flexgen-jax convert MODEL STORE'"
             ) from error
         except ValueError as error:
             raise StoreError(

@@ -57,7 +57,9 @@ class SafetensorsFile:
         return SourceError(f"{self._path} is truncated: it has {what}; download the model again")
 
     def _not_one(self, why: str) -> SourceError:
-        return SourceError(f"{self._path} is no safetensors file: {why}; download the model again")
+        return SourceError(
+            f"{self._path} is not a safetensors file: {why}; download the model again"
+        )
 
     def _check(self, places: dict[str, tuple[int, int]], nbytes: int) -> None:
         """Whether the tensors take the ``nbytes`` of data without a gap and without an overlap."""

@@ -207,13 +207,13 @@ def _is_there(store: Path, manifest: Manifest) -> bool:
         if store.is_dir() and not any(store.iterdir()):
             return False
         raise StoreError(
-            f"{store} exists and is no weight store; it is left alone: choose another directory"
+            f"{store} exists and is not a weight store; it is left alone: choose another directory"
         )
     existing = Manifest.load(store)
     if _identity(existing) != _identity(manifest):
         raise StoreError(
-            f"{store} exists already: it holds {_described(existing)}, asked for was "
-            f"{_described(manifest)}; remove it, or choose another directory"
+            f"{store} exists already: it holds {_described(existing)}, but "
+            f"{_described(manifest)} was requested; remove it, or choose another directory"
         )
     for name in existing.tensors:
         describe_array(array_directory(store, name))

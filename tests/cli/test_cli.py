@@ -332,7 +332,7 @@ def test_a_wrong_policy_file_is_named(job, tmp_path, text):
     file.write_text(text)
     result, records = job([{"prompt_token_ids": [5]}], "--policy", file)
     assert result.exit_code == 2
-    assert f"{file} is no policy: " in result.stderr
+    assert f"{file} is not a policy: " in result.stderr
     assert records is None
 
 

@@ -136,10 +136,10 @@ def test_a_damaged_orbax_checkpoint_is_one_clear_error(tmp_path, tiny, written):
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(directory / "params", tree)
     shutil.rmtree(directory / "params" / "d")
-    with pytest.raises(SourceError, match="params is no complete Orbax checkpoint of params"):
+    with pytest.raises(SourceError, match="params is not a complete Orbax checkpoint of params"):
         convert(directory, tmp_path / "store")
     (directory / "params" / "_METADATA").write_text("{}")
-    with pytest.raises(SourceError, match="params is no complete Orbax checkpoint of params"):
+    with pytest.raises(SourceError, match="params is not a complete Orbax checkpoint of params"):
         convert(directory, tmp_path / "store2")
     (directory / "params" / "_METADATA").unlink()
     with pytest.raises(ModelNotFoundError, match="or an Orbax checkpoint"):

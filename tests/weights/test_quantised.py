@@ -126,7 +126,7 @@ def test_resolve_quantises_once_and_keeps_the_result(tmp_path, model):
     # a store that is quantised already is taken as it is, if nothing else is asked for
     assert resolve(first, dtype="float32") == first
     assert resolve(first, **form) == first
-    with pytest.raises(StoreError, match="holds weights of 4 bits, asked for were 8"):
+    with pytest.raises(StoreError, match="holds weights of 4 bits, but 8 were requested"):
         resolve(first, dtype="float32", weight_bits=8)
 
 

@@ -145,11 +145,11 @@ def test_a_name_of_nothing(name, tmp_path):
 def test_directories_and_files_that_are_no_models(tmp_path, tiny):
     (tmp_path / "photos").mkdir()
     with pytest.raises(
-        ModelNotFoundError, match=r"photos is no model: it has neither the manifest"
+        ModelNotFoundError, match=r"photos is not a model directory: it has neither the manifest"
     ):
         resolve(tmp_path / "photos", dtype="float32", offload_dir=tmp_path)
     tiny.write_config(tmp_path / "bare", tiny.config)
-    with pytest.raises(ModelNotFoundError, match=r"bare is no model: .*no weights"):
+    with pytest.raises(ModelNotFoundError, match=r"bare is not a model directory: .*no weights"):
         resolve(tmp_path / "bare", dtype="float32", offload_dir=tmp_path)
     (tmp_path / "weights.gguf").write_text("")
     with pytest.raises(ModelNotFoundError, match=r"weights\.gguf is a file"):
