@@ -455,8 +455,8 @@ def test_several_completions_are_drawn_each_by_itself(demo):
     prompts = ["Once upon a time", "The dog", "A"]
     params = [
         SamplingParams(n=5, seed=3, prompt_logprobs=0, **hot),
-        SamplingParams(**hot),
-        SamplingParams(n=2, **hot),
+        SamplingParams(seed=4, **hot),
+        SamplingParams(n=2, seed=5, **hot),
     ]
     single = demo.generate(prompts, [dataclasses.replace(p, n=1) for p in params])
     assert demo.policy.block_size >= 5
