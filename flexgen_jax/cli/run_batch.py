@@ -125,7 +125,7 @@ def run_batch_of(generate: click.Command) -> click.Command:
     dtype = click.Option(
         ["--dtype"],
         type=click.Choice(list(_DTYPES)),
-        help="Of the computation; half is bfloat16 here. [default: auto, which is a weight "
+        help="Dtype of the computation; half is bfloat16 here. [default: auto, which is a weight "
         "store's own, or float32]",
     )
     params = [dtype if p.name == "dtype" else copy.copy(p) for p in generate.params]

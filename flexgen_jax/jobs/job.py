@@ -108,7 +108,7 @@ class Completing:
         if asked.dialect == "chat" and self.chatting.to_the_limit and longest is None:
             return self._to_the_limit(index, given, params)
         request = self.llm.request(index, given, params)
-        length, more = len(request.token_ids), request.params.max_tokens
+        length, more = len(request.token_ids), request.max_tokens
         if self.max_length is not None and length + more > self.max_length:
             raise RequestError(
                 f"too long: {length} prompt tokens and max_tokens {more} exceed the "
@@ -119,13 +119,13 @@ class Completing:
     def _to_the_limit(
         self, index: int, prompt: Mapping[str, Any] | Chat, params: SamplingParams
     ) -> Request:
-        least = dataclasses.replace(params, max_tokens=max(1, params.min_tokens))
-        request = self.llm.request(index, prompt, least)
+        least = max(1, params.min_tokens)
+        request = self.llm.request(index, prompt, dataclasses.replace(params, max_tokens=least))
         length = len(request.token_ids)
         room = family_of(self.llm.config).room(self.llm.config, length)
         if self.max_length is not None:
             room = min(room, self.max_length)
-        if room - length < least.max_tokens:
+        if room - length < least:
             raise RequestError(
                 f"too long: {length} prompt tokens leave no room in the {room} of --max-model-len"
             )
