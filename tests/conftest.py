@@ -10,6 +10,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Tests compile a lot and compute little: programs that are made quickly, here and in processes that
+# tests start. What bits come of programs as users have them is asked with the fixture `optimised`.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # No test may touch the user's own cache of converted models.
 os.environ["FLEXGEN_JAX_PROGRAMS"] = "off"  # nor keep programs from one test to another
 os.environ["FLEXGEN_JAX_CACHE"] = "/nonexistent/flexgen-jax-tests-must-pass-offload-dir"
@@ -55,6 +58,17 @@ def _programs_do_not_pile_up():
     statm = Path("/proc/self/statm")
     if statm.exists() and int(statm.read_text().split()[1]) * 4096 > MOST_RESIDENT:
         jax.clear_caches()
+
+
+@pytest.fixture
+def optimised():
+    """Programs as users have them."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

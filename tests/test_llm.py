@@ -83,6 +83,7 @@ shares = st.tuples(st.integers(0, 100), st.integers(0, 100)).map(
 )
 
 
+@pytest.mark.usefixtures("optimised")
 @given(
     weights=shares,
     cache=shares,

@@ -117,6 +117,7 @@ def test_methods_that_change_tokens_change_them_alike(changes, opened):
     assert found[0] == found[1]
 
 
+@pytest.mark.usefixtures("optimised")
 def test_the_same_rows_give_the_same_bits_wherever_they_lie(opened):
     """Who has which row when depends on tokens and order alone, and so do the logits."""
     prompts, params = job(30, seed=9)
