@@ -63,7 +63,7 @@ def _programs_do_not_pile_up():
 @pytest.fixture
 def optimised():
     """Programs as users have them."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", False)
     yield
