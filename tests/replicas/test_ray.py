@@ -164,7 +164,7 @@ def test_workers_that_are_killed_leave_the_outputs_of_one_process(
     assert len(killed) == 2
     assert kept[0] >= 6  # windows of 16, 16 and what is left
     assert (tmp_path / "out.jsonl").read_bytes() == expected
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.job"]
 
 
 def test_workers_refill_and_one_process_goes_on(cluster, job, tmp_path, monkeypatch):
