@@ -45,7 +45,7 @@ class FlexGenLM(TemplateLM):
 
     Args:
         pretrained: What ``LLM(model=...)`` takes; or an ``LLM``, which stays open.
-        dtype: Of a model that is converted, as ``device_memory``, ``host_memory``, ``offload_dir``,
+        dtype: What is computed with, as ``device_memory``, ``host_memory``, ``offload_dir``,
             ``schedule`` and ``seed`` as ``LLM`` has it.
         percent: FlexGen's six numbers with slashes between, ``"0/100/0/100/0/100"``; None: policy
             ``"auto"``.
@@ -67,7 +67,7 @@ class FlexGenLM(TemplateLM):
         self,
         pretrained: str | LLM,
         *,
-        dtype: str = "float32",
+        dtype: Any = "auto",
         percent: str | None = None,
         gpu_batch_size: int | None = None,
         num_gpu_batches: int | None = None,
@@ -229,7 +229,7 @@ def _sampling(fields: dict[str, Any], stop: list[str], max_tokens: int) -> Sampl
 
 
 def _open(
-    model: str, dtype: str, percent: str | None, shape: dict[str, int | None], options: dict
+    model: str, dtype: Any, percent: str | None, shape: dict[str, int | None], options: dict
 ) -> LLM:
     known = ("device_memory", "host_memory", "offload_dir", "schedule", "seed")
     unknown = sorted(set(options) - set(known))

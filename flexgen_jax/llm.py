@@ -40,6 +40,7 @@ from flexgen_jax.requests.unanswered import answered
 from flexgen_jax.scoring import Score, score
 from flexgen_jax.streaming import generate_iter
 from flexgen_jax.weights.checkpoint import cache_directory
+from flexgen_jax.weights.dtypes import checked_dtype
 from scheduling.hardware import Hardware
 from scheduling.limits import Limits
 from scheduling.placement import Placement
@@ -55,8 +56,9 @@ class LLM:
     """A model whose weights may be larger than the device's memory. A context manager.
 
     Args:
-        model: A weight store, a Hugging Face directory, or a hub name. The latter two are
-            converted on first use into ``offload_dir`` (or the cache directory), and reused.
+        model: A weight store, a Hugging Face directory, or a hub name. Safetensors are used where
+            they lie; other files are converted on first use into ``offload_dir`` (or the cache
+            directory), and reused.
         policy: A :class:`Policy` (with ``weight_bits``, a model that is not quantised is quantised
             on first use, and the result kept like a converted model), or ``"auto"``: the one that
             is predicted to be fastest within the memory, searched for when the first requests
@@ -65,7 +67,9 @@ class LLM:
         device_memory: Bytes, or text such as ``"12GiB"``, that policy ``"auto"`` may use (with
             another it is an error); None: what the machine has. ``host_memory``: likewise.
         offload_dir: Where converted models are kept; None: ``~/.cache/flexgen-jax``.
-        dtype: ``"float32"`` or ``"bfloat16"``: of weights, cache and activations.
+        dtype: What is computed with and kept in the cache: ``"float32"`` or ``"bfloat16"``, by
+            name or as a NumPy or JAX type; ``"auto"``: bfloat16 for weights of 16 bits, float32
+            for others. Weights in place stay in the bytes they were published in.
         seed: For sampled requests that have none of their own. The first call of ``generate`` (or
             ``chat``, ``generate_iter``) draws from it, each later one from a fresh seed derived
             from it, which ``report.seed`` names: an ``LLM`` with that one repeats the call.
@@ -108,7 +112,7 @@ class LLM:
         device_memory: int | str | None = None,
         host_memory: int | str | None = None,
         offload_dir: str | None = None,
-        dtype: str = "float32",
+        dtype: Any = "auto",
         seed: int = 0,
         generation_config: str = "auto",
         disk: DiskContext | None = None,
@@ -147,7 +151,7 @@ class LLM:
         if not is_int(seed) or seed < 0:
             raise ValueError(f"seed must be an integer of at least 0, got {seed!r}")
         asked = Asked(
-            dtype=dtype,
+            dtype=checked_dtype(dtype),
             offload_dir=offload_dir,
             scratch=cache_directory() if offload_dir is None else Path(offload_dir),
             memory=memory,

@@ -18,7 +18,7 @@ from flexgen_jax.planning.lengths import Lengths
 from flexgen_jax.planning.planner import Planner, in_place
 from flexgen_jax.planning.stage_layout import layers_of, stored_names
 from flexgen_jax.requests.tokenization import Tokenizer, load_tokenizer
-from flexgen_jax.weights.checkpoint import open_store, resolve
+from flexgen_jax.weights.checkpoint import open_model, resolve
 from flexgen_jax.weights.weight_format import WeightFormat
 from scheduling.hardware import Hardware
 from scheduling.limits import Limits
@@ -31,6 +31,7 @@ class Asked:
     """What an ``LLM`` was asked for, beside model and policy; checked.
 
     Attributes:
+        dtype: None: the model's own.
         memory: Bytes of the device and of the host that ``"auto"`` may use; None: what there is.
         scratch: Parent of the directories for what lies on disk while blocks run.
         schedule: Its name, and the function.
@@ -38,7 +39,7 @@ class Asked:
         lengths: Of requests, which ``"auto"`` chooses for; None: nothing is known.
     """
 
-    dtype: str
+    dtype: str | None
     offload_dir: str | None
     scratch: Path
     memory: tuple[int | None, int | None]
@@ -70,11 +71,14 @@ class PlacedModel:
         self, runner: Runner, model: str, policy: Policy, auto: Auto | None, asked: Asked
     ) -> None:
         self._runner, self._auto, self._asked = runner, auto, asked
+        self._dtype = asked.dtype
         self.store: Path
         self.tokenizer: Tokenizer | None
         self._open(model, policy)
         self.hardware = asked.hardware or (
-            this_machine(asked.dtype) if runner.machine is None else runner.machine.hardware
+            this_machine(self._runner.model.dtype)
+            if runner.machine is None
+            else runner.machine.hardware
         )
         self._planner: Planner | None = None
         self._chosen_for: object = None
@@ -85,7 +89,7 @@ class PlacedModel:
         """Opens the weight store that ``policy`` wants, made if need be."""
         store = resolve(
             model,
-            dtype=self._asked.dtype,
+            dtype=self._dtype,
             weight_bits=policy.weight_bits,
             group_size=policy.group_size,
             offload_dir=self._asked.offload_dir,
@@ -97,7 +101,8 @@ class PlacedModel:
             here = (layer for stage in self._runner.stages for layer in layers[stage])
             return stored_names(config, form, here)
 
-        opened = open_store(store, dtype=self._asked.dtype, needed=needed)
+        opened = open_model(store, dtype=self._dtype, needed=needed)
+        self._dtype = opened.dtype
         self.store, self.tokenizer = opened.path, load_tokenizer(opened.path)
         self._runner.open(opened, self.tokenizer)
 

@@ -99,12 +99,13 @@ def map_batches(
 def _store(model: str, llm: Mapping[str, Any]) -> str:
     """Converted once, before the workers begin."""
     from flexgen_jax.weights.checkpoint import GROUP_SIZE, resolve
+    from flexgen_jax.weights.dtypes import checked_dtype
 
     policy = llm.get("policy", "auto")
     return str(
         resolve(
             model,
-            dtype=llm.get("dtype", "float32"),
+            dtype=checked_dtype(llm.get("dtype", "auto")),
             weight_bits=getattr(policy, "weight_bits", None),
             group_size=getattr(policy, "group_size", GROUP_SIZE),
             offload_dir=llm.get("offload_dir"),
@@ -124,9 +125,9 @@ class _Worker:
     ) -> None:
         from flexgen_jax.llm import LLM
         from flexgen_jax.planning.auto import part_of_this_machine
-        from flexgen_jax.weights.checkpoint import is_store
+        from flexgen_jax.weights.checkpoint import is_ready
 
-        if not is_store(arguments["model"]):
+        if not is_ready(arguments["model"]):
             raise missing_model(arguments["model"])
         limits = {"device_memory", "host_memory"} & arguments.keys()
         if beside > 1 and arguments.get("policy", "auto") == "auto" and not limits:

@@ -53,12 +53,15 @@ class ArrayFile:
 
     Attributes:
         directory: The zarr array.
-        chunk: The file of the first chunk; the whole array if ``raw``.
+        chunk: The file of the first chunk, the whole array if ``raw``; or a file that has the array
+            among others.
         shape: Lengths of the dimensions.
         dtype: As numpy sees it (``ml_dtypes`` for bfloat16).
         nbytes: Of the array, decoded.
         raw: The array is one chunk, uncompressed and little-endian, so that ``chunk`` holds
-            exactly its bytes. If not, read it through TensorStore.
+            exactly its bytes from ``offset`` on. If not, read it through TensorStore.
+        offset: In bytes; None: ``chunk`` is the array and nothing else.
+        finite: Its values are to be numbers, and have not been looked over yet.
         checksum: Of the bytes, decoded: a :class:`~storage.checksums.TensorChecksum`; None: none
             was taken.
         stamp: Of ``chunk`` when it was described; None: what is there is what is meant.
@@ -71,6 +74,8 @@ class ArrayFile:
     nbytes: int
     raw: bool
     checksum: str | None = None
+    offset: int | None = None
+    finite: bool = False
     stamp: Stamp | None = dataclasses.field(default=None, compare=False)
 
 

@@ -12,6 +12,7 @@ Three ways to read, because no one of them is best everywhere:
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import errno
 import mmap
@@ -23,8 +24,8 @@ import jax
 import numpy as np
 
 from storage.array_file import ArrayFile, Stamp
-from storage.checksums import TensorChecksum, tensor_checksum
-from storage.memory import available_memory, populate, resident_fraction, round_up
+from storage.checksums import TensorChecksum, is_finite, tensor_checksum
+from storage.memory import ALIGNMENT, available_memory, populate, resident_fraction, round_up
 from storage.slots import Slot
 from storage.store import StorageError
 
@@ -77,8 +78,12 @@ class _OpenTensor:
     def __init__(self, name: str, file: ArrayFile, verify: bool) -> None:
         self.name = name
         self.file = file
-        self._unverified = verify and file.checksum is not None
+        self.start = file.offset or 0
+        # Bytes before the tensor in the page that it begins in.
+        self.lead = self.start % mmap.PAGESIZE
+        self._unverified = verify and (file.checksum is not None or file.finite)
         self._descriptor: int | None = None
+        self._cached: int | None = None
         self._region: mmap.mmap | None = None
         self._view: np.ndarray | None = None
         self._populated = False
@@ -89,19 +94,26 @@ class _OpenTensor:
         return block[: self.file.nbytes].view(self.file.dtype).reshape(self.file.shape)
 
     def mapping(self) -> np.ndarray:
-        """The file's bytes as a read-only view (uint8); nothing is read yet.
+        """The file's pages as a read-only view (uint8); nothing is read yet.
+
+        The tensor begins :attr:`lead` bytes in.
 
         Reading what a file no longer has would end the process: it is looked at each time.
         """
         if self._view is None or self._region is None:
             with open(self.file.chunk, "rb") as f:
                 size = os.fstat(f.fileno()).st_size
-                if size != self.file.nbytes:
+                if size < self._end or (self.file.offset is None and size != self._end):
                     raise self._short(size)
-                self._region = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ)
+                self._region = mmap.mmap(
+                    f.fileno(),
+                    self.lead + self.file.nbytes,
+                    prot=mmap.PROT_READ,
+                    offset=self.start - self.lead,
+                )
             self._view = np.frombuffer(self._region, np.uint8)
         size = self._region.size()
-        if size < self.file.nbytes:
+        if size < self._end:
             raise self._short(size)
         return self._view
 
@@ -115,8 +127,8 @@ class _OpenTensor:
             populate(view)
             self._populated = True
         self._check_unchanged()
-        self._check_content(view)
-        return self.typed(view)
+        self._check_content(view[self.lead :])
+        return self.typed(view[self.lead :])
 
     def alias(self, device: Any) -> jax.Array:
         """:meth:`mapped` as an array of the CPU ``device``, made once: it *is* the mapping."""
@@ -125,28 +137,55 @@ class _OpenTensor:
             self._alias = jax.device_put(view, device)
         return self._alias
 
-    def read_direct(self, block: np.ndarray, call_nbytes: int) -> None:
-        """Fills ``block`` (page-aligned, whole pages) past the page cache where the system can."""
+    @property
+    def _end(self) -> int:
+        return self.start + self.file.nbytes
+
+    def read_direct(self, block: np.ndarray, call_nbytes: int, *, cached: bool = False) -> None:
+        """Reads into the beginning of ``block``: past the page cache, where the system can.
+
+        Args:
+            block: Page-aligned; whole pages, as many as the tensor has bytes in.
+            cached: Through the page cache instead, where the bytes are.
+        """
         try:
-            self._read_calls(block.data, call_nbytes, getattr(os, "O_DIRECT", 0))
+            if cached:
+                self._read_cached(block.data)
+            else:
+                self._read_calls(block.data, call_nbytes, getattr(os, "O_DIRECT", 0))
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
             self._close_descriptor()  # not every file system has direct I/O
             self._read_calls(block.data, call_nbytes, 0)
+        if self.lead and not cached:  # JAX takes over what is aligned only
+            ctypes.memmove(block.ctypes.data, block.ctypes.data + self.lead, self.file.nbytes)
         self._check_unchanged()
         self._check_content(block[: self.file.nbytes])
 
     def _read_calls(self, target: memoryview, call_nbytes: int, flags: int) -> None:
         if self._descriptor is None:
             self._descriptor = os.open(self.file.chunk, os.O_RDONLY | os.O_CLOEXEC | flags)
-        position = 0
-        while position < self.file.nbytes:
-            got = os.preadv(self._descriptor, [target[position : position + call_nbytes]], position)
+        position, wanted, first = 0, self.lead + self.file.nbytes, self.start - self.lead
+        whole = round_up(wanted)
+        while position < wanted:
+            into = target[position : min(whole, position + call_nbytes)]
+            got = os.preadv(self._descriptor, [into], first + position)
             position += got
             # A direct read stops at the file's end, which need not be a page's end.
-            if got == 0 or (got % mmap.PAGESIZE and position < self.file.nbytes):
-                raise self._short(position)
+            if got == 0 or (got % mmap.PAGESIZE and position < wanted):
+                raise self._short(first + position)
+
+    def _read_cached(self, target: memoryview) -> None:
+        if self._cached is None:
+            self._cached = os.open(self.file.chunk, os.O_RDONLY | os.O_CLOEXEC)
+        position = 0
+        while position < self.file.nbytes:
+            into = target[position : self.file.nbytes]
+            got = os.preadv(self._cached, [into], self.start + position)
+            position += got
+            if got == 0:
+                raise self._short(self.start + position)
 
     def read_tensorstore(self, block: np.ndarray) -> None:
         import tensorstore as ts
@@ -174,7 +213,7 @@ class _OpenTensor:
         self._check_unchanged()
         if rows.size * _PAGES_A_ROW * mmap.PAGESIZE > self.file.nbytes:
             return self.mapped()[rows]
-        return self.typed(self.mapping())[rows]
+        return self.typed(self.mapping()[self.lead :])[rows]
 
     @contextlib.contextmanager
     def _foreign_errors(self) -> Iterator[None]:
@@ -197,31 +236,46 @@ class _OpenTensor:
     def _check_content(self, content: np.ndarray) -> None:
         """Raises if ``content``, the tensor's bytes, is not what was written; looks once."""
         if self._unverified:
-            self._compare(tensor_checksum(content))
+            if self.file.checksum is not None:
+                self._compare(tensor_checksum(content))
+            if self.file.finite and not is_finite(self.typed(content)):
+                raise self._no_numbers()
+            self._unverified = False
 
     def _check_in_pieces(self) -> None:
         """As :meth:`_check_content`, of what is not wanted in memory."""
         found, left = TensorChecksum(), self.file.nbytes
-        with open(self.file.chunk, "rb", buffering=0) as file:
-            block = memoryview(bytearray(min(left, _PIECE)))
-            while left and (got := file.readinto(block[: min(left, _PIECE)])):
+        with open(self.file.chunk, "rb") as file:
+            file.seek(self.start)
+            block = np.empty(min(left, _PIECE), np.uint8)
+            while left and (got := file.readinto(block[: min(left, _PIECE)].data)):
                 found.add(block[:got])
+                if self.file.finite and not is_finite(block[:got].view(self.file.dtype)):
+                    raise self._no_numbers()
                 left -= got
-        self._compare(str(found))
+        if self.file.checksum is not None:
+            self._compare(str(found))
+        self._unverified = False
 
     def _compare(self, found: str) -> None:
         if found != self.file.checksum:
             raise StorageError(
                 f"{self.name} is damaged: the bytes in {self.file.chunk} are not those that were "
                 f"written (checksum {found}, expected {self.file.checksum}); 'flexgen-jax verify' "
-                "names all that is; convert the model again"
+                "names all that is; convert the model again, or download it again"
             )
-        self._unverified = False
+
+    def _no_numbers(self) -> StorageError:
+        return StorageError(
+            f"{self.name} in {self.file.chunk} has values that are no numbers (NaN or infinity): "
+            "nothing that is computed with them would mean anything; download or save the model "
+            "again"
+        )
 
     def _short(self, size: int) -> StorageError:
         return StorageError(
             f"short read of {self.name}: {self.file.chunk} gave {size} bytes, expected "
-            f"{self.file.nbytes}; the store is damaged, remove it and convert the model again"
+            f"{self._end}; the store is damaged, remove it and convert the model again"
         )
 
     def close(self) -> None:
@@ -230,9 +284,10 @@ class _OpenTensor:
         self._close_descriptor()
 
     def _close_descriptor(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        for descriptor in (self._descriptor, self._cached):
+            if descriptor is not None:
+                os.close(descriptor)
+        self._descriptor = self._cached = None
 
 
 class DiskStore:
@@ -257,8 +312,8 @@ class DiskStore:
         return name in self._tensors
 
     def slot_nbytes(self, names: Sequence[str]) -> int:
-        sizes = [self._tensors[name].file for name in names]
-        return sum(round_up(f.nbytes) for f in sizes if not self._always_mapped(f))
+        tensors = [self._tensors[name] for name in names]
+        return sum(_pages(t) for t in tensors if not self._always_mapped(t.file))
 
     def load(self, names: Sequence[str], slot: Slot) -> dict[str, jax.Array]:
         views: dict[str, Any] = {}
@@ -288,10 +343,12 @@ class DiskStore:
         """Reads ``name`` once into ``block`` (page-aligned whole pages) that the caller keeps."""
         tensor = self._tensors[name]
         try:
-            if tensor.file.raw:
-                tensor.read_direct(block, self._context.direct_nbytes)
-            else:
+            if not tensor.file.raw:
                 tensor.read_tensorstore(block)
+            elif block.nbytes < _pages(tensor):
+                tensor.read_direct(block, self._context.direct_nbytes, cached=True)
+            else:
+                tensor.read_direct(block, self._context.direct_nbytes)
         except OSError as error:
             raise _failed(tensor, error) from error
         return tensor.typed(block)
@@ -300,30 +357,51 @@ class DiskStore:
         mode = self._context.mode
         if not file.raw or mode == "tensorstore":
             return False
-        small = file.nbytes < self._context.small_nbytes
-        return small or mode == "mapped" or (mode == "auto" and self._fits)
+        if file.nbytes < self._context.small_nbytes:
+            return True
+        return self._aliasable(file) and (mode == "mapped" or (mode == "auto" and self._fits))
+
+    def _aliasable(self, file: ArrayFile) -> bool:
+        """Whether the device takes the mapping as it lies, or copies what it gets anyway."""
+        return not self._aliases or (file.offset or 0) % ALIGNMENT == 0
 
     def _read(self, tensor: _OpenTensor, slot: Slot) -> np.ndarray | jax.Array:
         file = tensor.file
         self.bytes_read += file.nbytes
         if self._mapped(tensor):
-            return tensor.alias(self._device) if self._aliases else tensor.mapped()
-        block = slot.take(file.nbytes)
-        if file.raw and self._context.mode != "tensorstore":
-            tensor.read_direct(block, self._context.direct_nbytes)
-        else:
+            if self._aliases and self._aliasable(file):
+                return tensor.alias(self._device)
+            return tensor.mapped()
+        block = slot.take(_pages(tensor))
+        mode = self._context.mode
+        if not file.raw or (mode == "tensorstore" and file.offset is None):
             tensor.read_tensorstore(block)
+        else:
+            tensor.read_direct(block, self._context.direct_nbytes, cached=self._is_cached(tensor))
         return tensor.typed(block)
+
+    def _is_cached(self, tensor: _OpenTensor) -> bool:
+        """Whether to read through the page cache what lies there or may, and cannot be mapped."""
+        mode = self._context.mode
+        if mode != "auto" or self._aliasable(tensor.file):
+            return mode == "mapped"
+        return self._fits or resident_fraction(tensor.mapping()) >= RESIDENT
 
     def _mapped(self, tensor: _OpenTensor) -> bool:
         if self._always_mapped(tensor.file):
             return True
         cacheable = tensor.file.raw and self._context.mode == "auto"
+        cacheable = cacheable and self._aliasable(tensor.file)
         return cacheable and resident_fraction(tensor.mapping()) >= RESIDENT
 
     def close(self) -> None:
         for tensor in self._tensors.values():
             tensor.close()
+
+
+def _pages(tensor: _OpenTensor) -> int:
+    """Bytes of the pages that the tensor lies in."""
+    return round_up(tensor.lead + tensor.file.nbytes)
 
 
 def _failed(tensor: _OpenTensor, error: OSError) -> StorageError:

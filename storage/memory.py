@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 PAGE = mmap.PAGESIZE
+ALIGNMENT = 64  # of what JAX aliases on the CPU
 _MAPPED_FROM = 1 << 20
 
 

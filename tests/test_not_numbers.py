@@ -19,6 +19,7 @@ from flexgen_jax.planning.window_size import WindowSize
 from flexgen_jax.requests.generated import Generated
 from flexgen_jax.requests.request import Request
 from flexgen_jax.weights.checkpoint import convert, open_store
+from flexgen_jax.weights.verifying import verify
 
 GOLDENS = Path(__file__).parent / "goldens"
 EXPECTED = json.loads((GOLDENS / "expected.json").read_text())
@@ -38,6 +39,7 @@ def llm(tmp_path_factory):
     table = np.memmap(array.chunk, array.dtype, "r+", shape=array.shape)
     table[PLACE + 2] = np.nan  # OPT's positions begin there
     table.flush()
+    verify(store, record=True)
     with fg.LLM(str(store), policy=POLICY) as made:
         yield made
 

@@ -89,7 +89,11 @@ def main(context: click.Context, log_level: str | None, log_format: logs.Format 
 @click.argument("model_and_store", nargs=-1, metavar="[MODEL] STORE")
 @click.option("--dummy", metavar="PRESET", help="Random weights of this preset; needs no MODEL.")
 @click.option(
-    "--dtype", type=DTYPES, help="Dtype of the weights. [default: a weight store's own, or float32]"
+    "--dtype",
+    type=DTYPES,
+    default="auto",
+    show_default=True,
+    help="Of the stored weights.",
 )
 @click.option(
     "--weight-bits",
@@ -110,7 +114,7 @@ def main(context: click.Context, log_level: str | None, log_format: logs.Format 
 def convert(
     model_and_store: tuple[str, ...],
     dummy: str | None,
-    dtype: str | None,
+    dtype: str,
     weight_bits: str | None,
     group_size: int,
     seed: int,
@@ -134,7 +138,6 @@ def convert(
             raise click.UsageError("give either MODEL and STORE, or --dummy PRESET and STORE")
         store = Path(model_and_store[-1])
         tell = silent if quiet else say
-        dtype = dtype or checkpoint.stored_dtype(model_and_store[0]) or "float32"
         form: dict[str, Any] = {"dtype": dtype, "group_size": group_size}
         form["weight_bits"] = int(weight_bits) if weight_bits else None
         with progress.transfer("converting", quiet=quiet) as update:
@@ -152,9 +155,7 @@ def convert(
 @main.command()
 @click.argument("model")
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option(
-    "--dtype", type=DTYPES, help="Dtype of a model that is not a weight store. [default: float32]"
-)
+@click.option("--dtype", type=DTYPES, default="auto", show_default=True, help="Of what is written.")
 @click.option(
     "--max-shard-size",
     default="5GB",
@@ -167,7 +168,7 @@ def convert(
 def export(
     model: str,
     directory: Path,
-    dtype: str | None,
+    dtype: str,
     max_shard_size: str,
     offload_dir: str | None,
     quiet: bool,

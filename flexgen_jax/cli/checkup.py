@@ -36,13 +36,7 @@ if TYPE_CHECKING:
     metavar="NAME|FILE",
     help="What 'profile' measured, or a preset: to expect from. [default: measured, roughly]",
 )
-@click.option(
-    "--dtype",
-    type=DTYPES,
-    default="bfloat16",
-    show_default=True,
-    help="Dtype that is computed with.",
-)
+@click.option("--dtype", type=DTYPES, default="auto", show_default=True, help="auto: bfloat16.")
 @click.option("--json", "as_json", is_flag=True, help="Print all as JSON on stdout.")
 def doctor(
     offload_dir: Path | None,
@@ -58,10 +52,13 @@ def doctor(
     """
     with plain_errors():
         from flexgen_jax.machine.doctor import diagnose
+        from flexgen_jax.weights.checkpoint import dtype_of_model
         from scheduling.hardware import Hardware
 
         machine = Hardware.load(hardware) if hardware else None
-        found = diagnose(offload_dir, hardware=machine, models=models, dtype=dtype)
+        found = diagnose(
+            offload_dir, hardware=machine, models=models, dtype=dtype_of_model("", dtype)
+        )
         click.echo(
             json.dumps(found.to_json(), indent=2, allow_nan=False) if as_json else _described(found)
         )

@@ -18,7 +18,20 @@ if TYPE_CHECKING:
     from flexgen_jax.llm import LLM
     from scheduling.policy import Policy
 
-DTYPES = click.Choice(["float32", "bfloat16"])
+
+class _Dtype(click.Choice):
+    """With a reason why another one is not."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        from flexgen_jax.weights.dtypes import checked_dtype
+
+        try:
+            return checked_dtype(value) or "auto"
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+DTYPES = _Dtype(["auto", "float32", "bfloat16"])
 
 _BEFORE = [
     click.option(
@@ -32,7 +45,9 @@ _AFTER = [
     click.option(
         "--dtype",
         type=DTYPES,
-        help="Dtype of the computation. [default: a weight store's own, or float32]",
+        default="auto",
+        show_default=True,
+        help="What is computed with. auto: bfloat16 for weights of 16 bits, float32 for others.",
     ),
     click.option(
         "--device-memory",
@@ -177,11 +192,13 @@ class Chosen:
         """Of what a job is compared by, what the options alone tell."""
         from flexgen_jax.jobs.job import policy_identity
         from flexgen_jax.weights.checkpoint import fingerprint_of
+        from flexgen_jax.weights.dtypes import checked_dtype
 
         policy = policy_identity(None if self._policy == "auto" else self._policy, self._changes)
         if self._policy != "auto":
             del policy["num_stages"]  # several processes have more than is said
-        weights = {"source": fingerprint_of(self.model), "dtype": self._values["dtype"]}
+        dtype = checked_dtype(self._values["dtype"])
+        weights = {"source": fingerprint_of(self.model), "dtype": dtype}
         parts = {"policy": policy, "weights": weights}
         return {
             part: {name: value for name, value in values.items() if value is not None}
@@ -232,7 +249,8 @@ class Chosen:
         from flexgen_jax.distributed.processes import process_count
         from flexgen_jax.jobs import measured
         from flexgen_jax.machine.kept_programs import keep_programs
-        from flexgen_jax.weights.checkpoint import GROUP_SIZE, stored_dtype
+        from flexgen_jax.weights.checkpoint import GROUP_SIZE
+        from flexgen_jax.weights.dtypes import checked_dtype
         from scheduling.hardware import Hardware
         from storage.disk import DiskContext
 
@@ -248,7 +266,7 @@ class Chosen:
             self.allow_cpu_devices(1)
         local_devices()  # a backend that cannot start is better known before a conversion
         v = self._values
-        dtype = v["dtype"] or stored_dtype(self.model) or "float32"
+        dtype = checked_dtype(v["dtype"])
         policy: Policy | Any = self._policy
         wanted = {**self._changes, **changes}
         if policy != "auto":
@@ -279,7 +297,7 @@ class Chosen:
             "policy": policy,
             "schedule": v["schedule"],
             "offload_dir": v["offload_dir"],
-            "dtype": dtype,
+            "dtype": v["dtype"],
             "seed": self._seed,
             "hardware": Hardware.load(v["hardware"]) if v["hardware"] else None,
             "disk": DiskContext(mode=v["disk_mode"], verify=v["verify"]),

@@ -56,9 +56,9 @@ _AFTER = [
     click.option(
         "--dtype",
         type=DTYPES,
-        default="bfloat16",
+        default="auto",
         show_default=True,
-        help="Dtype of weights, cache and hidden states.",
+        help="What is computed with. auto: what the model has; bfloat16 for a preset.",
     ),
     click.option("--trace", type=click.Path(path_type=Path), help="Write a Perfetto trace here."),
     click.option("--plot", type=click.Path(path_type=Path), help="Draw the timeline (PNG, SVG)."),
@@ -190,6 +190,14 @@ def _streams(found: Plan) -> list[str]:
     show_default=True,
     help="How often each figure is measured.",
 )
+@click.option(
+    "--dtype",
+    type=DTYPES,
+    default="auto",
+    show_default=True,
+    help="What is computed with. auto: bfloat16.",
+)
+@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON on stdout too.")
 def profile(
     output: Path | None,
@@ -207,8 +215,10 @@ def profile(
     with plain_errors():
         from flexgen_jax.machine.profile import profile as measure
         from flexgen_jax.machine.this_machine import profile_path, save, this_machine
+        from flexgen_jax.weights.checkpoint import dtype_of_model
         from scheduling.hardware import Hardware
 
+        dtype = dtype_of_model("", dtype)
         path = output or profile_path(dtype)
         if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
             raise Failure(f"cannot write {output}: it is a directory, or its directory is missing")

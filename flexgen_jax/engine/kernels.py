@@ -18,6 +18,7 @@ from flexgen_jax.engine import sampling
 from flexgen_jax.models import attention, decoding
 from flexgen_jax.models.family import Config, Kind
 from flexgen_jax.models.kv_cache import CacheFormat, KeptCache, LayerCache, in_ring
+from flexgen_jax.models.packed import Packed
 from flexgen_jax.models.pieces import rows_per_call
 from flexgen_jax.models.quantization import Quantized
 
@@ -195,7 +196,7 @@ def decode_rest(
 @partial(jax.jit, static_argnames="config")
 def head(
     params: Any,
-    token_table: Float[Array, "vocab embed"] | Quantized,
+    token_table: Float[Array, "vocab embed"] | Packed,
     hidden: Float[Array, "batch seq hidden"],
     *,
     config: Config,
@@ -216,7 +217,7 @@ def put_rows(
 @partial(jax.jit, static_argnames=("config", "k"))
 def score(
     params: Any,
-    token_table: Float[Array, "vocab embed"] | Quantized,
+    token_table: Float[Array, "vocab embed"] | Packed,
     hidden: Float[Array, "batch seq hidden"],
     wanted: Int[Array, "three scored"],
     *,

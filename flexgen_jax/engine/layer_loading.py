@@ -11,21 +11,20 @@ import numpy as np
 
 from flexgen_jax.engine.unpacking import Dense
 from flexgen_jax.models.family import Config
+from flexgen_jax.models.packed import Packed
 from flexgen_jax.models.params import (
     TOKEN_TABLE,
     head_table,
     loaded_names,
     nest,
-    param_shapes,
     unit_kinds,
 )
-from flexgen_jax.models.quantization import Quantized, dequantize
 from scheduling.placement import Placement
 from scheduling.policy import Tier
 from storage.device import DeviceStore
 from storage.disk import DiskContext, DiskStore
 from storage.host import HostStore
-from storage.memory import aligned_bytes, round_up
+from storage.memory import PAGE, aligned_bytes, round_up
 from storage.slots import Slot
 from storage.store import Store
 
@@ -37,12 +36,12 @@ class LayerWeights(NamedTuple):
     """What one layer computes with; ``token_table`` is the head's (vocab, embed), else None."""
 
     params: dict[str, Any]
-    token_table: jax.Array | Quantized | None
+    token_table: jax.Array | Packed | None
 
 
 @partial(jax.jit, static_argnums=1)
-def _dequantize(rows: Quantized, dtype: str) -> jax.Array:
-    return dequantize(rows, dtype)
+def _dense(rows: Packed, dtype: str) -> jax.Array:
+    return rows.dense(dtype)
 
 
 class LayerLoader:
@@ -73,6 +72,7 @@ class LayerLoader:
         disk = DiskStore(
             {n: f for n, f in model.arrays.items() if tier_of.get(n) is Tier.DISK}, context, device
         )
+        self._settled = {n for n in model.arrays if tier_of.get(n) in (Tier.DEVICE, Tier.HOST)}
         here, host = DeviceStore(device), HostStore(device)
         self._fill(model, tier_of, here, host, context)
         stores: dict[Tier, Store] = {Tier.DEVICE: here, Tier.HOST: host, Tier.DISK: disk}
@@ -111,8 +111,9 @@ class LayerLoader:
         source = DiskStore(files, context)
         try:
             for name, file in files.items():
-                block = aligned_bytes(round_up(file.nbytes))
+                block = aligned_bytes(round_up(file.nbytes) + PAGE)
                 array = source.read_into(name, block)
+                array = model.format.settled(model.config, name, array)
                 (device if tier_of[name] is Tier.DEVICE else host).put(name, array)
         finally:
             source.close()
@@ -136,7 +137,7 @@ class LayerLoader:
 
         The batches that compute with the same layer one after another share the result.
         """
-        return weights if self.format.bits is None else self._dense.of(weights)
+        return self._dense.of(weights) if self.format.unpacks else weights
 
     def token_rows(self, tokens: np.ndarray) -> jax.Array:
         """Rows of the token table, (batch, seq, embed), of ``tokens`` (batch, seq), on the device.
@@ -144,11 +145,9 @@ class LayerLoader:
         Looked up where the table lies: it is as large as several layers.
         """
         fields = [store.take(name, tokens) for store, name in self._table]
-        if len(fields) == 1:
-            return fields[0]
-        codes, affine = fields
-        size = param_shapes(self.config)[TOKEN_TABLE][-1]
-        return _dequantize(Quantized(codes, affine, self.format.bits or 0, size), self.dtype)
+        flat = dict(zip((name for _, name in self._table), fields, strict=True))
+        (rows,) = self.format.assemble(self.config, flat, self._settled).values()
+        return _dense(rows, self.dtype) if isinstance(rows, Packed) else rows
 
     def slot_nbytes(self, layer: int) -> int:
         """Bytes of slot memory that loading ``layer`` may take."""
@@ -163,7 +162,7 @@ class LayerLoader:
 
     def _assemble(self, layer: int, arrays: dict[str, jax.Array]) -> LayerWeights:
         unit = self.config.units[layer]
-        flat = self.format.assemble(self.config, arrays)
+        flat = self.format.assemble(self.config, arrays, self._settled)
         table = None
         if unit_kinds(self.config)[layer].role == "head":
             table = flat[head_table(self.config)]

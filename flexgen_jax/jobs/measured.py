@@ -52,7 +52,7 @@ def store(
     model: str,
     path: str | None,
     *,
-    dtype: str,
+    dtype: str | None,
     weight_bits: int | None,
     group_size: int,
     offload_dir: str | None,
@@ -63,6 +63,7 @@ def store(
 
     Args:
         path: ``_DUMMY_``: random weights of the preset ``model``.
+        dtype: None: the model's own, and float32 of random weights.
         weight_bits: 4 or 8: quantised; None: as a weight store has them.
 
     Raises:
@@ -78,6 +79,7 @@ def store(
             say=say,
             progress=progress,
         )
+    dtype = dtype or "float32"
     base = cache_directory() if offload_dir is None else Path(offload_dir)
     name = re.sub(r"[^\w.-]+", "--", model)
     form = f"{dtype}-{weight_bits}bit-g{group_size}" if weight_bits else dtype

@@ -26,7 +26,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from flexgen_jax.models.kv_cache import LayerCache
-from flexgen_jax.models.quantization import Quantized, dense
+from flexgen_jax.models.packed import dense
+from flexgen_jax.models.quantization import Quantized
 
 # Finite, so that the rows of padding, which see no key at all, stay free of NaN.
 MASKED = float(np.finfo(np.float32).min)

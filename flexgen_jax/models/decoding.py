@@ -23,10 +23,10 @@ from jaxtyping import Array, Float, Int
 from flexgen_jax.models.attention import attend_cached, attend_prompt
 from flexgen_jax.models.family import Config, Kind, Params
 from flexgen_jax.models.kv_cache import LayerCache, write_prompt, write_token
+from flexgen_jax.models.packed import Packed, dense
 from flexgen_jax.models.params import head_table, nest, param_records, unit_kinds
 from flexgen_jax.models.pieces import positions_per_call
 from flexgen_jax.models.positions import positions
-from flexgen_jax.models.quantization import Quantized, dense
 from flexgen_jax.models.registry import family_of
 
 
@@ -85,8 +85,8 @@ def embed(
 
 def _dtype_of(params: Params) -> Any:
     """What is computed with: of the first parameter that is not in codes."""
-    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Quantized))
-    plain = (leaf.dtype for leaf in leaves if not isinstance(leaf, Quantized))
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Packed))
+    plain = (leaf.dtype for leaf in leaves if not isinstance(leaf, Packed))
     return next(plain, jnp.float32)
 
 
@@ -195,7 +195,7 @@ def decode_layer(
 
 def head(
     params: Params,
-    table: Float[Array, "vocab embed"] | Quantized,
+    table: Float[Array, "vocab embed"] | Packed,
     hidden: Float[Array, "*dims hidden"],
     config: Config,
 ) -> Float[Array, "*dims vocab"]:

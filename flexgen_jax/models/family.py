@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
+    from flexgen_jax.models.packed import Packed
     from flexgen_jax.models.positions import Positions
-    from flexgen_jax.models.quantization import Quantized
 
 Params = dict[str, Any]
 
@@ -249,7 +249,7 @@ class Family(abc.ABC):
     def head(
         self,
         params: Params,
-        table: Float[Array, "vocab embed"] | Quantized,
+        table: Float[Array, "vocab embed"] | Packed,
         hidden: Float[Array, "*dims hidden"],
         config: Any,
     ) -> Float[Array, "*dims vocab"]:

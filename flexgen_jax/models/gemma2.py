@@ -11,8 +11,8 @@ from jaxtyping import Array, Float
 
 from flexgen_jax.models.family import ConfigError, Kind, Params
 from flexgen_jax.models.layers import gated_mlp, linear, merge_heads
+from flexgen_jax.models.packed import Packed
 from flexgen_jax.models.positions import Positions
-from flexgen_jax.models.quantization import Quantized
 from flexgen_jax.models.rope import Rope
 from flexgen_jax.models.rotary import FULL, MODULES, SLIDING, RotaryConfig, RotaryDecoder
 
@@ -108,7 +108,7 @@ class Gemma2(RotaryDecoder):
     def head(
         self,
         params: Params,
-        table: Float[Array, "vocab embed"] | Quantized,
+        table: Float[Array, "vocab embed"] | Packed,
         hidden: Float[Array, "*dims hidden"],
         config: Any,
     ) -> Float[Array, "*dims vocab"]:

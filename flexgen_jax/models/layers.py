@@ -1,7 +1,7 @@
 """What decoder layers are made of, whatever their family: products, norms, activations, heads.
 
 Matrix products accumulate in float32; norms are computed in float32; activations keep the dtype of
-what goes in. Wherever a matrix is taken, it may be :class:`Quantized`.
+what goes in. Wherever a matrix is taken, it may be :class:`Packed`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flexgen_jax.models.family import ConfigError, Params
-from flexgen_jax.models.quantization import Quantized, dense
+from flexgen_jax.models.packed import Packed, dense
 
 LAYER_NORM_EPSILON = 1e-5
 
@@ -68,7 +68,7 @@ def _matmul(x: Array, kernel: Array) -> Array:
 
 
 def logits(
-    table: Float[Array, "vocab embed"] | Quantized, hidden: Float[Array, "*dims embed"]
+    table: Float[Array, "vocab embed"] | Packed, hidden: Float[Array, "*dims embed"]
 ) -> Float[Array, "*dims vocab"]:
     """``hidden`` times each row of ``table``, in float32."""
     table = dense(table, hidden.dtype)

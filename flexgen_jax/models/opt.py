@@ -52,8 +52,8 @@ from flexgen_jax.models.layers import (
     merge_heads,
     split_heads,
 )
+from flexgen_jax.models.packed import Packed
 from flexgen_jax.models.positions import Positions
-from flexgen_jax.models.quantization import Quantized
 from flexgen_jax.models.registry import load_config
 
 __all__ = [
@@ -368,7 +368,7 @@ class OPT(Family):
     def head(
         self,
         params: Params,
-        table: Float[Array, "vocab embed"] | Quantized,
+        table: Float[Array, "vocab embed"] | Packed,
         hidden: Float[Array, "*dims hidden"],
         config: OPTConfig,
     ) -> Float[Array, "*dims vocab"]:
@@ -392,7 +392,7 @@ FAMILY = OPT()
 
 def head(
     params: Params,
-    token_table: Float[Array, "vocab embed"] | Quantized,
+    token_table: Float[Array, "vocab embed"] | Packed,
     hidden: Float[Array, "*dims hidden"],
     config: Config,
 ) -> Float[Array, "*dims vocab"]:

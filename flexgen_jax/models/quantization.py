@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, BFloat16, Float, UInt8
 
+from flexgen_jax.models.packed import Packed
+
 BITS = (4, 8)
 GROUP = 64
 # What is larger saturates, infinities too: a group's range then is a finite float32.
@@ -23,7 +25,7 @@ _SMALLEST = float(np.finfo(np.float32).tiny)
 
 
 @flax.struct.dataclass
-class Quantized:
+class Quantized(Packed):
     """An array in codes.
 
     Attributes:
@@ -46,6 +48,9 @@ class Quantized:
     def __getitem__(self, rows: Any) -> Quantized:
         """Indexing of the leading axes."""
         return Quantized(self.codes[rows], self.affine[rows], self.bits, self.size)
+
+    def dense(self, dtype: Any) -> Array:
+        return dequantize(self, dtype)
 
 
 def grouping(size: int, group: int = GROUP) -> tuple[int, int]:
@@ -131,13 +136,3 @@ def dequantize(q: Quantized, dtype: Any = jnp.float32) -> Float[Array, "*dims si
     groups = codes.reshape(*scale.shape, -1).astype(jnp.float32)
     x = zero[..., None] + groups * scale[..., None]
     return x.reshape(codes.shape)[..., : q.size].astype(dtype)
-
-
-def dense(x: Array | Quantized, dtype: Any) -> Array:
-    """``x`` as an array, which it may be already."""
-    return dequantize(x, dtype) if isinstance(x, Quantized) else x
-
-
-def dense_tree(tree: Any, dtype: Any) -> Any:
-    """All of ``tree`` as arrays."""
-    return jax.tree.map(lambda x: dense(x, dtype), tree, is_leaf=lambda x: isinstance(x, Quantized))

@@ -40,8 +40,8 @@ from flexgen_jax.models.layers import (
     rms_norm,
     split_heads,
 )
+from flexgen_jax.models.packed import Packed
 from flexgen_jax.models.positions import Positions
-from flexgen_jax.models.quantization import Quantized
 from flexgen_jax.models.registry import family_of
 from flexgen_jax.models.rope import Rope, angles, read_rope, rotate
 
@@ -360,7 +360,7 @@ class RotaryDecoder(Family):
     def head(
         self,
         params: Params,
-        table: Float[Array, "vocab embed"] | Quantized,
+        table: Float[Array, "vocab embed"] | Packed,
         hidden: Float[Array, "*dims hidden"],
         config: Any,
     ) -> Float[Array, "*dims vocab"]:

@@ -147,7 +147,7 @@ def _weights(
                 by_tier[cell.tier] += cell.nbytes
                 # Smaller ones stay in the page cache.
                 accesses += cell.tier is Tier.DISK and cell.nbytes >= DiskContext.small_nbytes
-            if form.quantizes(config, name):
+            if form.unpacked(config, name):
                 unpacked += itemsize * math.prod(shapes[name])
         moved.append(by_tier)
         dense.append(unpacked)

@@ -19,6 +19,7 @@ from flexgen_jax.planning.forecast import Forecast, forecast, job_size
 from flexgen_jax.planning.lengths import Lengths
 from flexgen_jax.planning.planner import Planner, named_schedule
 from flexgen_jax.planning.refilling import Life
+from flexgen_jax.weights.checkpoint import dtype_of_model
 from scheduling.advice import advice
 from scheduling.cost_model import CostModel, bound
 from scheduling.estimate import estimate
@@ -157,7 +158,7 @@ def plan(
     prompt_len: int,
     gen_len: int,
     schedule: str | Schedule | tuple[str, Schedule] = "zigzag",
-    dtype: str = "bfloat16",
+    dtype: Any = "auto",
     slots: Mapping[str, int] | None = None,
     fixed: Mapping[str, Any] | None = None,
     allow: Iterable[str] = (),
@@ -175,7 +176,8 @@ def plan(
         prompt_len: Tokens of each prompt; padded as a run would.
         schedule: A name of ``SCHEDULES`` or a function, as ``LLM`` takes it; or its name and the
             function.
-        dtype: Of weights, cache and hidden states, quantisation aside.
+        dtype: Of weights, cache and hidden states, quantisation aside; ``"auto"``: what the model
+            is computed with, and bfloat16 for a preset.
         fixed: Fields that ``"auto"`` has to keep.
         allow: Methods that ``"auto"`` may use: ``host_attention``, ``weight_bits``,
             ``cache_bits``, ``attention_sparsity``.
@@ -212,6 +214,8 @@ def plan(
             f"num_hosts must lie in 1..{stages}, the number of stages; got {num_hosts}"
         )
     hosts = hosts_of(stages, num_hosts) if num_hosts > 1 else ()
+    named = None if isinstance(model, Config) else model
+    dtype = dtype_of_model(named or "", dtype)
     known = Model(config, dtype, slots=slots or {}, hosts=hosts)
     job = Uniform(prompt_len, gen_len)
     name, order = schedule if isinstance(schedule, tuple) else named_schedule(schedule)

@@ -26,7 +26,7 @@ from flexgen_jax.replicas.ray_cluster import (
     import_ray,
     missing_model,
 )
-from flexgen_jax.weights.checkpoint import is_store
+from flexgen_jax.weights.checkpoint import is_ready
 from scheduling.policy import Policy
 from storage.store import StorageError
 
@@ -90,7 +90,7 @@ class Worker:
     def about(self) -> _About | _Failed:
         """Of its machine, or its part of it; the model is not loaded yet."""
         model = self._arguments["model"]
-        if not is_store(model):
+        if not is_ready(model):
             return _Failed(str(missing_model(model)), again=False)
         limits = {k: v for k, v in self._arguments.items() if k in _LIMITS and v}
         if self._beside > 1 and not limits:

@@ -10,6 +10,7 @@ Importing this module costs no jax, tensorstore, torch or hub client: they are i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -27,6 +28,7 @@ import numpy as np
 from flexgen_jax.models.family import Config, Param
 from flexgen_jax.models.params import param_records
 from flexgen_jax.models.registry import load_config, preset, write_config
+from flexgen_jax.weights.dtypes import DTYPES, checked_dtype
 from flexgen_jax.weights.element_blocks import (
     check_content,
     finite,
@@ -43,6 +45,7 @@ from flexgen_jax.weights.huggingface import (
     is_model_directory,
     not_a_model,
 )
+from flexgen_jax.weights.in_place import lies_ready, open_in_place
 from flexgen_jax.weights.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -51,6 +54,7 @@ from flexgen_jax.weights.manifest import (
     array_directory,
 )
 from flexgen_jax.weights.store_writer import Progress, Say, write_store
+from flexgen_jax.weights.stored_model import StoredModel
 from flexgen_jax.weights.tensor_file import ModelNotFoundError, SourceError
 from flexgen_jax.weights.weight_format import WeightFormat
 from storage.array_file import ArrayFile, StoreError, describe_array, dtype_of
@@ -67,12 +71,10 @@ __all__ = [
     "convert",
     "convert_dummy",
     "is_store",
+    "open_model",
     "open_store",
     "resolve",
 ]
-
-# float16 is read, not stored: it is slow on CPUs, and it overflows where bfloat16 does not.
-DTYPES = ("float32", "bfloat16")
 
 DUMMY_SCALE = 0.02  # the standard deviation OPT is initialised with
 _DUMMY_VERSION = 1  # raise it when the same seed gives other numbers
@@ -81,57 +83,11 @@ _COPY_NBYTES = 1 << 22
 GROUP_SIZE = 64
 
 
-@dataclasses.dataclass(frozen=True)
-class StoredModel:
-    """A weight store that was found complete.
-
-    Attributes:
-        path: The directory.
-        config: Of the model.
-        manifest: What the store says about itself.
-        arrays: Flat name -> array file of everything stored, in layer order.
-        format: How parameters are stored.
-    """
-
-    path: Path
-    config: Config
-    manifest: Manifest
-    arrays: Mapping[str, ArrayFile]
-    format: WeightFormat
-
-    @property
-    def dtype(self) -> str:
-        """The name of the weights' dtype."""
-        return self.manifest.dtype
-
-    def identity(self) -> dict[str, Any]:
-        """What tells these weights, and what is computed with them, from others: plain JSON."""
-        manifest = self.manifest
-        return {
-            "source": manifest.source.fingerprint,
-            "dtype": manifest.dtype,
-            "bits": manifest.weight_bits,
-            "group": manifest.weight_group,
-            # What ends a text included, which is not in the config's own file.
-            "config": hashlib.sha256(repr(self.config).encode()).hexdigest(),
-            "tensors": digest_of({n: [e.shape, e.dtype] for n, e in manifest.tensors.items()}),
-        }
-
-    def tokenizer_digest(self) -> str:
-        """Hexadecimal; of the files that say how a text becomes tokens."""
-        digest = hashlib.sha256()
-        for name in sorted({*COMPANION_FILES} - {"generation_config.json"}):
-            if (self.path / name).is_file():
-                content = hashlib.sha256((self.path / name).read_bytes()).hexdigest()
-                digest.update(f"{name} {content}\n".encode())
-        return digest.hexdigest()
-
-
 def convert(
     source: str | Path,
     store: str | Path,
     *,
-    dtype: str = "float32",
+    dtype: Any = "auto",
     weight_bits: int | None = None,
     group_size: int = GROUP_SIZE,
     progress: Progress | None = None,
@@ -146,7 +102,8 @@ def convert(
         source: A directory with ``config.json`` and safetensors or ``.bin`` weights, or a name on
             the hub; to quantise, a weight store too.
         store: The directory to write.
-        dtype: Of the stored weights, one of ``DTYPES``.
+        dtype: Of the stored weights, as :func:`~flexgen_jax.weights.dtypes.checked_dtype` has it;
+            ``"auto"``: bfloat16 for weights of 16 bits, float32 for others.
         weight_bits: 4 or 8: quantise them (:mod:`flexgen_jax.weights.weight_format` says which).
         group_size: The most elements that share a scale.
         progress: Called as (bytes done, bytes in all, tensor) after each block.
@@ -160,23 +117,26 @@ def convert(
         SourceError: its files are damaged or incomplete.
         StoreError: ``store`` is something else, or cannot be written.
     """
-    form = _format(dtype, weight_bits, group_size)
+    dtype = checked_dtype(dtype)
     if is_store(source):
         if weight_bits is None:
             raise SourceError(
                 f"{source} is a weight store already; convert the Hugging Face model it was made "
                 "from, or quantise it with --weight-bits"
             )
-        return _convert(_Stored(open_store(source, dtype=dtype)), Path(store), form, progress, say)
-    directory, name = _find(str(source))
-    return _convert(HuggingFaceModel(directory, name), Path(store), form, progress, say)
+        stored = open_store(source, dtype=dtype)
+        form = _format(stored.dtype, weight_bits, group_size)
+        return _convert(_Stored(stored), Path(store), form, progress, say)
+    model = HuggingFaceModel(*_find(str(source)))
+    form = _format(dtype or model.usual_dtype(), weight_bits, group_size)
+    return _convert(model, Path(store), form, progress, say)
 
 
 def convert_dummy(
     model: str | Path | Config,
     store: str | Path,
     *,
-    dtype: str = "float32",
+    dtype: Any = "auto",
     weight_bits: int | None = None,
     group_size: int = GROUP_SIZE,
     seed: int = 0,
@@ -197,7 +157,7 @@ def convert_dummy(
         ConfigError: neither a preset nor a readable config.
         StoreError: ``store`` is something else, or cannot be written.
     """
-    form = _format(dtype, weight_bits, group_size)
+    form = _format(checked_dtype(dtype) or "float32", weight_bits, group_size)
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}")
     if isinstance(model, Config):
@@ -209,11 +169,11 @@ def convert_dummy(
     text = json.dumps(write_config(config), indent=1, allow_nan=False).encode()
     identity = f"dummy {_DUMMY_VERSION} {DUMMY_SCALE} {seed} ".encode() + text
     source = Source(f"dummy:{name}", hashlib.sha256(identity).hexdigest())
-    records = param_records(config)
+    records, computed = param_records(config), dtype_of(form.dtype)
     return write_store(
         Path(store),
         _manifest(config, form, source, text),
-        form.pieces(config, lambda name: _dummy_blocks(name, records[name], dtype_of(dtype), seed)),
+        form.pieces(config, lambda name: _dummy_blocks(name, records[name], computed, seed)),
         order=form.order(config, tuple(records)),
         files={"config.json": text + b"\n"},
         progress=progress,
@@ -236,12 +196,37 @@ def fingerprint_of(model: str | Path) -> str | None:
         return None
 
 
-def stored_dtype(path: str | Path) -> str | None:
-    """The dtype of the weight store at ``path``; None if there is none that can be read."""
-    try:
-        return Manifest.load(Path(path)).dtype
-    except StoreError:
-        return None
+def is_ready(path: str | Path) -> bool:
+    """Whether :func:`open_model` may open ``path``: what it holds is there."""
+    return is_store(path) or is_model_directory(Path(path))
+
+
+def dtype_of_model(model: str | os.PathLike[str], dtype: Any = "auto") -> str:
+    """The name of what ``model`` is computed with.
+
+    Args:
+        model: A weight store, a directory or ``config.json`` of a model, or the name of one that is
+            not here.
+        dtype: As :func:`checked_dtype` has it; ``"auto"``: what the weights have, or else what the
+            config says; bfloat16 where nothing is known, as most models are published in 16 bits.
+
+    Raises:
+        StoreError, SourceError: a dtype or a model that cannot be.
+    """
+    if (chosen := checked_dtype(dtype)) is not None:
+        return chosen
+    path = Path(model)
+    if is_store(path):
+        return Manifest.load(path).dtype
+    if path.is_dir() and is_model_directory(path):
+        return HuggingFaceModel(path).usual_dtype()
+    file = path / "config.json" if path.is_dir() else path
+    said: Any = None
+    if file.is_file():
+        with contextlib.suppress(ValueError):  # whoever reads it as a config says what is wrong
+            values = read_json(file)
+            said = values.get("dtype", values.get("torch_dtype")) if isinstance(values, dict) else 0
+    return "float32" if said == "float32" else "bfloat16"
 
 
 def open_store(
@@ -264,7 +249,6 @@ def open_store(
     path = Path(os.path.abspath(path))
     manifest = Manifest.load(path)
     if dtype is not None and dtype != manifest.dtype:
-        _check_dtype(dtype)
         raise StoreError(
             f"{path} holds {manifest.dtype} weights, but {dtype} was requested; convert the model "
             f"again with --dtype {dtype}, or pass dtype={manifest.dtype!r}"
@@ -288,6 +272,22 @@ def open_store(
                 "store is damaged, remove it and convert the model again"
             )
     return StoredModel(path, config, manifest, arrays, form)
+
+
+def open_model(
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    needed: Callable[[Config, WeightFormat], Collection[str]] | None = None,
+) -> StoredModel:
+    """Opens what :func:`resolve` has found: a weight store, or a checkpoint in place.
+
+    Raises:
+        As :func:`open_store`, and SourceError.
+    """
+    if is_store(path):
+        return open_store(path, dtype=dtype, needed=needed)
+    return open_in_place(Path(path), dtype=dtype, needed=needed)
 
 
 def entries_of(
@@ -348,20 +348,21 @@ def _check_files(path: Path, manifest: Manifest) -> None:
 def resolve(
     model: str | Path,
     *,
-    dtype: str,
+    dtype: str | None = None,
     weight_bits: int | None = None,
     group_size: int = GROUP_SIZE,
     offload_dir: str | Path | None = None,
     say: Say = lambda line: None,
     progress: Progress | None = None,
 ) -> Path:
-    """The weight store of ``model``, made on first use.
+    """Where the weights of ``model`` lie ready: as published, or a weight store made on first use.
 
     Args:
-        model: A weight store (returned as it is, unless it is to be quantised), a Hugging Face
-            directory, or a hub name.
-        dtype: What a conversion stores. ``weight_bits``, ``group_size``: likewise; None takes
-            what a weight store has.
+        model: A weight store or a Hugging Face directory of safetensors (returned as it is, unless
+            it is to be quantised or made smaller), another Hugging Face directory, or a hub name.
+        dtype: What is computed with, and what a conversion stores; None: what
+            :meth:`HuggingFaceModel.usual_dtype` says, or a store has.
+        weight_bits, group_size: Of a conversion; None takes what a weight store has.
         offload_dir: Converted stores go to its ``stores``; None: to the cache directory's.
         say: Called with a line before a conversion.
         progress: As in :func:`convert`.
@@ -380,10 +381,14 @@ def resolve(
                 f"{model} holds weights of {manifest.weight_bits} bits, but "
                 f"{weight_bits} were requested: quantise the model it was made from"
             )
-        source = _Stored(open_store(model, dtype=dtype))
+        stored = open_store(model, dtype=dtype)
+        source, dtype = _Stored(stored), stored.dtype
     else:
-        _check_dtype(dtype)
-        source = HuggingFaceModel(*_find(str(model)))
+        directory, name = _find(str(model))
+        source = HuggingFaceModel(directory, name)
+        dtype = dtype or source.usual_dtype()
+        if weight_bits is None and lies_ready(source, dtype):
+            return Path(os.path.abspath(directory))
     form = _format(dtype, weight_bits, group_size)
     base = cache_directory() if offload_dir is None else Path(offload_dir)
     plain = re.sub(r"[^\w.-]+", "--", source.name)
@@ -550,7 +555,6 @@ def _manifest(config: Config, form: WeightFormat, source: Source, text: bytes) -
 
 
 def _format(dtype: str, bits: int | None, group: int) -> WeightFormat:
-    _check_dtype(dtype)
     if bits is None:
         return WeightFormat.usual(dtype)
     if bits not in (4, 8):
@@ -558,14 +562,6 @@ def _format(dtype: str, bits: int | None, group: int) -> WeightFormat:
     if group < 2:
         raise StoreError(f"group_size must be at least 2, got {group!r}")
     return WeightFormat.usual(dtype, bits, group)
-
-
-def _check_dtype(dtype: str) -> None:
-    if dtype not in DTYPES:
-        raise StoreError(
-            f"dtype must be one of {', '.join(DTYPES)} (weights in float16 are converted); "
-            f"got {dtype!r}"
-        )
 
 
 def _brief(entry: TensorEntry | None) -> str:

@@ -14,10 +14,12 @@ import numpy as np
 from flexgen_jax.models.family import Source
 from flexgen_jax.models.params import param_shapes
 from flexgen_jax.models.registry import family_of
-from flexgen_jax.weights.checkpoint import StoredModel, is_store, open_store, resolve
+from flexgen_jax.weights.checkpoint import open_model, resolve
+from flexgen_jax.weights.dtypes import checked_dtype
 from flexgen_jax.weights.element_blocks import dense_array
 from flexgen_jax.weights.huggingface import COMPANION_FILES
 from flexgen_jax.weights.store_writer import Progress
+from flexgen_jax.weights.stored_model import StoredModel
 from storage.array_file import StoreError
 
 MAX_SHARD_NBYTES = 5 * 10**9
@@ -27,7 +29,7 @@ def export(
     model: str | Path,
     directory: str | Path,
     *,
-    dtype: str | None = None,
+    dtype: Any = "auto",
     max_shard_nbytes: int = MAX_SHARD_NBYTES,
     offload_dir: str | Path | None = None,
     progress: Progress | None = None,
@@ -41,8 +43,7 @@ def export(
     Args:
         model: A weight store, or what :func:`convert` takes.
         directory: Must not exist.
-        dtype: Of a model that is converted first; None: of a weight store what it has, else
-            float32.
+        dtype: As ``LLM`` has it.
         max_shard_nbytes: A file takes no more, unless one tensor does.
         offload_dir: Where a converted model is kept, as ``LLM`` has it.
         progress: Called as (bytes done, bytes in all, tensor) after each tensor.
@@ -61,9 +62,9 @@ def export(
         raise StoreError(f"{target} exists already; remove it, or give another name")
     if max_shard_nbytes < 1:
         raise ValueError(f"max_shard_nbytes must be at least 1, got {max_shard_nbytes}")
-    stored = open_store(
-        resolve(model, dtype=dtype or "float32", offload_dir=offload_dir, say=say),
-        dtype=dtype if is_store(model) else None,
+    stored = open_model(
+        resolve(model, dtype=checked_dtype(dtype), offload_dir=offload_dir, say=say),
+        dtype=checked_dtype(dtype),
     )
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)

@@ -12,17 +12,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from flexgen_jax.models.params import TOKEN_TABLE, param_records
 from flexgen_jax.models.registry import family_of, load_config
 from flexgen_jax.weights import flax_files
+from flexgen_jax.weights.dtypes import usual_dtype
 from flexgen_jax.weights.element_blocks import blocks_of, finite, transposed_blocks
 from flexgen_jax.weights.naming import Naming, naming
 from flexgen_jax.weights.safetensors_file import SafetensorsFile
@@ -67,6 +69,21 @@ class _Located:
     file: Path
     offset: int
     source: Source
+
+
+class Place(NamedTuple):
+    """Where a parameter lies, and what lies there.
+
+    Attributes:
+        offset: Bytes.
+        swapped: The parameter's transpose.
+    """
+
+    file: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    swapped: bool
 
 
 class HuggingFaceModel:
@@ -145,6 +162,26 @@ class HuggingFaceModel:
         files = (self.directory / "config.json", *self.companions, *_files(self.weight_files))
         return facts_of(files)
 
+    def usual_dtype(self) -> str:
+        """What is computed with where nothing else is asked for.
+
+        bfloat16 if the largest tensor, which says most of what the model is, has 16 bits; else
+        float32.
+        """
+        _, entry = max(self._entries.values(), key=lambda found: math.prod(found[1].shape))
+        return usual_dtype(entry.dtype)
+
+    def places(self) -> dict[str, Place]:
+        """Parameter -> where it lies, in layer order; of safetensors only."""
+        return {name: self._place(at) for name, at in self._located.items()}
+
+    def _place(self, at: _Located) -> Place:
+        entry = self._entries[at.source.key][1]
+        first, last = at.source.rows or (0, entry.shape[0] if entry.shape else 1)
+        row = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+        shape = (last - first, *entry.shape[1:])
+        return Place(at.file, entry.offset + first * row, shape, entry.dtype, at.source.transposed)
+
     def _file(self, path: Path) -> WeightFile:
         if self._open_file is None or self._open_path != path:
             self._open_file = None  # one at a time: an old .bin is not mapped but loaded
@@ -164,6 +201,7 @@ class HuggingFaceModel:
                     f"{listed_in} lists the tensor {lost[0]}{_more(lost)}, which its shard does "
                     "not contain; download the model again"
                 )
+        self._entries = entries
         names = naming(self.config, entries)
         tied = self.config.tie_word_embeddings and names.head.key in entries
         if tied:

@@ -11,7 +11,8 @@ from typing import Any
 from flexgen_jax.models.family import Config
 from flexgen_jax.models.params import flatten, nest, param_records, param_shapes
 from flexgen_jax.models.registry import write_config
-from flexgen_jax.weights.checkpoint import is_store, open_store, resolve
+from flexgen_jax.weights.checkpoint import open_model, resolve
+from flexgen_jax.weights.dtypes import checked_dtype
 from flexgen_jax.weights.element_blocks import dense_array
 from storage.array_file import StoreError
 
@@ -19,7 +20,7 @@ from storage.array_file import StoreError
 def load_params(
     model: str | Path,
     *,
-    dtype: str | None = None,
+    dtype: Any = "auto",
     offload_dir: str | Path | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def load_params(
 
     Args:
         model: A weight store, a Hugging Face directory or a hub name.
-        dtype: ``"float32"`` or ``"bfloat16"``; None: of a weight store its own, else float32.
+        dtype: As ``LLM`` has it.
         offload_dir: Where a converted model is kept, as ``LLM`` has it.
         say: Called with a line before a conversion.
 
@@ -40,8 +41,8 @@ def load_params(
     """
     import jax.numpy as jnp
 
-    store = resolve(model, dtype=dtype or "float32", offload_dir=offload_dir, say=say)
-    stored = open_store(store, dtype=dtype if is_store(model) else None)
+    store = resolve(model, dtype=checked_dtype(dtype), offload_dir=offload_dir, say=say)
+    stored = open_model(store, dtype=checked_dtype(dtype))
     flat = {}
     for name in param_records(stored.config):
         array = dense_array(stored.format, stored.config, stored.arrays, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -12,12 +13,13 @@ import numpy as np
 
 from flexgen_jax.models.family import ConfigError
 from flexgen_jax.models.registry import load_config
-from flexgen_jax.weights.checkpoint import check_config, entries_of
+from flexgen_jax.weights.checkpoint import check_config, entries_of, is_ready, is_store, open_model
 from flexgen_jax.weights.huggingface import COMPANION_FILES
-from flexgen_jax.weights.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, array_directory
+from flexgen_jax.weights.manifest import FORMAT_VERSION, Manifest, array_directory
+from flexgen_jax.weights.recorded import Recorded
 from flexgen_jax.weights.tensor_file import ModelNotFoundError
 from storage.array_file import ArrayFile, StoreError, describe_array
-from storage.checksums import TensorChecksum, tensor_checksum
+from storage.checksums import TensorChecksum, is_finite, tensor_checksum
 
 Progress = Callable[[int, int, str], None]
 _PIECE = 8 << 20
@@ -73,35 +75,45 @@ class Verified:
 def verify(
     model: str | Path, *, record: bool = False, progress: Progress | None = None
 ) -> Verified:
-    """Reads everything of a weight store once, and holds it against its checksums.
+    """Reads everything of a model once, and holds it against its checksums.
 
     Args:
-        model: The directory.
+        model: The directory: a weight store, or a checkpoint that is used in place.
         record: Take checksums of what is there and keep them, where nothing else is wrong: for a
-            store that has none, or whose tokenizer was changed on purpose.
+            model that has none, or whose tokenizer was changed on purpose.
         progress: Called as (bytes read, bytes in all, tensor).
 
     Raises:
-        ModelNotFoundError: there is no weight store.
-        StoreError: its manifest cannot be read.
+        ModelNotFoundError: there is neither.
+        StoreError, SourceError, ConfigError: what it says about itself cannot be read.
     """
     path = Path(os.path.abspath(model))
-    if not (path / MANIFEST_NAME).exists():
-        raise ModelNotFoundError(
-            f"{model} is not a weight store: it has no {MANIFEST_NAME}; 'flexgen-jax convert' "
-            "makes one of a model"
-        )
     begun = time.perf_counter()
-    manifest = Manifest.load(path)
-    problems = list(_structure(path, manifest))
+    problems: list[str] = []
+    if is_store(path):
+        manifest = Manifest.load(path)
+        problems += _structure(path, manifest)
+        place = functools.partial(array_directory, path)
+        find: Callable[[str], ArrayFile] = lambda name: describe_array(place(name))  # noqa: E731
+    elif is_ready(path):
+        opened = open_model(path)
+        manifest, find = opened.manifest, opened.arrays.__getitem__
+    else:
+        raise ModelNotFoundError(
+            f"{model} is neither a weight store nor a directory of safetensors; 'flexgen-jax "
+            "convert' makes a store of another model"
+        )
     total, done, checked = manifest.nbytes, 0, 0
     checksums: dict[str, str] = {}
     for name, entry in manifest.tensors.items():
         try:
-            found = _checksum(describe_array(array_directory(path, name)))
+            file = find(name)
+            found, finite = _checksum(file)
         except (StoreError, OSError) as error:
             problems.append(str(error))
             continue
+        if not finite:
+            problems.append(f"{name} in {file.chunk} has values that are no numbers")
         checked += entry.checksum is not None
         checksums[name] = found
         if not record and entry.checksum not in (None, found):
@@ -120,7 +132,7 @@ def verify(
             if beside.get(name) != expected
         ]
     recorded = record and not problems
-    if recorded:
+    if recorded and is_store(path):
         tensors = {
             name: dataclasses.replace(entry, checksum=checksums[name])
             for name, entry in manifest.tensors.items()
@@ -128,6 +140,8 @@ def verify(
         dataclasses.replace(
             manifest, tensors=tensors, files=beside, format_version=FORMAT_VERSION
         ).save(path)
+    elif recorded:
+        Recorded(checksums, beside).save(path)
     seconds = time.perf_counter() - begun
     return Verified(path, len(checksums), checked, done, seconds, tuple(problems), recorded)
 
@@ -146,9 +160,9 @@ def _structure(path: Path, manifest: Manifest) -> Iterator[str]:
         yield str(error)
 
 
-def _checksum(file: ArrayFile) -> str:
-    """Of what ``file`` holds, read in pieces."""
-    found = TensorChecksum()
+def _checksum(file: ArrayFile) -> tuple[str, bool]:
+    """Of what ``file`` holds, read in pieces; and whether it is as finite as it is to be."""
+    found, finite = TensorChecksum(), True
     if not file.raw:  # whatever its codecs are
         import tensorstore as ts
 
@@ -159,13 +173,16 @@ def _checksum(file: ArrayFile) -> str:
         except ValueError as error:
             raise StoreError(f"{file.directory}: {str(error).partition(chr(10))[0]}") from error
         found.add(np.ascontiguousarray(content).reshape(-1).view(np.uint8))
-        return str(found)
-    block, left = memoryview(bytearray(min(_PIECE, file.nbytes))), file.nbytes
-    with open(file.chunk, "rb", buffering=0) as chunk:
+        return str(found), finite
+    block, left = np.empty(min(_PIECE, file.nbytes), np.uint8), file.nbytes
+    with open(file.chunk, "rb") as chunk:
+        chunk.seek(file.offset or 0)
         os.posix_fadvise(chunk.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        while left and (got := chunk.readinto(block[: min(_PIECE, left)])):
+        while left and (got := chunk.readinto(block[: min(_PIECE, left)].data)):
             found.add(block[:got])
+            if file.finite:
+                finite = finite and is_finite(block[:got].view(file.dtype))
             left -= got
     if left:
         raise StoreError(f"{file.chunk} became shorter while it was read")
-    return str(found)
+    return str(found), finite

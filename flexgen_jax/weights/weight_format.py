@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +67,23 @@ class WeightFormat:
         """Whether parameter ``name`` is stored in codes."""
         return self.bits is not None and param_records(config)[name].quantized
 
+    @property
+    def unpacks(self) -> bool:
+        """Whether any parameter is."""
+        return self.bits is not None
+
+    def unpacked(self, config: Config, name: str) -> bool:
+        """Whether parameter ``name`` takes a dense copy to compute with."""
+        return self.quantizes(config, name)
+
+    def settles(self, config: Config, stored: str) -> bool:
+        """Whether the array ``stored`` is another one on the device and the host."""
+        return False
+
+    def settled(self, config: Config, stored: str, array: np.ndarray) -> np.ndarray:
+        """The array ``stored`` as the device and the host keep it, of no more bytes."""
+        return array
+
     def transposes(self, config: Config, name: str) -> bool:
         """Whether parameter ``name`` is stored the other way round than its record has it."""
         return self.layout == "out_in" and param_records(config)[name].role == "matrix"
@@ -82,9 +99,12 @@ class WeightFormat:
         shape = param_records(config)[name].shape
         return shape[::-1] if self.transposes(config, name) else shape
 
-    @functools.lru_cache(maxsize=16)  # noqa: B019 # formats are few and small
     def entries(self, config: Config) -> dict[str, TensorEntry]:
         """What is stored of a model: name -> entry, in layer order."""
+        return self._entries(config)
+
+    @functools.lru_cache(maxsize=16)  # noqa: B019 # formats are few and small
+    def _entries(self, config: Config) -> dict[str, TensorEntry]:
         found = {}
         for name in param_records(config):
             shape = self.array_shape(config, name)
@@ -148,8 +168,15 @@ class WeightFormat:
 
         return stored
 
-    def assemble(self, config: Config, flat: Mapping[str, Any]) -> dict[str, Any]:
-        """Stored arrays -> arrays by the names they are computed with; codes as ``Quantized``."""
+    def assemble(
+        self, config: Config, flat: Mapping[str, Any], settled: Container[str] = ()
+    ) -> dict[str, Any]:
+        """Stored arrays -> arrays by the names they are computed with; codes as ``Quantized``.
+
+        Args:
+            flat: By their names: whole, or all the same rows of them.
+            settled: Those that were :meth:`settled`.
+        """
         from flexgen_jax.models.quantization import Quantized
 
         found: dict[str, Any] = {}

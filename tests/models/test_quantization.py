@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from flexgen_jax.models import opt
+from flexgen_jax.models.packed import dense_tree
 from flexgen_jax.models.quantization import (
     Quantized,
-    dense_tree,
     dequantize,
     grouping,
     quantize,

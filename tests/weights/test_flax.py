@@ -69,7 +69,7 @@ def test_shards_and_dtypes(tmp_path, tiny, written, dtype):
     for number, shard in enumerate(shards, 1):
         save_msgpack(directory / f"flax_model-{number:05}-of-00003.msgpack", shard)
     (directory / "flax_model.msgpack.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    store = convert(directory, tmp_path / "store")
+    store = convert(directory, tmp_path / "store", dtype="float32")
     tiny.assert_equal(tiny.read(store), tiny.expected_params(tiny.config, state), "float32")
 
 

@@ -21,23 +21,25 @@ def test_a_store_is_returned_as_it_is(model, tmp_path):
 
 def test_a_directory_is_converted_once(model, tmp_path):
     lines = []
-    store = resolve(model, dtype="float32", offload_dir=tmp_path / "off", say=lines.append)
+    assert resolve(model, dtype="float32", say=pytest.fail) == model  # nothing is gained by it
+    store = resolve(model, dtype="bfloat16", offload_dir=tmp_path / "off", say=lines.append)
     assert store.parent == tmp_path / "off" / "stores"
-    assert store.name.startswith("tiny-opt-float32-")
+    assert store.name.startswith("tiny-opt-bfloat16-")
     assert len(lines) == 1
     assert str(model) in lines[0]
     assert str(store) in lines[0]
-    open_store(store, dtype="float32")
-    again = resolve(model, dtype="float32", offload_dir=tmp_path / "off", say=pytest.fail)
+    open_store(store, dtype="bfloat16")
+    again = resolve(model, dtype="bfloat16", offload_dir=tmp_path / "off", say=pytest.fail)
     assert again == store
-    other = resolve(model, dtype="bfloat16", offload_dir=tmp_path / "off", say=lines.append)
+    form = {"dtype": "float32", "weight_bits": 8}
+    other = resolve(model, **form, offload_dir=tmp_path / "off", say=lines.append)
     assert other != store
     assert len(list((tmp_path / "off" / "stores").iterdir())) == 2
 
 
 @pytest.mark.parametrize("changed", ["config.json", "model.safetensors", "vocab.json"])
 def test_a_changed_source_is_converted_again(model, tmp_path, changed):
-    first = resolve(model, dtype="float32", offload_dir=tmp_path)
+    first = resolve(model, dtype="bfloat16", offload_dir=tmp_path)
     file = model / changed
     content = file.read_bytes() if file.exists() else b""
     if changed == "model.safetensors":
@@ -46,14 +48,14 @@ def test_a_changed_source_is_converted_again(model, tmp_path, changed):
         os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
     else:
         file.write_bytes(content + b" ")
-    second = resolve(model, dtype="float32", offload_dir=tmp_path)
+    second = resolve(model, dtype="bfloat16", offload_dir=tmp_path)
     assert first != second
 
 
 def test_the_cache_directory(monkeypatch, model, tmp_path):
     monkeypatch.setenv("FLEXGEN_JAX_CACHE", str(tmp_path / "own"))
     assert cache_directory() == tmp_path / "own"
-    store = resolve(model, dtype="float32")
+    store = resolve(model, dtype="bfloat16")
     assert store.parent == tmp_path / "own" / "stores"
     monkeypatch.delenv("FLEXGEN_JAX_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
@@ -89,16 +91,17 @@ def hub(tmp_path, monkeypatch):
 
 def test_a_hub_name(hub, model, tmp_path, tiny):
     (model / "tokenizer.json").write_text("{}")
-    hub("someone/tiny-opt", model)
+    snapshot = hub("someone/tiny-opt", model)
+    assert resolve("someone/tiny-opt", say=pytest.fail) == snapshot
     lines = []
-    store = resolve("someone/tiny-opt", dtype="float32", offload_dir=tmp_path, say=lines.append)
-    assert store.name.startswith("someone--tiny-opt-float32-")
+    store = resolve("someone/tiny-opt", dtype="bfloat16", offload_dir=tmp_path, say=lines.append)
+    assert store.name.startswith("someone--tiny-opt-bfloat16-")
     assert "someone/tiny-opt" in lines[0]
     assert open_store(store).manifest.source.name == "someone/tiny-opt"
     assert (store / "tokenizer.json").read_text() == "{}"
     assert not (store / "tokenizer.json").is_symlink()
     assert not (store / "config.json").is_symlink()
-    again = resolve("someone/tiny-opt", dtype="float32", offload_dir=tmp_path, say=pytest.fail)
+    again = resolve("someone/tiny-opt", dtype="bfloat16", offload_dir=tmp_path, say=pytest.fail)
     assert again == store
     assert convert("someone/tiny-opt", tmp_path / "direct") == tmp_path / "direct"
 
