@@ -103,7 +103,7 @@ class PlacedModel:
 
         opened = open_model(store, dtype=self._dtype, needed=needed)
         self._dtype = opened.dtype
-        self.store, self.tokenizer = opened.path, load_tokenizer(opened.path)
+        self.store, self.tokenizer = store, load_tokenizer(opened.path)
         self._runner.open(opened, self.tokenizer)
 
     def _place(self, policy: Policy, why: str | None) -> Planner:

@@ -60,7 +60,8 @@ def store_of(tmp_path_factory):
 
     def store(variant):
         if variant not in made:
-            made[variant] = convert(GOLDENS / variant, tmp_path_factory.mktemp("stores") / variant)
+            target = tmp_path_factory.mktemp("stores") / variant
+            made[variant] = convert(GOLDENS / variant, target, dtype="float32")
         return made[variant]
 
     return store
@@ -198,7 +199,7 @@ def test_a_head_of_its_own_counts_though_the_config_ties_it(differs, tmp_path):
     table = tensors["model.embed_tokens.weight"]
     tensors["lm_head.weight"] = np.ascontiguousarray(table[::-1]) if differs else table.copy()
     save_file(tensors, source / "model.safetensors")
-    store = open_store(convert(source, tmp_path / "store"))
+    store = open_store(convert(source, tmp_path / "store", dtype="float32"))
     assert store.config.tie_word_embeddings is not differs
     tokens, _ = run(store.path)
     assert (tokens == EXPECTED["variants"]["llama3"]["tokens"]) is not differs
@@ -216,7 +217,7 @@ def test_a_tied_table_may_be_saved_as_the_head(tmp_path):
     tensors = load_file(source / "model.safetensors")
     tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
     save_file(tensors, source / "model.safetensors")
-    store = open_store(convert(source, tmp_path / "store"))
+    store = open_store(convert(source, tmp_path / "store", dtype="float32"))
     assert store.config.tie_word_embeddings
     tokens, _ = run(store.path)
     assert tokens == EXPECTED["variants"]["llama3"]["tokens"]

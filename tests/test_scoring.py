@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 
 import flexgen_jax as fg
 from flexgen_jax.models import opt
-from flexgen_jax.models.params import nest
 from flexgen_jax.scoring import perplexity, windows
-from storage.array_file import describe_array
 from storage.wrappers import Logged
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -34,11 +32,7 @@ def open_llm(offload, model=GOLDENS / "pre_norm", **options):
 
 def reference(llm):
     """Token ids -> log-probabilities (position, vocab) of the unscheduled model."""
-    flat = {}
-    for name in llm.runner.model.arrays:
-        file = describe_array(llm.runner.model.path / name)
-        flat[name] = jnp.asarray(np.fromfile(file.chunk, file.dtype).reshape(file.shape))
-    params, config = nest(flat), llm.config
+    params, config = fg.load_params(llm.store), llm.config
 
     def logprobs(tokens):
         logits = opt.forward(params, jnp.asarray([tokens]), config)[0]

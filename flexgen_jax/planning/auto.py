@@ -359,7 +359,7 @@ class Auto:
         # An empty job is planned as one short request.
         job = job if isinstance(job, Uniform) or job else Uniform(1, 1).requests(1)
         fixed = dict(self.fixed)
-        if model.stored is not None and model.stored.bits is not None:
+        if model.stored is not None and model.stored.coded:
             fixed["weight_bits"] = model.stored.bits  # codes cannot be undone
         if placed is not None:
             fixed |= {"weights": placed.weights, "weight_bits": placed.weight_bits}

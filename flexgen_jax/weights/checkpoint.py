@@ -36,6 +36,7 @@ from flexgen_jax.weights.element_blocks import (
     read_elements,
     transposed_blocks,
 )
+from flexgen_jax.weights.gguf_file import GGUFFile, is_gguf, open_gguf
 from flexgen_jax.weights.huggingface import (
     COMPANION_FILES,
     HuggingFaceModel,
@@ -198,7 +199,7 @@ def fingerprint_of(model: str | Path) -> str | None:
 
 def is_ready(path: str | Path) -> bool:
     """Whether :func:`open_model` may open ``path``: what it holds is there."""
-    return is_store(path) or is_model_directory(Path(path))
+    return is_store(path) or is_gguf(path) or is_model_directory(Path(path))
 
 
 def dtype_of_model(model: str | os.PathLike[str], dtype: Any = "auto") -> str:
@@ -218,6 +219,8 @@ def dtype_of_model(model: str | os.PathLike[str], dtype: Any = "auto") -> str:
     path = Path(model)
     if is_store(path):
         return Manifest.load(path).dtype
+    if is_gguf(path):
+        return GGUFFile(path).usual_dtype()
     if path.is_dir() and is_model_directory(path):
         return HuggingFaceModel(path).usual_dtype()
     file = path / "config.json" if path.is_dir() else path
@@ -287,6 +290,8 @@ def open_model(
     """
     if is_store(path):
         return open_store(path, dtype=dtype, needed=needed)
+    if is_gguf(path):
+        return open_gguf(Path(path), cache_directory(), dtype=dtype, needed=needed)
     return open_in_place(Path(path), dtype=dtype, needed=needed)
 
 
@@ -383,6 +388,13 @@ def resolve(
             )
         stored = open_store(model, dtype=dtype)
         source, dtype = _Stored(stored), stored.dtype
+    elif is_gguf(model):
+        if weight_bits is not None:
+            raise SourceError(
+                f"{model} is a GGUF file, whose weights stay as they are: leave weight_bits "
+                "out, or quantise the model's safetensors"
+            )
+        return Path(os.path.abspath(model))
     else:
         directory, name = _find(str(model))
         source = HuggingFaceModel(directory, name)

@@ -67,6 +67,12 @@ class PublishedFormat(WeightFormat):
         return f"{self.dtype} of {self.described}"
 
     @property
+    def coded(self) -> bool:
+        return any(
+            e.dtype == "uint8" for leaf in self.leaves.values() for e in leaf.arrays.values()
+        )
+
+    @property
     def unpacks(self) -> bool:
         return any(leaf.packed for leaf in self.leaves.values())
 

@@ -68,6 +68,11 @@ class WeightFormat:
         return self.bits is not None and param_records(config)[name].quantized
 
     @property
+    def coded(self) -> bool:
+        """Whether the weights cannot be quantised, since they are."""
+        return self.bits is not None
+
+    @property
     def unpacks(self) -> bool:
         """Whether any parameter is."""
         return self.bits is not None

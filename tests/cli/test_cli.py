@@ -560,7 +560,7 @@ def test_flexgens_own_command_line(tmp_path):
         assert report["disk_bytes_written"] > 0
         assert "overlap off, attention on the host" in result.stderr
         assert "6 succeeded, 0 failed: not kept" in result.stderr
-    assert [p.name for p in (tmp_path / "off").iterdir()] == ["stores"]  # no scratch left
+    assert not any((tmp_path / "off").glob("*"))  # no scratch left
 
 
 def test_made_up_prompts_may_be_kept_and_an_input_is_needed_otherwise(tmp_path, offload):

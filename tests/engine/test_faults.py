@@ -38,7 +38,7 @@ def run(offload, **options):
 def nothing_is_left(offload):
     names = [t.name for t in threading.enumerate() if t.name.startswith("flexgen")]
     assert names == []
-    assert [p.name for p in offload.iterdir()] == ["stores"]
+    assert not offload.exists() or not any(offload.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path):
         check=False,
     )
     assert done.stdout == "interrupted []\n", done.stderr
-    assert [p.name for p in tmp_path.iterdir()] == ["stores"]
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_killed_run_is_cleaned_up_by_the_next(tmp_path):

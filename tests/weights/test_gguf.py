@@ -1,0 +1,207 @@
+"""A model that runs from its GGUF file alone, as from the weights that its blocks stand for."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import flexgen_jax as fg
+from flexgen_jax.models.gguf_blocks import BLOCK_SIZES
+from flexgen_jax.weights.checkpoint import convert, open_model, resolve
+from flexgen_jax.weights.gguf_file import GGUFFile
+from flexgen_jax.weights.tensor_file import SourceError
+
+gguf = pytest.importorskip("gguf")
+
+HIDDEN, FFN, HEADS, KV_HEADS, VOCAB, LAYERS = 256, 512, 4, 2, 96, 2
+SHAPES = {
+    "attn_norm": (HIDDEN,),
+    "attn_q": (HIDDEN, HIDDEN),
+    "attn_k": (HIDDEN // 2, HIDDEN),
+    "attn_v": (HIDDEN // 2, HIDDEN),
+    "attn_output": (HIDDEN, HIDDEN),
+    "ffn_norm": (HIDDEN,),
+    "ffn_gate": (FFN, HIDDEN),
+    "ffn_up": (FFN, HIDDEN),
+    "ffn_down": (HIDDEN, FFN),
+}
+# One of each kind, over the matrices of a layer.
+KINDS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "F16", "BF16", "MXFP4"]
+THEIRS = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+POLICY = {"device_batch_size": 2, "num_device_batches": 1}
+PROMPTS = [{"prompt_token_ids": [3, 40, 5]}, {"prompt_token_ids": [7, 8]}]
+PARAMS = fg.SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
+
+
+def blocks(kind, shape, rng):
+    """Random blocks with scales that keep the values small."""
+    elements, nbytes = BLOCK_SIZES[kind]
+    data = rng.integers(0, 256, (*shape[:-1], shape[-1] // elements, nbytes), dtype=np.uint8)
+    if kind == "MXFP4":
+        data[..., 0] = 121
+    else:
+        small = {"Q4_K": 2e-4, "Q5_K": 1e-4, "Q6_K": 5e-5}.get(kind, 0.005)
+        at = 208 if kind == "Q6_K" else 0
+        for place in (at,) if kind in ("Q4_0", "Q5_0", "Q8_0", "Q6_K") else (at, at + 2):
+            data[..., place : place + 2] = np.float16([small]).view(np.uint8)
+    return data.reshape(*shape[:-1], -1)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A GGUF file and the directory of what its blocks stand for."""
+    directory, rng = tmp_path_factory.mktemp("gguf"), np.random.default_rng(0)
+    path, dense = directory / "tiny.gguf", directory / "dense"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(FFN)
+    writer.add_block_count(LAYERS)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    letters = [chr(c) for c in range(33, 33 + VOCAB - 3)]
+    tokens = ["<|start|>", "<|end|>", "ab", *letters]
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, 1] + [1] * len(letters))
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_chat_template("{{ messages[0]['content'] }}")
+    state, number = {}, 0
+
+    def add(name, theirs, shape, heads=0):
+        nonlocal number
+        if len(shape) == 1:
+            values = rng.uniform(0.5, 1.5, shape).astype(np.float32)
+            writer.add_tensor(name, values)
+        else:
+            kind = KINDS[number % len(KINDS)]
+            number += 1
+            type_ = gguf.GGMLQuantizationType[kind]
+            if kind in BLOCK_SIZES:
+                data = blocks(kind, shape, rng)
+            else:
+                data = gguf.quantize((rng.standard_normal(shape) * 0.05).astype(np.float32), type_)
+            writer.add_tensor(name, data, raw_dtype=type_)
+            values = gguf.dequantize(data, type_)
+        if heads:
+            pairs = values.reshape(heads, -1, 2, values.shape[-1])
+            values = pairs.swapaxes(1, 2).reshape(values.shape)
+        state[theirs] = np.ascontiguousarray(values, np.float32)
+
+    add("token_embd.weight", "model.embed_tokens.weight", (VOCAB, HIDDEN))
+    for layer in range(LAYERS):
+        for name, shape in SHAPES.items():
+            heads = {"attn_q": HEADS, "attn_k": KV_HEADS}.get(name, 0)
+            theirs = f"model.layers.{layer}.{THEIRS[name]}.weight"
+            add(f"blk.{layer}.{name}.weight", theirs, shape, heads)
+    add("output_norm.weight", "model.norm.weight", (HIDDEN,))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    dense.mkdir()
+    (dense / "config.json").write_text(json.dumps(GGUFFile(path).config()))
+    save_file(state, dense / "model.safetensors")
+    return path, dense
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("FLEXGEN_JAX_CACHE", str(tmp_path_factory.getbasetemp() / "gguf-cache"))
+
+
+def run(model, dtype, weights):
+    found = {}
+    policy = fg.Policy(**POLICY, weights=weights)
+    with fg.LLM(str(model), policy=policy, dtype=dtype) as llm:
+        llm.generate(PROMPTS, PARAMS, on_logits=lambda s, b, x: found.update({s: np.asarray(x)}))
+        report = llm.report
+    return found, report
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_bits_are_those_of_the_dense_weights(written, tmp_path, dtype):
+    path, dense = written
+    expected, _ = run(convert(dense, tmp_path / "store", dtype=dtype), dtype, fg.Split())
+    for split in (fg.Split(), fg.Split(device=0, disk=100), fg.Split(device=40, host=30, disk=30)):
+        found, report = run(path, dtype, split)
+        assert found.keys() == expected.keys()
+        for step, logits in expected.items():
+            np.testing.assert_array_equal(found[step], logits)
+    whole = sum(t.nbytes for t in GGUFFile(path).tensors.values())
+    assert report.placement["weights"].nbytes() == whole  # packed on every tier
+
+
+def test_tokenizer_template_and_ends_come_with_it(written):
+    path, _ = written
+    with fg.LLM(str(path), policy=fg.Policy(**POLICY)) as llm:
+        assert llm.tokenizer.encode("abc") == [2, 3 + ord("c") - 33]
+        assert llm.config.eos_token_id in (1, (1,))
+        messages = [{"role": "user", "content": "abc"}]
+        (found,) = llm.chat([messages], fg.SamplingParams(max_tokens=1))
+        assert found.prompt_token_ids == [2, 3 + ord("c") - 33]
+    assert open_model(path).dtype == "bfloat16"
+
+
+def test_what_is_not_read_is_named(written, tmp_path):
+    path, _ = written
+    with pytest.raises(SourceError, match="whose weights stay as they are"):
+        resolve(path, weight_bits=4)
+    content = path.read_bytes()
+    other = tmp_path / "other.gguf"
+    other.write_bytes(content.replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0mamba", 1))
+    with pytest.raises(SourceError, match=r"architecture 'mamba'; read from GGUF are llama"):
+        open_model(other)
+    other.write_bytes(content.replace(b"smollm", b"unseen"))
+    with pytest.raises(SourceError, match=r"words cut as 'unseen'.*take the model's safetensors"):
+        open_model(other)
+
+
+def test_mutated_headers(written, tmp_path):
+    """Each is read, or refused in one line; and what is read lies inside the file."""
+    path, _ = written
+    content, rng = path.read_bytes(), np.random.default_rng(7)
+    end = content.index(b"output_norm.weight")
+    small = content[: len(content) // 8]
+    file, outcomes = tmp_path / "mutant.gguf", {True: 0, False: 0}
+    strange = [b"\xff" * 8, b"\0" * 8, b"\xff\xff\xff\x7f", (2**40).to_bytes(8, "little")]
+    for number in range(1000):
+        mutant = bytearray(content)
+        for _ in range(1 + number % 3):
+            at = int(rng.integers(4, end))
+            if number % 2:
+                mutant[at] = int(rng.integers(256))
+            else:
+                piece = strange[int(rng.integers(len(strange)))]
+                mutant[at : at + len(piece)] = piece
+        file.write_bytes(mutant if number % 10 else small)
+        said = ""
+        try:
+            found = GGUFFile(file)
+        except SourceError as error:
+            said = str(error)
+        if said:
+            assert re.search(r"mutant\.gguf [^\n]*$", said)
+            outcomes[False] += 1
+        else:
+            size = file.stat().st_size
+            assert all(0 <= t.offset <= size - t.nbytes for t in found.tensors.values())
+            outcomes[True] += 1
+    assert min(outcomes.values()) > 10
