@@ -86,8 +86,7 @@ def refill(records: list[dict]) -> str:
         f"Requests of log-normal lengths, prompts of 8 to 200 tokens, blocks of {rows_of}: "
         "tokens/s with refill and without, in turns in one process. Occupancy: rows of use ÷ "
         "rows computed, without refill in brackets. Passes over the weights ÷ those of ideal first "
-        "come, first served. Where lengths are equal and prompts are not, refill is slower: every "
-        "row has the room of the longest "
+        "come, first served "
         f"({first['cores']} CPU cores with AVX-512, jax {first['jax']})."
     )
     header = (
