@@ -11,14 +11,13 @@ import dataclasses
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from flexgen_jax.engine.executor import ExecutionError
 from flexgen_jax.llm import LLM
 from flexgen_jax.planning.blocks import Block
 from flexgen_jax.report import Report
@@ -150,11 +149,8 @@ def _warm_up(llm: LLM, windows: Sequence[Request]) -> None:
         if left[0] < 0:
             raise _Enough
 
-    try:
+    with suppress(_Enough):
         llm.run(windows[: left[0]], progress=progress)
-    except ExecutionError as error:
-        if not isinstance(error.__cause__, _Enough):
-            raise
 
 
 class _Meter:

@@ -135,6 +135,11 @@ class BatchSizes:
         begun = max(s for s in self._begun if s < step)
         return self._begun[begun] + step - begun - 1
 
+    def columns(self, step: int) -> int:
+        """Positions so far when ``step`` begins, with those that a longer prompt would take."""
+        begun = self._begun[max(s for s in self._begun if s < step)]
+        return self.appended(step) + max(0, self.longest_prompt - begun)
+
     @functools.cached_property
     def _since(self) -> list[int]:
         return [step for step, _ in self.resized]
@@ -199,8 +204,11 @@ class Sizes:
             case LoadCache() if op.step and (op.layer, op.batch) in self.cache:
                 cell, batch = self.cache[op.layer, op.batch], self.batches[op.batch]
                 filled = cell.kept(batch.cached(op.step))
-                ring = cell.tier is not Tier.DISK or batch.resized
-                whole = filled if ring else self._whole(filled)
+                whole = self._whole(filled) if cell.tier is Tier.DISK else filled
+                if batch.resized:
+                    # A ring that has gone round is read as a whole, else what is written of it.
+                    columns = batch.columns(op.step)
+                    whole = filled if columns >= filled else self._whole(columns)
                 return _links(
                     {
                         Link.DISK_TO_HOST: _if(cell.tier is Tier.DISK, cell, whole, cell.loaded),
@@ -238,7 +246,7 @@ class Sizes:
         new, filled = cell.kept(batch.positions(step)), batch.appended(step)
         later = cell.kept(batch.cached(step + 1)) if batch.resized else 0
         if batch.resized and batch.begins(step):
-            return 0, later
+            return 0, min(later, self._whole(batch.columns(step + 1)))
         read = written = 0
         if batch.moves(step):
             read, written = cell.kept(batch.cached(step)), later

@@ -231,6 +231,7 @@ def test_the_commands_print_figures(offload, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text((DEMO / "held_out.txt").read_text(encoding="utf-8")[:1500])
     common = ["--model", str(DEMO), "--text", str(text), "--offload-dir", offload, "--quiet"]
+    common += ["--dtype", "float32"]
     done = CliRunner().invoke(main, ["perplexity", *common, "--context", "64", "--json"])
     assert done.exit_code == 0, done.output
     figures = json.loads(done.stdout)

@@ -93,7 +93,7 @@ def main(context: click.Context, log_level: str | None, log_format: logs.Format 
     type=DTYPES,
     default="auto",
     show_default=True,
-    help="Of the stored weights.",
+    help="Dtype of the stored weights. auto: bfloat16 for a 16-bit source, else float32.",
 )
 @click.option(
     "--weight-bits",
@@ -155,7 +155,13 @@ def convert(
 @main.command()
 @click.argument("model")
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--dtype", type=DTYPES, default="auto", show_default=True, help="Of what is written.")
+@click.option(
+    "--dtype",
+    type=DTYPES,
+    default="auto",
+    show_default=True,
+    help="Dtype of what is written. auto: that of the model.",
+)
 @click.option(
     "--max-shard-size",
     default="5GB",

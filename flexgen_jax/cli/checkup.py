@@ -36,7 +36,13 @@ if TYPE_CHECKING:
     metavar="NAME|FILE",
     help="What 'profile' measured, or a preset: to expect from. [default: measured, roughly]",
 )
-@click.option("--dtype", type=DTYPES, default="auto", show_default=True, help="auto: bfloat16.")
+@click.option(
+    "--dtype",
+    type=DTYPES,
+    default="auto",
+    show_default=True,
+    help="Dtype of the computation. auto: bfloat16.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print all as JSON on stdout.")
 def doctor(
     offload_dir: Path | None,

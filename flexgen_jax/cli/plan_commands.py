@@ -197,7 +197,13 @@ def _streams(found: Plan) -> list[str]:
     show_default=True,
     help="What is computed with. auto: bfloat16.",
 )
-@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option(
+    "--repeats",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="How often each figure is measured.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON on stdout too.")
 def profile(
     output: Path | None,

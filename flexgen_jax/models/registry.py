@@ -29,6 +29,14 @@ FAMILIES = {
     "smollm3": "smollm3",
 }
 
+# What a GGUF calls an architecture -> Hugging Face's class and ``model_type``, and whether the rows
+# of queries and keys lie in pairs.
+GGUF_ARCHITECTURES = {
+    "llama": ("LlamaForCausalLM", "llama", True),
+    "qwen2": ("Qwen2ForCausalLM", "qwen2", False),
+    "qwen3": ("Qwen3ForCausalLM", "qwen3", False),
+}
+
 # The preset whose layers a machine is measured with.
 MEASURED_WITH = "facebook/opt-1.3b"
 

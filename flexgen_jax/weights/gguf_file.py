@@ -21,7 +21,7 @@ import numpy as np
 
 from flexgen_jax.models.family import Config, Source
 from flexgen_jax.models.params import param_records
-from flexgen_jax.models.registry import family_of, load_config
+from flexgen_jax.models.registry import GGUF_ARCHITECTURES, family_of, load_config
 from flexgen_jax.weights import manifest
 from flexgen_jax.weights.gguf_tokenizer import chat_files, generation_config, make_tokenizer
 from flexgen_jax.weights.in_place import Needed
@@ -32,13 +32,6 @@ from flexgen_jax.weights.weight_format import LAYOUTS, WeightFormat
 from storage.array_file import ArrayFile, Stamp
 from storage.json_text import digest_of
 
-# Architecture -> Hugging Face's class and type, and whether the rows of queries and keys lie in
-# pairs.
-_ARCHITECTURES = {
-    "llama": ("LlamaForCausalLM", "llama", True),
-    "qwen2": ("Qwen2ForCausalLM", "qwen2", False),
-    "qwen3": ("Qwen3ForCausalLM", "qwen3", False),
-}
 _OF_THE_MODEL = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -144,10 +137,10 @@ class GGUFFile:
             SourceError: one that is not read.
         """
         found = str(self["general.architecture"])
-        if found not in _ARCHITECTURES:
+        if found not in GGUF_ARCHITECTURES:
             raise SourceError(
                 f"{self.path} is of the architecture {found!r}; read from GGUF are "
-                f"{', '.join(_ARCHITECTURES)}: take the model's safetensors instead"
+                f"{', '.join(GGUF_ARCHITECTURES)}: take the model's safetensors instead"
             )
         return found
 
@@ -162,7 +155,7 @@ class GGUFFile:
             )
         heads = self[f"{name}.attention.head_count"]
         width = self[f"{name}.embedding_length"]
-        architecture, model_type, _ = _ARCHITECTURES[name]
+        architecture, model_type, _ = GGUF_ARCHITECTURES[name]
         return {
             "architectures": [architecture],
             "model_type": model_type,
@@ -286,7 +279,7 @@ def _leaf(
         stored = f"{name.rpartition('.')[0]}.{LAYOUTS['out_in']}"
     swapped = source.transposed != WeightFormat.usual(dtype).transposes(config, name)
     heads = 0
-    if _ARCHITECTURES[file.architecture][2]:
+    if GGUF_ARCHITECTURES[file.architecture][2]:
         if ".attn_q." in tensor_name:
             heads = config.num_attention_heads
         elif ".attn_k." in tensor_name:

@@ -20,7 +20,6 @@ from flexgen_jax.distributed.sentry import answers
 from flexgen_jax.distributed.stage_devices import stage_devices
 from flexgen_jax.models.params import unit_names
 from flexgen_jax.planning.stage_layout import layers_of
-from flexgen_jax.weights.checkpoint import resolve
 from scheduling.stages import hosts_of
 from tests.engine.test_stages import DEMO, MIXED, generate, policy
 
@@ -32,8 +31,7 @@ MIXED_PERCENT = ["34", "33", "34", "33", "34", "33"]
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    made = resolve(DEMO, dtype="float32", offload_dir=tmp_path_factory.mktemp("offload"))
-    return Path(made)
+    return Path(fg.convert(str(DEMO), tmp_path_factory.mktemp("made") / "store", dtype="float32"))
 
 
 def free_port():

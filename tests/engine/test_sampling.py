@@ -447,7 +447,7 @@ def test_a_job_takes_them_all(tmp_path):
     assert choice["finish_reason"] == "stop"
     message = records[5]["error"]["message"]
     assert "unknown sampling field 'best_of'" in message
-    assert "known: bad_words, frequency_penalty" in message
+    assert "known: bad_words, detokenize" in message
 
 
 def test_several_completions_are_drawn_each_by_itself(demo):

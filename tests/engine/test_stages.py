@@ -88,9 +88,10 @@ def test_with_every_method(offload, changes):
     assert generate(offload, policy(3, **changes))[0] == one
 
 
-def test_a_layer_lies_and_is_computed_on_the_device_of_its_stage(offload):
+def test_a_layer_lies_and_is_computed_on_the_device_of_its_stage(offload, tmp_path):
     config = OPTConfig.load(DEMO / "config.json")
-    with fg.LLM(str(DEMO), policy=policy(3, cache=MIXED), offload_dir=offload) as llm:
+    store = str(fg.convert(str(DEMO), tmp_path / "store"))
+    with fg.LLM(store, policy=policy(3, cache=MIXED), offload_dir=offload) as llm:
         stages = [llm.runner._stages[number] for number in range(3)]
         assert [stage.device for stage in stages] == jax.local_devices()[:3]
         for stage, layers in zip(stages, layers_of(config, 3), strict=True):

@@ -37,7 +37,7 @@ def offload(tmp_path_factory):
 def model(offload, **arguments):
     from flexgen_jax.evaluation import FlexGenLM
 
-    return FlexGenLM(MODEL, offload_dir=offload, **arguments)
+    return FlexGenLM(MODEL, offload_dir=offload, **({"dtype": "float32"} | arguments))
 
 
 def assert_same(found, expected=GOLDENS, tasks=NAMES):
@@ -141,10 +141,13 @@ def test_unknown_generation_arguments_are_refused(offload):
     lm.llm.close()
 
 
+ROWS = fg.Policy(device_batch_size=8)
+
+
 def test_an_llm_of_ones_own(offload):
     from flexgen_jax.evaluation import FlexGenLM
 
-    with fg.LLM(MODEL, policy=fg.Policy(device_batch_size=8), offload_dir=offload) as llm:
+    with fg.LLM(MODEL, policy=ROWS, dtype="float32", offload_dir=offload) as llm:
         found = figures(FlexGenLM(llm), tasks=["flexgen_choice"])
         assert_same(found, tasks=["flexgen_choice"])
         assert llm.report.requests > 24

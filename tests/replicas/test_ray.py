@@ -232,7 +232,7 @@ def test_many_go_on_where_one_process_stopped_and_policy_auto_stays(
     assert "resuming: " in done.output
     found = (tmp_path / "out.jsonl").read_bytes()
     assert found == (tmp_path / "one.jsonl").read_bytes()
-    assert "found neither" in json.loads(found.splitlines()[4])["error"]["message"]
+    assert "found none of them" in json.loads(found.splitlines()[4])["error"]["message"]
 
 
 def test_another_input_is_refused(cluster, job, tmp_path, monkeypatch):
@@ -279,7 +279,7 @@ def test_map_batches_makes_what_one_process_makes(cluster, store, tmp_path):
     assert len(json.loads(found.pop("r8")["outputs"])) == 2
     bad = found.pop("r7")
     assert bad["text"] is None
-    assert "found neither" in bad["error"]["message"]
+    assert "found none of them" in bad["error"]["message"]
     good = [row for row in rows if row["prompt"] is not None and row["n"] is None]
     with fg.LLM(store, policy=policy) as llm:
         params = [

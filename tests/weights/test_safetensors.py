@@ -62,7 +62,7 @@ def test_a_sound_file(tmp_path):
         (b" " + json.dumps(GOOD).encode(), "does not begin with"),
         (json.dumps(GOOD).encode("utf-16"), "codec"),
         (b'{"a": ' + b"[" * 200_000, "nested too deeply"),
-        (b'{"a": ' + b"9" * 5000 + b"}", "no safetensors file"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "not a safetensors file"),
     ],
 )
 def test_what_the_format_forbids(tmp_path, header, said):
