@@ -297,7 +297,9 @@ def test_the_error_on_the_bundled_model(tmp_path):
 
     def make(**fields):
         chosen = dataclasses.replace(base, **fields)
-        return fg.LLM(str(DEMO), policy=chosen, offload_dir=str(tmp_path), say=lambda _: None)
+        return fg.LLM(
+            str(DEMO), policy=chosen, dtype="float32", offload_dir=str(tmp_path), say=lambda _: None
+        )
 
     ways = ways_to_compress(weight_bits=4, cache_bits=4, attention_sparsity=0.1)
     off = ways["full precision"]

@@ -39,8 +39,6 @@ def test_every_line_is_an_object_of_json(run, tmp_path):
     assert all("T" in r["time"] for r in records)
     events = [r["event"] for r in records if r["event"] != "message"]
     assert events == [
-        "conversion begun",
-        "conversion finished",
         "policy chosen",
         "model opened",
         "bad line",
@@ -63,12 +61,12 @@ def test_every_line_is_an_object_of_json(run, tmp_path):
 
 
 def test_levels(run):
-    quiet, debug = run("--log-level", "error"), run("--log-level", "debug")
+    quiet, debug = run("--log-level", "error"), run("--log-level", "debug", more=["--restart"])
     assert "block finished" not in quiet.stderr
     assert "2 succeeded" in quiet.stderr
     assert " INFO block finished: block=0, tokens=3, seconds=" in debug.stderr
     assert " DEBUG streams: block=0" in debug.stderr
-    warning = run("--log-level", "warning")
+    warning = run("--log-level", "warning", more=["--restart"])
     assert " WARNING bad line: line=3" in warning.stderr
     assert " INFO " not in warning.stderr
 

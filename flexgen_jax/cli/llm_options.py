@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from flexgen_jax.cli.failures import plain_errors
 from flexgen_jax.cli.policy_options import NAMES as POLICY_NAMES
 from flexgen_jax.cli.policy_options import allowed, policy_options, read_policy
 
@@ -23,7 +24,8 @@ class _Dtype(click.Choice):
     """With a reason why another one is not."""
 
     def convert(self, value: Any, param: Any, ctx: Any) -> str:
-        from flexgen_jax.weights.dtypes import checked_dtype
+        with plain_errors():  # it may be the first that imports much
+            from flexgen_jax.weights.dtypes import checked_dtype
 
         try:
             return checked_dtype(value) or "auto"

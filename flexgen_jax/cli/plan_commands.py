@@ -179,20 +179,6 @@ def _streams(found: Plan) -> list[str]:
 @click.option(
     "--dtype",
     type=DTYPES,
-    default="bfloat16",
-    show_default=True,
-    help="Dtype that is computed with.",
-)
-@click.option(
-    "--repeats",
-    type=click.IntRange(min=1),
-    default=5,
-    show_default=True,
-    help="How often each figure is measured.",
-)
-@click.option(
-    "--dtype",
-    type=DTYPES,
     default="auto",
     show_default=True,
     help="What is computed with. auto: bfloat16.",

@@ -27,7 +27,7 @@ def test_the_script(shell, tmp_path):
         ("flexgen-jax do", {"doctor"}),
         ("flexgen-jax generate --num-d", {"--num-device-batches"}),
         ("flexgen-jax generate --num-g", {"--num-gpu-batches", "--num-groups"}),
-        ("flexgen-jax generate --dtype ", {"float32", "bfloat16"}),
+        ("flexgen-jax generate --dtype ", {"auto", "float32", "bfloat16"}),
         ("flexgen-jax completion ", {"bash", "zsh", "fish"}),
     ],
 )

@@ -31,7 +31,7 @@ MIXED_PERCENT = ["34", "33", "34", "33", "34", "33"]
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    return Path(fg.convert(str(DEMO), tmp_path_factory.mktemp("made") / "store", dtype="float32"))
+    return Path(fg.convert(str(DEMO), tmp_path_factory.mktemp("made") / "store"))
 
 
 def free_port():

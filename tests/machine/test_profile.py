@@ -78,7 +78,7 @@ def test_what_profile_saves_is_what_runs_use(monkeypatch, tmp_path, hardware):
     assert done.exit_code == 0, done.output
     assert this_machine("float32") == hardware
     assert this_machine("bfloat16").name.startswith("not profiled; using preset ")
-    with fg.LLM("flexgen_jax/demo_model", offload_dir=str(tmp_path)) as llm:
+    with fg.LLM("flexgen_jax/demo_model", dtype="float32", offload_dir=str(tmp_path)) as llm:
         llm.generate([[5, 6]], fg.SamplingParams(max_tokens=2))
         assert llm.report.hardware == hardware.name
 

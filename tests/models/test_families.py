@@ -292,6 +292,8 @@ def test_no_family_is_named_outside_its_file_and_the_registry():
     """In code: neither a module, nor a class, nor a text that is compared with."""
     own = {ROOT / "flexgen_jax" / "models" / f"{file}.py" for file in set(FAMILIES.values())}
     own |= {ROOT / "flexgen_jax" / "models" / "registry.py", ROOT / "flexgen_jax" / "__init__.py"}
+    # Ways to cut texts have names of models, too.
+    own.add(ROOT / "flexgen_jax" / "weights" / "gguf_tokenizer.py")
     words = {*FAMILIES, *FAMILIES.values()}
     found = []
     for package in ("flexgen_jax", "scheduling", "storage"):

@@ -14,7 +14,7 @@ SPECIAL = 256  # tokens are bytes, and this one, which is no text
 
 
 class Bytes:
-    def decode(self, ids):
+    def decode(self, ids, *, skip_special_tokens=True):
         return bytes(i for i in ids if i < SPECIAL).decode("utf-8", errors="replace")
 
 
