@@ -235,7 +235,7 @@ def test_the_commands_print_figures(offload, tmp_path):
     done = CliRunner().invoke(main, ["perplexity", *common, "--context", "64", "--json"])
     assert done.exit_code == 0, done.output
     figures = json.loads(done.stdout)
-    with open_llm(offload, model=DEMO, say=lambda _: None) as llm:
+    with open_llm(offload, model=DEMO, dtype="float32", say=lambda _: None) as llm:
         found = perplexity(llm, text.read_text(), context=64)
     assert figures["perplexity"] == pytest.approx(found.perplexity, rel=1e-4)
     shown = CliRunner().invoke(main, ["perplexity", *common, "--context", "64"])
