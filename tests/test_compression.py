@@ -324,7 +324,8 @@ def test_the_error_on_the_bundled_model(tmp_path):
     assert rows[0].top1_agreement == 1
     assert 0 < rows[2].kl_divergence < 0.001 < rows[1].kl_divergence < rows[3].kl_divergence < 0.1
     assert 0.8 < rows[3].top1_agreement < rows[1].top1_agreement < rows[2].top1_agreement < 1
-    assert rows[1].weight_nbytes < 0.36 * rows[0].weight_nbytes  # published in 16 bits
+    # Published in 16 bits, compared in 32.
+    assert rows[1].weight_nbytes < 0.2 * 2 * rows[0].weight_nbytes
     assert rows[1].cache_nbytes < 0.2 * rows[0].cache_nbytes
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import itertools
+import threading
 from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
@@ -26,7 +27,7 @@ class IdealRefill:
     """The passes over the weights that first come, first served takes at best.
 
     A row is somebody else's at the step after it has finished, until nobody waits. Who comes and
-    how long each turns out to be is told in any order.
+    how long each turns out to be is told in any order, by any thread.
 
     Args:
         rows: Of the block.
@@ -41,24 +42,29 @@ class IdealRefill:
         self._ends: list[int] = []
         self._order: dict[Hashable, None] = {}
         self._known: dict[Hashable, Life] = {}
+        self._lock = threading.Lock()  # finishing is told by another thread than coming
         self.passes = 0
         self.lives: list[Life] = []
 
     def comes(self, key: Hashable) -> None:
         """The next one to get a row; not again, if it had to make way."""
-        self._order.setdefault(key)
+        with self._lock:
+            self._order.setdefault(key)
 
     def has(self, key: Hashable, life: Life) -> None:
         """What that one's turned out to be."""
-        self._known[key] = life
-        while self._order and (first := next(iter(self._order))) in self._known:
-            del self._order[first]
-            found = self._known.pop(first)
-            if len(self.lives) < MOST_LIVES:
-                self.lives.append(found)
-            begun = heapq.heappop(self._ends) if len(self._ends) == self._rows else 0
-            heapq.heappush(self._ends, begun + found.num_tokens)
-            self.passes = max(self.passes, begun + found.num_tokens)
+        with self._lock:
+            self._known[key] = life
+            while self._order and (first := next(iter(self._order))) in self._known:
+                del self._order[first]
+                self._count(self._known.pop(first))
+
+    def _count(self, life: Life) -> None:
+        if len(self.lives) < MOST_LIVES:
+            self.lives.append(life)
+        begun = heapq.heappop(self._ends) if len(self._ends) == self._rows else 0
+        heapq.heappush(self._ends, begun + life.num_tokens)
+        self.passes = max(self.passes, begun + life.num_tokens)
 
 
 def ideal_passes(lengths: Iterable[int], rows: int) -> int:

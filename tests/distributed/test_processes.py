@@ -20,6 +20,8 @@ from flexgen_jax.distributed.sentry import answers
 from flexgen_jax.distributed.stage_devices import stage_devices
 from flexgen_jax.models.params import unit_names
 from flexgen_jax.planning.stage_layout import layers_of
+from flexgen_jax.weights.checkpoint import open_store
+from flexgen_jax.weights.weight_format import WeightFormat
 from scheduling.stages import hosts_of
 from tests.engine.test_stages import DEMO, MIXED, generate, policy
 
@@ -157,7 +159,9 @@ def only_of(store, target, layers):
     """A copy of a store that has ``layers`` only."""
     shutil.copytree(store, target)
     config = fg.OPTConfig.load(store / "config.json")
-    needed = {name for layer in layers for name in unit_names(config, config.units[layer])}
+    form = WeightFormat.usual(open_store(store).manifest.dtype)
+    names = {name for layer in layers for name in unit_names(config, config.units[layer])}
+    needed = {form.array_name(config, name) for name in names}
     dropped = [path for path in target.iterdir() if path.is_dir() and path.name not in needed]
     for path in dropped:
         shutil.rmtree(path)

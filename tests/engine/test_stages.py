@@ -92,13 +92,15 @@ def test_a_layer_lies_and_is_computed_on_the_device_of_its_stage(offload, tmp_pa
     config = OPTConfig.load(DEMO / "config.json")
     store = str(fg.convert(str(DEMO), tmp_path / "store"))
     with fg.LLM(store, policy=policy(3, cache=MIXED), offload_dir=offload) as llm:
+        form = llm.planner.model.form(llm.policy)
         stages = [llm.runner._stages[number] for number in range(3)]
         assert [stage.device for stage in stages] == jax.local_devices()[:3]
         for stage, layers in zip(stages, layers_of(config, 3), strict=True):
             for layer in layers:
                 arrays = jax.tree.leaves(stage.weights.resident(layer))
                 assert {a.device for a in arrays} == {stage.device}
-            needed = {n for i in layers for n in unit_names(config, config.units[i])}
+            names = {n for i in layers for n in unit_names(config, config.units[i])}
+            needed = {form.array_name(config, name) for name in names}
             assert {cell.name for cell in stage.weights.placement.cells} == needed
         llm.generate(PROMPTS)
         table = [c for c in llm.placement.cells if c.name == "embed.tokens"]

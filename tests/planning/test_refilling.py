@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,23 @@ def test_lengths_may_be_known_in_any_order():
         ideal.has(key, Life(0, lengths[key]))
     assert ideal.passes == ideal_passes(lengths, 3)
     assert [life.num_tokens for life in ideal.lives] == lengths
+
+
+def test_one_thread_may_tell_who_comes_while_another_tells_of_lengths():
+    ideal, lengths = IdealRefill(3), [1 + number % 7 for number in range(20_000)]
+    often = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        coming = threading.Thread(target=lambda: [ideal.comes(key) for key in range(len(lengths))])
+        coming.start()
+        for key, length in enumerate(lengths):
+            ideal.has(key, Life(0, length))
+        coming.join()
+    finally:
+        sys.setswitchinterval(often)
+    ideal.comes("last")
+    ideal.has("last", Life(0, 1))
+    assert ideal.passes == ideal_passes([*lengths, 1], 3)
 
 
 def test_a_play_uses_each_token_once_and_all_passes():

@@ -132,7 +132,9 @@ def test_resolve_quantises_once_and_keeps_the_result(tmp_path, model):
 
 def test_what_is_refused(tmp_path, tiny, model):
     store = convert(model, tmp_path / "q", weight_bits=4)
-    with pytest.raises(StoreError, match=r"in float32 quantised to 4 bits in groups of 64 .*asked"):
+    with pytest.raises(
+        StoreError, match=r"in float32 quantised to 4 bits in groups of 64 .*requested"
+    ):
         convert(model, tmp_path / "q", weight_bits=4, group_size=32)
     with pytest.raises(SourceError, match="is quantised already"):
         convert(store, tmp_path / "again", weight_bits=4)
