@@ -16,6 +16,7 @@ from flexgen_jax.engine.sampling import (
     SamplingFeatures,
     batch_arrays,
     seed_words,
+    words_of,
 )
 from flexgen_jax.planning.blocks import padded_length
 from flexgen_jax.requests.generated import Generated
@@ -48,7 +49,7 @@ class RowSampling:
         self._num_steps, self._seed, self._device = num_steps, seed, device
         self.features = SamplingFeatures()
         self.num_scores = 0
-        self._stops = self._biases = self._words = self._prompt_len = 1
+        self._stops = self._biases = self._words = self._prompt_len = self._only = 1
         self._forcing = False
         self._prompts: jax.Array | None = None
 
@@ -61,11 +62,18 @@ class RowSampling:
         here = [row.request for row in rows if row is not None]
         self._stops = max(self._stops, *map(len, stops))
         self._biases = max(self._biases, *(len(p.logit_bias) for p in params))
+        self._only = max(self._only, *map(words_of, params))
         self._words = max(self._words, *(len(r.bad_words) for r in here), 1)
         self.num_scores = max(self.num_scores, *(p.prompt_logprobs or 0 for p in params))
         self._forcing = self._forcing or any(r.forced is not None for r in here)
         arrays, features = batch_arrays(
-            params, seeds, stops, len(rows), num_stops=self._stops, num_biases=self._biases
+            params,
+            seeds,
+            stops,
+            len(rows),
+            num_stops=self._stops,
+            num_biases=self._biases,
+            num_words=self._only,
         )
         self.features = _both(self.features, features)
         self.arrays = jax.device_put(arrays, self._device)

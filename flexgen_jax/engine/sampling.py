@@ -4,8 +4,8 @@ A request's tokens depend on its logits, its seed and its own tokens so far: eve
 its own random stream, so neighbours, blocks and schedules make no difference.
 
 What changes logits comes in vLLM's order: repetition, frequency and presence penalties, logit bias,
-bad words, stop tokens that would be too early, the form of the answer, temperature, min-p, top-k,
-top-p.
+tokens that are not allowed, bad words, stop tokens that would be too early, the form of the answer,
+temperature, min-p, top-k, top-p.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class SamplingArrays(NamedTuple):
     frequency: Float[Array, "batch"]
     bias_ids: Int[Array, "batch biases"]
     bias: Float[Array, "batch biases"]
+    only: Int[Array, "batch words"]  # a bit a token that may come; no bit: all may
 
 
 class History(NamedTuple):
@@ -61,6 +62,7 @@ class SamplingFeatures:
     delayed_stop: bool = False
     penalised: bool = False
     biased: bool = False
+    limited: bool = False
     banning: bool = False
     guided: bool = False
     num_logprobs: int | None = None
@@ -105,11 +107,13 @@ def batch_arrays(
     *,
     num_stops: int = 1,
     num_biases: int = 1,
+    num_words: int = 1,
 ) -> tuple[SamplingArrays, SamplingFeatures]:
     """Parameters of a batch of ``rows`` rows, the last of which may be padding (greedy).
 
     Args:
-        num_stops: Columns of stop ids, at least. ``num_biases``: of biases.
+        num_stops: Columns of stop ids, at least. ``num_biases``: of biases. ``num_words``: of
+            the tokens that are allowed, 32 in each.
     """
     padded = [*params, *[SamplingParams(temperature=0.0)] * (rows - len(params))]
     stops = [*map(list, stop_ids), *[[]] * (rows - len(params))]
@@ -123,6 +127,10 @@ def batch_arrays(
     for row, p in enumerate(params):
         bias_ids[row, : len(p.logit_bias)] = list(p.logit_bias)
         bias[row, : len(p.logit_bias)] = list(p.logit_bias.values())
+    only = np.zeros((rows, max(num_words, *map(words_of, padded))), np.uint32)
+    for row, p in enumerate(params):
+        ids = np.asarray(p.allowed_token_ids or (), np.uint32)
+        np.bitwise_or.at(only[row], ids // 32, np.uint32(1) << ids % 32)
     sampled = [p for p in params if p.temperature > 0]
     counts = [p.logprobs for p in params if p.logprobs is not None]
     arrays = SamplingArrays(
@@ -138,6 +146,7 @@ def batch_arrays(
         frequency=jnp.asarray([p.frequency_penalty for p in padded], jnp.float32),
         bias_ids=jnp.asarray(bias_ids),
         bias=jnp.asarray(bias),
+        only=jnp.asarray(only.view(np.int32)),
     )
     features = SamplingFeatures(
         random=bool(sampled),
@@ -145,11 +154,19 @@ def batch_arrays(
         delayed_stop=any(p.min_tokens > 0 for p in params),
         penalised=any(map(_penalised, params)),
         biased=any(p.logit_bias for p in params),
+        limited=any(p.allowed_token_ids is not None for p in params),
         banning=any(p.bad_words for p in params),
         guided=any(p.structured_outputs is not None for p in params),
         num_logprobs=max(counts) if counts else None,
     )
     return arrays, features
+
+
+def words_of(p: SamplingParams) -> int:
+    """How many words the bits of its allowed tokens take: a power of two, for few programs."""
+    if p.allowed_token_ids is None:
+        return 1
+    return 1 << (max(p.allowed_token_ids) // 32).bit_length()
 
 
 def _penalised(p: SamplingParams) -> bool:
@@ -213,10 +230,11 @@ def _draw(logits: Array, arrays: SamplingArrays, steps: Array, truncated: bool) 
 
 
 def _bits(words: Int[Array, "batch words"], count: int) -> Bool[Array, "batch count"]:
-    """The first ``count`` bits of each row."""
+    """The first ``count`` bits of each row; what is missing is none."""
     shifts = jnp.arange(32, dtype=jnp.int32)
     bits = (words[:, :, None] >> shifts) & 1
-    return bits.reshape(words.shape[0], -1)[:, :count] != 0
+    bits = bits.reshape(words.shape[0], -1)[:, :count] != 0
+    return jnp.pad(bits, ((0, 0), (0, count - bits.shape[1])))
 
 
 def scores(logits: Float[Array, "rows vocab"], token: Int[Array, "rows"], k: int) -> Sampled:
@@ -253,6 +271,9 @@ def sample(
     if features.biased:
         ids = jnp.where(arrays.bias_ids >= 0, arrays.bias_ids, logits.shape[1])
         logits = logits.at[rows, ids].add(arrays.bias, mode="drop")
+    if features.limited:
+        free = jnp.all(arrays.only == 0, axis=1, keepdims=True)
+        logits = jnp.where(free | _bits(arrays.only, logits.shape[1]), logits, _MASKED)
     if features.banning:
         assert history is not None
         ids = jnp.where(history.banned >= 0, history.banned, logits.shape[1])

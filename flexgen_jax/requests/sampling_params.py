@@ -47,6 +47,8 @@ class SamplingParams:
         presence_penalty: Taken off the logits of tokens that the output has had, in [-2, 2].
         frequency_penalty: Likewise, as often as it has had them.
         logit_bias: Token id -> what is added to its logit.
+        allowed_token_ids: The only tokens that may come, at least one; None: all may. The
+            end-of-text token is one of them only if it is named.
         bad_words: Words that are never generated, as the tokenizer writes them, at the beginning of
             a text or after a space: the last token of each cannot come after the ones before it.
             Longer words may have their letters. White space bans every token that holds it; spaces
@@ -90,6 +92,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict, hash=False)
+    allowed_token_ids: tuple[int, ...] | None = None
     bad_words: tuple[str, ...] = ()
     structured_outputs: StructuredOutputsParams | None = None
     skip_special_tokens: bool = True
@@ -118,6 +121,8 @@ class SamplingParams:
             if value is not None and not isinstance(value, (int, float)):
                 object.__setattr__(self, name, (int if name in _INTEGERS else float)(value))
         object.__setattr__(self, "stop_token_ids", tuple(map(int, self.stop_token_ids or ())))
+        if self.allowed_token_ids is not None:
+            object.__setattr__(self, "allowed_token_ids", tuple(map(int, self.allowed_token_ids)))
         object.__setattr__(self, "stop", _texts("stop", self.stop))
         object.__setattr__(self, "bad_words", _texts("bad_words", self.bad_words))
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
@@ -175,12 +180,13 @@ class SamplingParams:
             self.min_tokens,
         )
         ids = self.stop_token_ids
+        _require(ids is None or _are_ids(ids), "stop_token_ids", "a list of token ids", ids)
+        only = self.allowed_token_ids
         _require(
-            ids is None
-            or (isinstance(ids, (list, tuple)) and all(is_int(i) and i >= 0 for i in ids)),
-            "stop_token_ids",
-            "a list of token ids",
-            ids,
+            only is None or (_are_ids(only) and len(only) > 0),
+            "allowed_token_ids",
+            "a list of at least one token id, or null for all",
+            only,
         )
         penalty = self.repetition_penalty
         _require(
@@ -263,6 +269,10 @@ def _biases(value: Any) -> dict[int, float]:
         found[int(token)] = float(bias)
     _require(len(found) <= MAX_BIASES, "logit_bias", expected, value)
     return found
+
+
+def _are_ids(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and all(is_int(i) and i >= 0 for i in value)
 
 
 def _is_number(value: object) -> bool:

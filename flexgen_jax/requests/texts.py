@@ -56,6 +56,7 @@ def make_request(
     _check_vocabulary("token id", ids, config)
     _check_vocabulary("stop token id", params.stop_token_ids, config)
     _check_vocabulary("logit_bias token id", params.logit_bias, config)
+    _check_vocabulary("allowed token id", params.allowed_token_ids or (), config)
     room = family_of(config).room(config, len(ids))
     if params.max_tokens is None:
         if len(ids) + max(1, params.min_tokens) > room:

@@ -47,6 +47,7 @@ def not_numbers(what: str) -> str:
 def nothing_left(step: int) -> str:
     """Of a step in which no token may come."""
     return (
-        f"no token may come in step {step}: bad_words, min_tokens and structured_outputs leave "
-        "none of the vocabulary, or the model none that is possible; ask for less"
+        f"no token may come in step {step}: allowed_token_ids, bad_words, min_tokens and "
+        "structured_outputs leave none of the vocabulary, or the model none that is possible; ask "
+        "for less"
     )

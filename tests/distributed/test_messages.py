@@ -32,7 +32,12 @@ from scheduling.policy import Policy, Split
 REQUESTS = [
     Request(0, "a text — 漢字", (5, 6, 7), SamplingParams(temperature=0.0, stop=["x"], seed=2**90)),
     Request(1, None, (8,), SamplingParams(logit_bias={3: -1.5}, n=2, logprobs=3)),
-    Request(3, None, (8,), SamplingParams(structured_outputs={"choice": ["a", "b"]})),
+    Request(
+        3,
+        None,
+        (8,),
+        SamplingParams(structured_outputs={"choice": ["a", "b"]}, allowed_token_ids=[1, 5]),
+    ),
     Request(2, None, (9, 9), SamplingParams(), scored=(9, -1), forced=(4,), bad_words=((1, 2),)),
 ]
 RUN = Run(

@@ -10,6 +10,7 @@ import flexgen_jax as fg
 from flexgen_jax.jobs.job import Completing, Job
 from flexgen_jax.jobs.job_input import JobInput
 from flexgen_jax.jobs.results import FileResults
+from flexgen_jax.models.family import eos_token_ids
 from flexgen_jax.requests.guidance import masks
 from flexgen_jax.requests.prompts import RequestError
 from flexgen_jax.requests.texts import guidance_of
@@ -126,6 +127,16 @@ def test_several_completions_each_fit(llm):
     (output,) = llm.generate(["x"], params({"json": SCHEMA}, temperature=1.5, n=3, seed=1))
     assert [fits(c.text) for c in output.outputs] == [True] * 3
     assert len({c.token_ids for c in output.outputs}) > 1
+
+
+def test_a_form_of_allowed_tokens(llm):
+    """Of two answers only one is spelled with them."""
+    ids = [*llm.tokenizer.encode_words("two"), *eos_token_ids(llm.config)]
+    form = {"choice": ["ace", "two"]}
+    given = [params(form, temperature=1.0, allowed_token_ids=ids), params(form, temperature=1.0)]
+    narrow, wide = llm.generate(["x", "x"], given)
+    assert (narrow.outputs[0].text, narrow.outputs[0].finish_reason) == ("two", "stop")
+    assert wide.outputs[0].text in ("ace", "two")
 
 
 class Stopped(BaseException):

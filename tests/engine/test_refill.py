@@ -148,7 +148,7 @@ def everything(count):
         {"stop_token_ids": [12, 61]},
         {"repetition_penalty": 1.4, "presence_penalty": 0.3},
         {"logit_bias": {7: 4.0}, "min_tokens": 3},
-        {"logprobs": 3},
+        {"logprobs": 3, "allowed_token_ids": [*range(0, 60, 3), 61]},
         {"temperature": 0.7, "top_k": 9, "top_p": 0.9, "min_p": 0.01},
     ]
     prompts, params = job(count, seed=5)

@@ -205,6 +205,9 @@ def test_logprobs_zero_gives_the_chosen_token_only(logits):
         ("prompt_logprobs", 99, "prompt_logprobs must be null or an integer from 0 to 20"),
         ("repetition_penalty", 0, "a number above 0"),
         ("logit_bias", {"x": 2.0}, "token ids and numbers"),
+        ("allowed_token_ids", [], "at least one token id"),
+        ("allowed_token_ids", [-1], "at least one token id"),
+        ("allowed_token_ids", 5, "a list"),
     ],
 )
 def test_bad_values_are_refused_by_name(field, value, word):
@@ -312,6 +315,26 @@ def test_biases_and_banned_tokens():
     assert greedy(logits, [banning, banning], past) == [2, 0]
 
 
+@given(
+    allowed=st.lists(st.integers(0, VOCAB - 1), min_size=1),
+    temperature=st.sampled_from([0.0, 1.0]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=20)
+def test_only_allowed_tokens_come(allowed, temperature, seed):
+    """What a draw of the others' -inf would be: beside a bias, min-p, top-k, and a free row."""
+    logits = np.random.default_rng(seed).normal(0, 2, (2, VOCAB)).astype(np.float32)
+    fields = {"temperature": temperature, "seed": seed, "min_p": 0.05, "top_k": 4}
+    fields["logit_bias"] = {int(logits[0].argmax()): 3.0}
+    free = SamplingParams(temperature=1.0, seed=seed)
+    mine = SamplingParams(**fields, allowed_token_ids=allowed)
+    (here, beside) = draw(jnp.asarray(logits), [mine, free]).token
+    masked = np.where(np.isin(np.arange(VOCAB), allowed), logits, -np.inf)
+    wanted = draw(jnp.asarray(np.stack([masked[0], logits[1]])), [SamplingParams(**fields), free])
+    assert here in allowed
+    assert (here, beside) == tuple(wanted.token)
+
+
 @pytest.mark.parametrize(
     ("text", "stops", "expected"),
     [
@@ -416,6 +439,8 @@ def test_a_model_without_a_tokenizer_says_what_it_cannot(tmp_path):
                 llm.generate([[5, 6]], SamplingParams(**{name: "x"}))
         with pytest.raises(fg.RequestError, match="logit_bias token id 999999 is outside"):
             llm.generate([[5, 6]], SamplingParams(logit_bias={999999: 1}))
+        with pytest.raises(fg.RequestError, match="allowed token id 999999 is outside"):
+            llm.generate([[5, 6]], SamplingParams(allowed_token_ids=[5, 999999]))
 
 
 def test_a_job_takes_them_all(tmp_path):
@@ -447,7 +472,7 @@ def test_a_job_takes_them_all(tmp_path):
     assert choice["finish_reason"] == "stop"
     message = records[5]["error"]["message"]
     assert "unknown sampling field 'best_of'" in message
-    assert "known: bad_words, detokenize" in message
+    assert "known: allowed_token_ids, bad_words, detokenize" in message
 
 
 def test_several_completions_are_drawn_each_by_itself(demo):

@@ -33,6 +33,7 @@ GOOD = {
     "scored": (TEXT, {"prompt": ["The tide", [5, 6]], "echo": True, "logprobs": 1}),
     "only scored": (TEXT, {"prompt": "The tide", "echo": True, "logprobs": 1, "max_tokens": 0}),
     "vLLM's": (TEXT, {"prompt": "The tide", "prompt_logprobs": 1, "top_k": 5, "min_tokens": 2}),
+    "allowed": (CHAT, {"messages": USER, "allowed_token_ids": [30, 40], "logprobs": True}),
     "ignored": (TEXT, {"prompt": "The tide", "model": "x", "user": "u", "stream": False}),
     "metadata": (CHAT, {"messages": USER, "metadata": {"row": "7"}, "store": True}),
     "chat": (CHAT, {"messages": USER, "max_completion_tokens": 3, "service_tier": "flex"}),
@@ -51,6 +52,7 @@ BAD = {
     "suffix": (TEXT, {"prompt": "x", "suffix": "y"}, "suffix='y' is not supported"),
     "stream": (CHAT, {"messages": USER, "stream": True}, "stream=True is not supported"),
     "no messages": (CHAT, {"prompt": "x"}, "the body has no 'messages'"),
+    "allowed": (TEXT, {"prompt": "x", "allowed_token_ids": []}, "at least one token id"),
     "number": (CHAT, {"messages": USER, "logprobs": 3}, "logprobs must be true or false"),
     "top": (CHAT, {"messages": USER, "top_logprobs": 3}, "top_logprobs needs logprobs"),
     "unknown": (CHAT, {"messages": USER, "tempratur": 3}, "unknown sampling field 'tempratur'"),
@@ -183,6 +185,12 @@ def test_logprobs_of_chats(answers):
             assert position["logprob"] <= top[0]["logprob"]
             if position["bytes"] is not None:
                 assert bytes(position["bytes"]).decode() == position["token"]
+
+
+def test_only_allowed_tokens_come(llm, answers):
+    (choice,) = body_of(answers, "allowed")["choices"]
+    words = {llm.tokenizer.token(30), llm.tokenizer.token(40)}
+    assert {entry["token"] for entry in choice["logprobs"]["content"]} <= words
 
 
 def test_fields_that_change_nothing(answers):
