@@ -14,7 +14,7 @@ from flexgen_jax.arguments import PATHS, expect, expect_callable, expect_names, 
 from flexgen_jax.distributed.process_runner import runner_of
 from flexgen_jax.engine.callbacks import Callbacks
 from flexgen_jax.engine.cells import WrapStore
-from flexgen_jax.engine.effects import OnLogits
+from flexgen_jax.engine.effects import OnLogits, OnPrefill
 from flexgen_jax.engine.executor import ExecutionError
 from flexgen_jax.engine.runner import Finished, Runner
 from flexgen_jax.engine.snapshots import Snapshot
@@ -26,6 +26,7 @@ from flexgen_jax.planning.blocks import Block
 from flexgen_jax.planning.byte_sizes import parse_bytes
 from flexgen_jax.planning.lengths import Lengths
 from flexgen_jax.planning.planner import Planner, checked_slots, named_schedule
+from flexgen_jax.progress import of_call
 from flexgen_jax.report import Report, Sum
 from flexgen_jax.requests.chat import Chat
 from flexgen_jax.requests.generation_config import default_params
@@ -247,6 +248,7 @@ class LLM:
         on_block: OnBlock | None = None,
         on_logits: OnLogits | None = None,
         on_error: OnError = "raise",
+        use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Completes every prompt; results in the order of ``prompts``.
 
@@ -260,6 +262,8 @@ class LLM:
             on_logits: Given (step, batch, logits [rows, vocab]) of every head computation.
             on_error: ``"record"``: a prompt that cannot be run, or has no answer, gets a result
                 whose ``error`` says why, as a bad line of a job does, and the others run.
+            use_tqdm: Show a progress bar on the standard error, if that is a terminal and no
+                ``progress`` is given. The name is vLLM's.
 
         Raises:
             RequestError: prompts that cannot be run, all of them named; nothing has run.
@@ -270,6 +274,7 @@ class LLM:
         What ``progress``, ``on_block`` or ``on_logits`` raise ends the run, and is raised.
         """
         check_on_error(on_error)
+        expect("use_tqdm", use_tqdm, bool, "True or False")
         each = pairs(prompts, self._defaults if sampling_params is None else sampling_params)
         seed = self._next_seed()
         failed: dict[int, RequestOutput] = {}
@@ -284,7 +289,15 @@ class LLM:
                 return None
 
         requests = [_seeded(r, seed) for r in made_of_each(each, made) if r is not None]
-        outputs = self.run(requests, progress=progress, on_block=on_block, on_logits=on_logits)
+        most = sum(r.max_tokens * r.params.n for r in requests)
+        with of_call(most, wanted=use_tqdm and progress is None) as (bar, on_prefill):
+            outputs = self.run(
+                requests,
+                progress=progress or bar,
+                on_block=on_block,
+                on_logits=on_logits,
+                on_prefill=on_prefill,
+            )
         assert self.report is not None
         self.report = dataclasses.replace(self.report, seed=seed)
         if on_error == "raise":
@@ -305,6 +318,8 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         progress: Callable[[int], None] | None = None,
         on_block: OnBlock | None = None,
+        on_error: OnError = "raise",
+        use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Answers every conversation; results in the order of ``messages``.
 
@@ -313,7 +328,8 @@ class LLM:
 
         Args:
             messages: A conversation, or several: a list of ``{"role": ..., "content": ...}`` each.
-            sampling_params: As :meth:`generate` takes them, like ``progress`` and ``on_block``.
+            sampling_params: As :meth:`generate` takes them, like ``progress``, ``on_block``,
+                ``on_error`` and ``use_tqdm``.
             add_generation_prompt: End the prompt with what begins an answer; None: unless
                 ``continue_final_message``.
             continue_final_message: The answer continues the last message.
@@ -337,7 +353,14 @@ class LLM:
             "chat_template_kwargs": chat_template_kwargs,
         }
         prompts = [{"messages": each, **common} for each in ([messages] if one else messages)]
-        return self.generate(prompts, sampling_params, progress=progress, on_block=on_block)
+        return self.generate(
+            prompts,
+            sampling_params,
+            progress=progress,
+            on_block=on_block,
+            on_error=on_error,
+            use_tqdm=use_tqdm,
+        )
 
     def generate_iter(
         self,
@@ -445,6 +468,7 @@ class LLM:
         progress: Callable[[int], None] | None = None,
         on_block: OnBlock | None = None,
         on_logits: OnLogits | None = None,
+        on_prefill: OnPrefill | None = None,
     ) -> list[RequestOutput]:
         """Completes checked requests; results in their order. Sets :attr:`report`.
 
@@ -462,7 +486,7 @@ class LLM:
                 on_block(list(finished.values()))
 
         blocks = self.planner.blocks(requests)
-        self.run_blocks(blocks, keep, progress=progress, on_logits=on_logits)
+        self.run_blocks(blocks, keep, progress=progress, on_logits=on_logits, on_prefill=on_prefill)
         self.report = total.total()
         return [outputs[r.index] for r in requests]
 
@@ -473,6 +497,7 @@ class LLM:
         *,
         progress: Callable[[int], None] | None = None,
         on_logits: OnLogits | None = None,
+        on_prefill: OnPrefill | None = None,
         snapshot_of: Callable[[int], Snapshot] | None = None,
         more: More | None = None,
     ) -> None:
@@ -483,6 +508,7 @@ class LLM:
                 complete with it, by their index, and its report, as each finishes; of a rolling
                 block several times, with what has come since the last.
             progress: As :meth:`generate` takes it, like ``on_logits``.
+            on_prefill: As a ``Runner`` takes it.
             snapshot_of: Given a block's place, says where its state is kept while it runs.
             more: Gives the rows that come after those of a single rolling block
                 (``planning.blocks.in_turn``), some at a time; None: no more.
@@ -518,6 +544,7 @@ class LLM:
                 gather,
                 progress=callbacks.noted(progress),
                 on_logits=callbacks.noted(on_logits),
+                on_prefill=callbacks.noted(on_prefill),
                 snapshot_of=snapshot_of,
                 more=more,
             )

@@ -32,17 +32,21 @@ class _PerSecond(ProgressColumn):
         return Text("" if task.speed is None else f"{task.speed:.1f} {self._unit}/s")
 
 
+class _What(ProgressColumn):
+    """What is being done: before anything is counted, what ``first`` says at this moment."""
+
+    def render(self, task: Task) -> Text:
+        return Text(str(task.fields["first"] or task.description))
+
+
 class Bar:
     """Advances when called with a count."""
 
-    def __init__(self, bar: Progress, task: TaskID, what: str, unit: str) -> None:
-        self._bar, self._task, self._what, self._unit = bar, task, what, unit
+    def __init__(self, bar: Progress, task: TaskID, unit: str) -> None:
+        self._bar, self._task, self._unit = bar, task, unit
 
     def __call__(self, more: int) -> None:
-        if self._what:
-            self._bar.update(self._task, description=self._what)
-            self._what = ""
-        self._bar.advance(self._task, more)
+        self._bar.update(self._task, advance=more, first=None)
 
     def expect(self, total: int | None, *, exactly: bool = True) -> None:
         """How many there will be in all, as far as one knows by now."""
@@ -53,7 +57,7 @@ class Bar:
 
 @contextlib.contextmanager
 def count(
-    total: int | None, what: str, unit: str, *, first: str | None = None, quiet: bool = False
+    total: int | None, what: str, unit: str, *, first: object = None, quiet: bool = False
 ) -> Iterator[Bar]:
     """A bar over at most ``total`` units with their rate and ETA; narrow terminals get less of it.
 
@@ -61,11 +65,11 @@ def count(
     None: nobody knows; then nothing shows before :meth:`Bar.expect`.
 
     Args:
-        first: What is done before there is anything to count.
+        first: What is done before there is anything to count: its text, asked for again and again.
     """
     width = console.width
     columns: list[ProgressColumn] = [
-        TextColumn("{task.description}"),
+        _What(),
         *([BarColumn(max(10, min(40, width - 90)))] if width >= 100 else []),
         TextColumn("{task.completed:.0f}{task.fields[of]}"),
         *([_PerSecond(unit)] if width >= 80 else []),
@@ -75,12 +79,40 @@ def count(
     ]
     with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bar:
         # Not before what is said first is said: it would be printed onto the bar.
-        task = bar.add_task(first or what, total=None, of="", visible=False)
-        shown = Bar(bar, task, what if first else "", unit)
+        task = bar.add_task(what, total=None, of="", visible=False, first=first)
+        shown = Bar(bar, task, unit)
         if total is not None:
             shown.expect(total)
         yield shown
         bar.update(task, completed=bar.tasks[0].total)
+
+
+@contextlib.contextmanager
+def of_call(
+    most_tokens: int, *, wanted: bool
+) -> Iterator[tuple[Callable[[int], None], Callable[[int, int], None]] | tuple[None, None]]:
+    """A bar over the new tokens of a call in Python, if it is ``wanted`` and there is a terminal.
+
+    Yields what is told of new tokens and of prefill; None: nothing is.
+    """
+    if not wanted or not console.is_terminal:
+        yield None, None
+        return
+    from flexgen_jax.engine.compiling import Beginning
+
+    beginning = Beginning()
+    with count(most_tokens, "generating", "tokens", first=beginning) as bar:
+        yield bar, beginning.prefilled
+
+
+@contextlib.contextmanager
+def doing(what: str, *, quiet: bool = False) -> Iterator[None]:
+    """Says ``what`` is under way, which has no parts to count."""
+    if quiet or not console.is_terminal:
+        yield
+        return
+    with console.status(what):
+        yield
 
 
 @contextlib.contextmanager

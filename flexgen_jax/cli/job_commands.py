@@ -226,6 +226,7 @@ class JobFiles:
         """
         from flexgen_jax import progress
         from flexgen_jax.distributed.processes import ProcessError
+        from flexgen_jax.engine.compiling import Beginning
         from flexgen_jax.engine.executor import ExecutionError
         from flexgen_jax.jobs.job import Job, JobError
         from flexgen_jax.jobs.job_input import JobInput
@@ -253,7 +254,7 @@ class JobFiles:
             self._tell("already complete; --restart runs it again")
         elif self.results.header is not None:
             self._tell(f"resuming: {self.results.requests_finished} already finished")
-        first = "compiling, prefill"
+        first = Beginning()
         with progress.count(None, *what, first=first, quiet=self._quiet) as bar:
             expected = _Expected(source, bar, self.results.position.line, job)
 
@@ -265,7 +266,11 @@ class JobFiles:
 
             try:
                 with interrupts.orderly():
-                    return job.run(progress=expected.advance, on_window=on_window)
+                    return job.run(
+                        progress=expected.advance,
+                        on_window=on_window,
+                        on_prefill=first.prefilled,
+                    )
             except KeyboardInterrupt as error:
                 raise interrupted(error, self._kept()) from None
             except (ExecutionError, JobError, ProcessError, StorageError) as error:
@@ -274,6 +279,7 @@ class JobFiles:
 
     def _choose_policy(self, llm: LLM, task: Task) -> None:
         """Of policy auto, by the first requests: once, so that all windows are grouped alike."""
+        from flexgen_jax import progress
         from flexgen_jax.jobs.job_input import JobError, JobInput
         from flexgen_jax.jobs.windows import Windows
         from flexgen_jax.planning.window_size import WindowSize
@@ -287,7 +293,8 @@ class JobFiles:
             Windows(source, task, WindowSize.of(1)) as windows,
         ):
             first = next(iter(windows), None)
-        llm.policy = llm.choose_policy(first.requests if first is not None else [])
+        with progress.doing("loading the model", quiet=self._quiet):
+            llm.policy = llm.choose_policy(first.requests if first is not None else [])
 
     def _kept(self) -> str:
         from flexgen_jax.engine.snapshots import are_kept_in

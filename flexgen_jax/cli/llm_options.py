@@ -230,9 +230,13 @@ class Chosen:
             recorded: What ``auto`` came to when the job was begun: it is not to come to another.
             changes: Of the policy, beyond the options.
         """
+        from flexgen_jax import progress
         from flexgen_jax.llm import LLM
 
-        with LLM(**self.arguments(say, quiet=quiet, recorded=recorded, **changes)) as llm:
+        arguments = self.arguments(say, quiet=quiet, recorded=recorded, **changes)
+        with progress.doing("loading the model", quiet=quiet):
+            llm = LLM(**arguments)
+        with llm:
             yield llm
 
     def arguments(

@@ -15,7 +15,7 @@ from flexgen_jax.distributed.messages import Newcomers, Run
 from flexgen_jax.distributed.process_hand_over import ProcessHandOver
 from flexgen_jax.distributed.processes import Processes, process_count
 from flexgen_jax.distributed.stage_devices import stage_devices
-from flexgen_jax.engine.effects import OnLogits, OnTokens
+from flexgen_jax.engine.effects import OnLogits, OnPrefill, OnTokens
 from flexgen_jax.engine.local_runner import LocalRunner
 from flexgen_jax.engine.runner import Finished, OnFinished, Runner
 from flexgen_jax.engine.snapshots import Snapshot
@@ -131,6 +131,7 @@ class ProcessRunner(Runner):
         *,
         progress: OnTokens | None = None,
         on_logits: OnLogits | None = None,
+        on_prefill: OnPrefill | None = None,
         snapshot_of: Callable[[int], Snapshot] | None = None,
         more: More | None = None,
     ) -> None:
@@ -145,6 +146,7 @@ class ProcessRunner(Runner):
                 on_finished,
                 progress=progress,
                 on_logits=on_logits,
+                on_prefill=on_prefill,
                 more=None if more is None else functools.partial(self._told, more),
             )
 

@@ -212,7 +212,9 @@ class BlockRun:
             ops: Iterable[Op] = remaining(self._setting.planner.order(workload), workload)
             if self._snapshot is not None:
                 ops = cut = Cut(ops, workload, self._snapshot.due)
-            timeline = execute(self._handing_out(ops), workload, effects)
+            timeline = execute(
+                self._handing_out(ops), workload, effects, on_computed=effects.computed
+            )
             self._keep(timeline.later(self._steps))
         effects.settle()
         self._take_finished()

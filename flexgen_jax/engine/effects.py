@@ -50,6 +50,7 @@ from storage.store import StorageError
 
 OnLogits = Callable[[int, int, jax.Array], None]
 OnTokens = Callable[[int], None]
+OnPrefill = Callable[[int, int], None]
 
 
 class Watch(NamedTuple):
@@ -58,10 +59,12 @@ class Watch(NamedTuple):
     Attributes:
         on_tokens: How many new tokens were booked, at each step border of a batch.
         on_logits: (step, batch, logits) of every head computation: for tests and research.
+        on_prefill: (done, of), whenever one more layer is through with a batch's first prompts.
     """
 
     on_tokens: OnTokens | None = None
     on_logits: OnLogits | None = None
+    on_prefill: OnPrefill | None = None
 
 
 @dataclasses.dataclass
@@ -160,6 +163,8 @@ class BlockEffects:
         self._readers: defaultdict[int, list[jax.Array]] = defaultdict(list)
         self._last_marker: dict[int, jax.Array] = {}  # by stage
         self._finished = False
+        layers_here = sum(stage in stages for stage in self._stage_of)
+        self._prefilled, self._to_prefill = 0, layers_here * len(states)
         self.peak_bytes = dict.fromkeys(Tier, 0)
 
     def _sample(self) -> None:
@@ -309,6 +314,12 @@ class BlockEffects:
         self.cells.read(op.layer, op.batch, marker)
         self._last_marker[number] = marker
         return marker
+
+    def computed(self, op: Op) -> None:
+        """The results of ``op`` are there."""
+        if self._watch.on_prefill is not None and isinstance(op, Compute) and op.step == 0:
+            self._prefilled += 1
+            self._watch.on_prefill(self._prefilled, self._to_prefill)
 
     def _border(self, batch: int, state: BatchState) -> bool:
         """Books the tokens of the step before and begins the next; False: the batch does not."""

@@ -16,7 +16,7 @@ import queue
 import threading
 import time
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -29,6 +29,8 @@ from scheduling.workload import Workload
 
 # Seconds that an interrupted run waits for an op under way. Batch systems kill after 30.
 PATIENCE = 10.0
+
+OnComputed = Callable[[Op], None]
 
 
 class Effects(Protocol):
@@ -85,8 +87,8 @@ class _Place(NamedTuple):
 class _Run:
     """The state of one execution that its threads share."""
 
-    def __init__(self, effects: Effects) -> None:
-        self.effects = effects
+    def __init__(self, effects: Effects, on_computed: OnComputed | None) -> None:
+        self.effects, self.on_computed = effects, on_computed
         self.changed = threading.Condition()
         self.done: dict[Lane, int] = {}  # how many issues of each lane are done
         self.failure: tuple[Op, BaseException] | None = None
@@ -179,6 +181,8 @@ class _Watch(threading.Thread):
             issue, start, ready, reason = item
             try:
                 jax.block_until_ready(ready)
+                if self._run.on_computed is not None:
+                    self._run.on_computed(issue.op)
             except BaseException as error:
                 self._run.cancel((issue.op, error))
                 return
@@ -224,12 +228,18 @@ def _end(
 
 
 def execute(
-    ops: Iterable[Op], workload: Workload, effects: Effects, *, look_ahead: int | None = None
+    ops: Iterable[Op],
+    workload: Workload,
+    effects: Effects,
+    *,
+    look_ahead: int | None = None,
+    on_computed: OnComputed | None = None,
 ) -> Timeline:
     """Runs ``ops`` to the end, or until ``effects`` is finished.
 
     Args:
         look_ahead: How many issues may be waiting or running; None: as simulated.
+        on_computed: Told of each computation when its results are there; on a thread of its own.
 
     Returns:
         The measured timeline; seconds count from the call.
@@ -241,7 +251,7 @@ def execute(
         KeyboardInterrupt: likewise; unless a note to it says which op does not come back.
     """
     limit = look_ahead or look_ahead_of(workload)
-    run = _Run(effects)
+    run = _Run(effects, on_computed)
     watches = [_Watch(run, stage) for stage in range(workload.num_stages)]
     workers: dict[Lane, _Worker] = {}
     issued: dict[Lane, int] = {}

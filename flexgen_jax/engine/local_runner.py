@@ -14,7 +14,7 @@ import jax
 from flexgen_jax.engine.batch_state import Makings
 from flexgen_jax.engine.block_run import BlockRun, Counts, Ended, Setting, Since
 from flexgen_jax.engine.cells import Cells, WrapStore
-from flexgen_jax.engine.effects import OnLogits, OnTokens, Watch
+from flexgen_jax.engine.effects import OnLogits, OnPrefill, OnTokens, Watch
 from flexgen_jax.engine.hand_over import HandOver
 from flexgen_jax.engine.layer_loading import LayerLoader
 from flexgen_jax.engine.pipeline import Rings, Stage
@@ -92,12 +92,13 @@ class LocalRunner(Runner):
         *,
         progress: OnTokens | None = None,
         on_logits: OnLogits | None = None,
+        on_prefill: OnPrefill | None = None,
         snapshot_of: Callable[[int], Snapshot] | None = None,
         more: More | None = None,
     ) -> None:
         _log_begun(planner.schedule_name, blocks, planner.placement(blocks))
         begun, tokens = time.perf_counter(), 0
-        watch = Watch(progress, on_logits)
+        watch = Watch(progress, on_logits, on_prefill)
         with self._cells(planner.policy, blocks) as cells:
             for number, block in enumerate(blocks):
                 event("block begun", block=number, of=len(blocks), requests=len(block.requests))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from flexgen_jax._version import __version__
-from flexgen_jax.engine.effects import OnLogits, OnTokens
+from flexgen_jax.engine.effects import OnLogits, OnPrefill, OnTokens
 from flexgen_jax.engine.snapshots import Snapshot
 from flexgen_jax.engine.waiting import More
 from flexgen_jax.planning.blocks import Block
@@ -151,6 +151,7 @@ class Runner(abc.ABC):
         *,
         progress: OnTokens | None = None,
         on_logits: OnLogits | None = None,
+        on_prefill: OnPrefill | None = None,
         snapshot_of: Callable[[int], Snapshot] | None = None,
         more: More | None = None,
     ) -> None:
@@ -163,6 +164,8 @@ class Runner(abc.ABC):
                 None: no more.
             progress: Told the number of new tokens whenever some are booked.
             on_logits: Given (step, batch, logits [rows, vocab]) of every head computation.
+            on_prefill: Told (done, of), whenever one more layer is through with a batch's first
+                prompts; on any thread. Workers elsewhere tell nothing.
             snapshot_of: Given a block's place, says where its state is kept while it runs.
 
         Raises:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from flexgen_jax.engine.effects import OnPrefill
 from flexgen_jax.engine.executor import ExecutionError
 from flexgen_jax.engine.snapshots import Snapshot, Snapshots, are_kept_in
 from flexgen_jax.jobs.asked import Asked
@@ -255,12 +256,14 @@ class Job:
         *,
         progress: Callable[[int], None] | None = None,
         on_window: OnWindow | None = None,
+        on_prefill: OnPrefill | None = None,
     ) -> JobReport:
         """Runs what is left. Sets the LLM's ``report``.
 
         Args:
             progress: Told how many new tokens were booked.
             on_window: Told what is about to run: a window, its blocks, and which of them are left.
+            on_prefill: As a ``Runner`` takes it.
 
         Raises:
             JobError: input or output failed; what is finished is kept.
@@ -285,10 +288,10 @@ class Job:
                     self._total.add_sums(sums)
                 self._open = OpenWindows(windows, self._task, results, self._total, self._failures)
                 if self._llm.policy.refill and self._llm.runner.takes_more:
-                    self._run_rolling(progress, on_window)
+                    self._run_rolling(progress, on_window, on_prefill)
                 else:
                     while (window := self._open.next()) is not None:
-                        self._run_window(window, progress, on_window)
+                        self._run_window(window, progress, on_window, on_prefill)
         results.finish()
         report = dataclasses.replace(self._total.total(), seed=self._llm.seed)
         self._llm.report = report
@@ -301,6 +304,7 @@ class Job:
         window: OpenWindow,
         progress: Callable[[int], None] | None,
         on_window: OnWindow | None,
+        on_prefill: OnPrefill | None,
     ) -> None:
         """Block by block; the next window begins when this one is done."""
         replicas = self._llm.runner.num_replicas
@@ -336,12 +340,16 @@ class Job:
                 [blocks[number] for number in left],
                 keep,
                 progress=progress,
+                on_prefill=on_prefill,
                 snapshot_of=None if self._snapshots is None else snapshot_of,
             )
         self._open.end()
 
     def _run_rolling(
-        self, progress: Callable[[int], None] | None, on_window: OnWindow | None
+        self,
+        progress: Callable[[int], None] | None,
+        on_window: OnWindow | None,
+        on_prefill: OnPrefill | None,
     ) -> None:
         """One block for all: requests of the next window enter as the last of this one leave."""
         planner = self._llm.planner
@@ -374,6 +382,7 @@ class Job:
                     [planner.rolling(rows)],
                     keep,
                     progress=progress,
+                    on_prefill=on_prefill,
                     snapshot_of=None if self._snapshots is None else snapshot_of,
                     more=more,
                 )

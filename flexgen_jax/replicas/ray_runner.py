@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from logging import WARNING
 from typing import TYPE_CHECKING, Any
 
-from flexgen_jax.engine.effects import OnLogits, OnTokens
+from flexgen_jax.engine.effects import OnLogits, OnPrefill, OnTokens
 from flexgen_jax.engine.executor import ExecutionError
 from flexgen_jax.engine.runner import Finished, Machine, OnFinished, Runner
 from flexgen_jax.engine.snapshots import Snapshot
@@ -207,6 +207,7 @@ class RayRunner(Runner):
         *,
         progress: OnTokens | None = None,
         on_logits: OnLogits | None = None,
+        on_prefill: OnPrefill | None = None,
         snapshot_of: Callable[[int], Snapshot] | None = None,
         more: More | None = None,
     ) -> None:

@@ -388,7 +388,7 @@ def test_what_fails_in_a_worker_is_an_answer(store, monkeypatch):
     with monkeypatch.context() as patch:
         torn = fg.ExecutionError("compute(0, 0, 0)", OSError("torn"))
         patch.setattr(
-            "flexgen_jax.engine.block_run.execute", lambda *_: (_ for _ in ()).throw(torn)
+            "flexgen_jax.engine.block_run.execute", lambda *_, **__: (_ for _ in ()).throw(torn)
         )
         assert worker.run(block, policy) == _Failed("compute(0, 0, 0) failed: torn", again=True)
     assert len(worker.run(block, policy).outputs) == 3
