@@ -33,6 +33,7 @@ from flexgen_jax.cli.process_options import joined, process_options
 from flexgen_jax.cli.ray_options import OverRay, ray_options
 from flexgen_jax.cli.run_batch import HintingCommand, run_batch_of
 from flexgen_jax.cli.signals import terminable
+from flexgen_jax.cli.suggestions import Suggestions, generation_config_option
 
 if TYPE_CHECKING:
     from flexgen_jax.jobs.open_windows import OpenWindow
@@ -317,6 +318,7 @@ def export(
     help="Return log-probabilities of this many likeliest tokens at each token of the prompt. "
     "[default: none]",
 )
+@generation_config_option
 @chat_options
 @click.option("--trace", type=click.Path(path_type=Path), help="Write a Perfetto trace here.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the timeline here (PNG, SVG).")
@@ -370,6 +372,9 @@ def generate(
         }
         over_ray = OverRay(options, excluded)
         leads = stack.enter_context(joined(options, chosen))
+        suggestions = Suggestions(
+            options, frozenset({"max_tokens"} if cut_gen_len is not None else ())
+        )
         if cut_gen_len is not None:
             options["max_tokens"] = min(options["max_tokens"], cut_gen_len)
         tell = silent if quiet else say
@@ -399,10 +404,8 @@ def generate(
             )
             defaults = SamplingParams(**options)
             with files:
-                known = {
-                    **completing_identity(defaults, seed, served, chatting, max_length),
-                    **chosen.identity(),
-                }
+                task_known = completing_identity(defaults, seed, served, chatting, max_length)
+                known = {**suggestions.known(task_known), **chosen.identity()}
                 if files.is_complete(known) and process_count() == 1:
                     if trace or plot:
                         tell("nothing ran, so there is no --trace or --plot")
@@ -410,6 +413,9 @@ def generate(
                     return
                 recorded = recorded_policy(files.results)
                 with over_ray.llm(chosen, tell, quiet=quiet, recorded=recorded) as llm:
+                    if suggestions.wanted:
+                        defaults, most = suggestions.over(defaults, llm.store, chats=to_the_limit)
+                        chatting = dataclasses.replace(chatting, most=most)
                     task = Completing(llm, defaults, served, chatting, max_length)
                     done = files.run(
                         llm, task, ("generating", "tokens"), lambda *about: _before(llm, *about)

@@ -305,6 +305,7 @@ class Chosen:
             "offload_dir": v["offload_dir"],
             "dtype": v["dtype"],
             "seed": self._seed,
+            "generation_config": "vllm",  # a job says itself what its requests get
             "hardware": Hardware.load(v["hardware"]) if v["hardware"] else None,
             "disk": DiskContext(mode=v["disk_mode"], verify=v["verify"]),
             "slots": {name: count for name, count in slots.items() if count is not None},

@@ -146,9 +146,12 @@ def run_batch_of(generate: click.Command) -> click.Command:
         callback=click.pass_context(lambda context, **options: _run(context, run, options)),
         help="Run a file of OpenAI batch lines, as 'vllm run-batch' does.\n\nThe same as generate, "
         "with OpenAI's defaults: 16 tokens, of a conversation as many as the model has positions "
-        "for; temperature 1. Options of vLLM's that have no meaning here are accepted; a line "
+        "for; temperature 1; what the model's generation_config.json suggests goes before these. "
+        "Options of vLLM's that have no meaning here are accepted; a line "
         "says why they are ignored.",
-        context_settings={"default_map": {"max_tokens": 16, "temperature": 1.0}},
+        context_settings={
+            "default_map": {"max_tokens": 16, "temperature": 1.0, "generation_config": "auto"}
+        },
     )
 
 

@@ -69,12 +69,13 @@ class Chatting:
         prompts: Whether a plain line's prompt is what a user says.
         template: As ``Chat.chat_template``.
         to_the_limit: Whether answers of OpenAI's conversations that say no ``max_tokens`` may be as
-            long as the model has positions for.
+            long as the model has positions for. ``most``: and have no more new tokens than this.
     """
 
     prompts: bool = False
     template: str | None = None
     to_the_limit: bool = False
+    most: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +131,8 @@ class Completing:
             raise RequestError(
                 f"too long: {length} prompt tokens leave no room in the {room} of --max-model-len"
             )
-        params = dataclasses.replace(params, max_tokens=room - length)
+        longest = min(room - length, self.chatting.most or room)
+        params = dataclasses.replace(params, max_tokens=max(least, longest))
         return dataclasses.replace(request, params=params)
 
     def answer(
@@ -169,6 +171,8 @@ def completing_identity(
         task["chat"] = True
     if chatting.to_the_limit:
         task["chats to the limit"] = True
+        if chatting.most is not None:
+            task["chats at most"] = chatting.most
     if max_length is not None:
         task["max model len"] = max_length
     if chatting.template is not None:

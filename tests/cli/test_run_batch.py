@@ -29,13 +29,12 @@ def run_batch(tmp_path, chatting_model):
         result = CliRunner().invoke(main, [str(a) for a in arguments], catch_exceptions=False)
         records = {}
         if target.exists():
-            records = {r["custom_id"]: r for r in map(json.loads, target.open().readlines())}
+            records = {r["custom_id"]: r for r in map(json.loads, target.read_bytes().splitlines())}
         return result, records
 
     return run
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_vllms_command_line(run_batch):
     """The line of vLLM's documentation, and what scripts add to it."""
     result, records = run_batch(
@@ -62,6 +61,36 @@ def test_vllms_command_line(run_batch):
     assert "--dtype half: computing in bfloat16" in result.stderr
     assert "--tensor-parallel-size 2: layers are pipelined over 2 devices" in result.stderr
     assert "blocks of 4 x 2" in result.stderr
+
+
+def test_what_a_models_publishers_suggest(run_batch, chatting_model, tmp_path):
+    """``auto`` here, as in vLLM; an option that is given wins; the same command is complete."""
+    suggested = {"temperature": 0.1, "top_k": 1, "max_new_tokens": 3}
+    (tmp_path / "generation_config.json").write_text(json.dumps(suggested))
+
+    def usage(*options, command="run-batch"):
+        result, records = run_batch(*options, "--restart", command=command)
+        assert result.exit_code == 0, result.output
+        bodies = [records[key]["response"]["body"] for key in ("text", "chat", "short")]
+        found = [body["usage"]["completion_tokens"] for body in bodies]
+        return found, [body["choices"] for body in bodies]
+
+    theirs = ("--generation-config", tmp_path, "--seed", 7)
+    counts, sampled = usage(*theirs)
+    assert counts[1:] == [3, 2]
+    assert counts[0] <= 3
+    # A temperature of 0.1 among one likeliest token is greedy.
+    assert sampled == usage(*theirs, "--temperature", 0)[1]
+    assert usage(*theirs, "--max-tokens", 1)[0][0] == 1
+    assert usage(*theirs, "--ignore-eos", command="generate")[0] == [3, 3, 2]
+    assert usage("--max-tokens", 5, "--ignore-eos", command="generate")[0] == [5, 5, 2]
+    again = ("--max-tokens", 5, "--ignore-eos")
+    assert "already complete" in run_batch(*again, command="generate")[0].stderr
+    other = run_batch(*again, *theirs, command="generate")[0]
+    assert "temperature was 0.0, is 0.1" in other.stderr or "seed was 0, is 7" in other.stderr
+    result, _ = run_batch("--generation-config", tmp_path / "none", "--restart")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "cannot take sampling defaults from" in result.stderr
 
 
 @pytest.mark.parametrize(
