@@ -549,8 +549,10 @@ class LLM:
                 more=more,
             )
         except ExecutionError:
-            callbacks.raise_noted()
-            raise
+            if not callbacks.failed:
+                raise
+        # Out of the handler: the two errors would hold each other, and with them all that ran.
+        callbacks.raise_noted()
 
     @property
     def leads(self) -> bool:

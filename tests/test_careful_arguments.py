@@ -3,6 +3,7 @@ is dropped is freed at once; what a caller's own function raises is the caller's
 
 import gc
 import weakref
+from contextlib import suppress
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 import flexgen_jax as fg
+from flexgen_jax.engine.effects import BlockEffects
 from flexgen_jax.models import opt
 
 ROOT = Path(__file__).parents[1]
@@ -155,18 +157,29 @@ def test_what_a_callback_raises_is_raised(llm, name):
         llm.generate([IDS], GREEDY, progress=5)
 
 
-@pytest.mark.parametrize("how", ["done", "auto", "disk", "streamed"])
-def test_a_dropped_llm_frees_its_weights_at_once(how, offload):
+@pytest.mark.parametrize("how", ["done", "auto", "disk", "streamed", "raised", "logits", "failed"])
+def test_a_dropped_llm_frees_its_weights_at_once(how, offload, monkeypatch):
     """Without ``close()``, and without waiting for the collector of cycles."""
     disk = fg.Split(device=0, disk=100)
     policy = {"auto": "auto", "disk": fg.Policy(weights=disk, cache=disk, hidden=disk)}
     llm = fg.LLM(MODEL, policy=policy.get(how, fg.Policy()), offload_dir=offload)
+
+    def fail(*_):
+        raise OwnError("mine")
 
     gc.collect()
     gc.disable()
     try:
         if how == "streamed":
             next(llm.generate_iter([IDS] * 3, GREEDY, window=1))
+        elif how in ("raised", "logits"):
+            callback = {"raised": "progress", "logits": "on_logits"}[how]
+            with suppress(OwnError):
+                llm.generate([IDS], GREEDY, **{callback: fail})
+        elif how == "failed":
+            monkeypatch.setattr(BlockEffects, "_compute", fail)
+            with suppress(fg.ExecutionError):
+                llm.generate([IDS], GREEDY)
         else:
             outputs, report = llm.generate([IDS] * 3, GREEDY), llm.report
         runner = llm.runner

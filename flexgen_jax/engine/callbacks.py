@@ -28,6 +28,11 @@ class Callbacks:
 
         return call  # type: ignore[return-value] # called alike
 
+    @property
+    def failed(self) -> bool:
+        """Whether there is one."""
+        return self._error is not None
+
     def raise_noted(self) -> None:
         """Raises it, in place of the failure of the operation in which it came; if there is one."""
         if self._error is not None:
