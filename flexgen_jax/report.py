@@ -65,7 +65,8 @@ class Report:
         predict: Simulates what ``timeline`` has; see :attr:`predicted`.
         observe: Gives :attr:`observations`. ``lower_bound``: :attr:`lower_bound_seconds`.
         compile_seconds: Of ``seconds``, spent on compiling programs, by all threads together.
-        timeline_compile_seconds: Likewise, of the time that ``timeline`` covers.
+        timeline_compile_seconds: Likewise, of the time that ``timeline`` covers, by whichever
+            process.
     """
 
     policy: Policy
@@ -159,7 +160,7 @@ class Report:
         return dataclasses.replace(
             report,
             timeline=timeline,
-            timeline_compile_seconds=report.compile_seconds,
+            timeline_compile_seconds=finished.timeline_compile_seconds,
             predict=functools.partial(planner.predict, block, finished.lives, finished.passes),
             observe=functools.partial(planner.observe, block, timeline, finished.lives),
             lower_bound=functools.partial(
@@ -205,7 +206,7 @@ class Report:
         if ratio is None:
             return f"{text}: too short to compare ({self.hardware})"
         return (
-            f"{text}: ratio {ratio:.2f}; no schedule takes less than "
+            f"{text}: ratio {_brief(ratio)}; no schedule takes less than "
             f"{self.lower_bound_seconds:.1f} s ({self.hardware})"
         )
 
@@ -240,7 +241,7 @@ class Report:
             "passes_over_ideal": self.passes_over_ideal,
             "streams": self.timeline.summary(),
             "stages": self.timeline.stage_table(),
-            "predicted": compare(self.predicted, self.timeline),
+            "predicted": self._compared(),
             "lower_bound_seconds": self.lower_bound_seconds,
             "working_seconds": self.working_seconds,
             "measured_over_predicted": self.measured_over_predicted,
@@ -250,6 +251,14 @@ class Report:
             "observations": [row.to_json() for row in self.observations],
         }
 
+    def _compared(self) -> dict[str, dict[str, float | None]]:
+        """Stream by stream; ratios only where the text has one, and the whole's as there."""
+        rows, ratio = compare(self.predicted, self.timeline), self.measured_over_predicted
+        if ratio is None:
+            return {name: {**row, "ratio": None} for name, row in rows.items()}
+        whole = {**rows["makespan"], "compile_seconds": self.timeline_compile_seconds}
+        return {**rows, "makespan": {**whole, "ratio": ratio}}
+
     def sums(self) -> dict[str, Any]:
         """What adds up, as plain JSON: :meth:`Sum.add_sums` takes it."""
         return {
@@ -257,6 +266,11 @@ class Report:
             "moved": {link.value: nbytes for link, nbytes in self.moved.items()},
             "peak_bytes": {tier.value: nbytes for tier, nbytes in self.peak_bytes.items()},
         }
+
+
+def _brief(ratio: float) -> str:
+    """Never 0.00."""
+    return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.1g}"
 
 
 _SUMMED = (
@@ -297,7 +311,7 @@ class Sum:
         self._kept: list[tuple[float, Report]] = []  # with the time that each began
         self._offset = self._begun = 0.0  # of all, and of those before the block on its way
         self._spans, self._max_spans = 0, max_spans
-        self._compiling = 0.0  # of what is kept: of this process
+        self._compiling = 0.0  # in the time of what is kept
 
     @classmethod
     def of(cls, planner: Planner) -> Self:
@@ -334,10 +348,10 @@ class Sum:
         if self._spans > self._max_spans:
             return
         self._offset += report.seconds
-        self._compiling += report.compile_seconds
         if report.timeline.spans:
             self._spans += len(report.timeline.spans)
             self._kept.append((self._begun, report))
+            self._compiling += report.timeline_compile_seconds
         if report.blocks:
             self._begun = self._offset
 

@@ -90,11 +90,13 @@ class Ended(NamedTuple):
     Attributes:
         timeline: Measured, of all processes that have run the block; of a long one its beginning.
         passes: Over the weights, that ``timeline`` has.
+        timeline_compile_seconds: In the time that ``timeline`` covers, by whichever process.
         lives: What its requests turned out to be, in the order in which they came: of the first.
     """
 
     timeline: Timeline
     passes: int
+    timeline_compile_seconds: float
     lives: list[Life]
 
 
@@ -142,6 +144,7 @@ class BlockRun:
         self._finishing = Finishing(block)
         self._timelines: list[tuple[float, Timeline]] = []
         self._offset, self._spans, self._passes_kept = 0.0, 0, 0
+        self._compiling_kept = 0.0
         self._steps = 0  # of earlier runs
         self._handed_out: dict[str, float] = {}
         self._last_part = time.perf_counter()
@@ -198,7 +201,8 @@ class BlockRun:
             elif self._effects.gathering:
                 self._put_together()
         self._effects.close()
-        self._hand_out(Ended(self._timeline(), self._passes_kept, self._ideal.lives))
+        kept = self._timeline(), self._passes_kept, self._compiling_kept
+        self._hand_out(Ended(*kept, self._ideal.lives))
 
     # A run
 
@@ -282,6 +286,7 @@ class BlockRun:
         if self._spans <= MOST_SPANS:
             self._timelines.append((self._offset, timeline))
             self._passes_kept = self._tally.passes
+            self._compiling_kept = self._counts()["compile_seconds"]
         self._spans += len(timeline.spans)
         self._offset += timeline.seconds
 

@@ -45,7 +45,8 @@ class Finished:
         counts: Seconds, compilations and bytes since the part before, by the names that a
             ``Report`` has for them.
         timeline: Measured, with the last part; None where several blocks run at once, which have
-            none together. ``passes``: over the weights, that it has.
+            none together. ``passes``: over the weights, that it has;
+            ``timeline_compile_seconds``: of compiling.
         lives: With the last part of a rolling block: what its requests turned out to be, in the
             order in which they came.
     """
@@ -57,6 +58,7 @@ class Finished:
     ended: bool = True
     timeline: Timeline | None = None
     passes: int = 0
+    timeline_compile_seconds: float = 0.0
     lives: Sequence[Life] = ()
 
     @property

@@ -113,6 +113,20 @@ def test_what_is_gone_on_with_gives_the_same_bytes(source, tmp_path, offload, na
         assert [path.name for path in tmp_path.glob("out.*")] == ["out.job"]
 
 
+def test_compiling_of_the_process_before_is_in_its_time(source, tmp_path, offload, monkeypatch):
+    """Gone on with inside a block, a timeline is of both processes: so is what it leaves out."""
+    clock = iter(range(10**6))
+    monkeypatch.setattr("flexgen_jax.engine.block_run.compile_seconds", lambda: next(clock))
+    with fg.LLM(MODEL, policy=POLICIES["device"], offload_dir=offload) as llm:
+        with pytest.raises(STOPPED):
+            run(llm, source, tmp_path / "out", stop_after=20)
+        (state,) = (tmp_path / "out.checkpoint").glob("*/state.json")
+        before = json.loads(state.read_text())["counts"]["compile_seconds"]
+        report = run(llm, source, tmp_path / "out")[0].report
+    assert before > 1
+    assert before < report.timeline_compile_seconds <= report.compile_seconds + before
+
+
 def test_a_snapshot_is_left_only_while_a_block_runs(source, tmp_path, offload):
     with fg.LLM(MODEL, policy=POLICIES["device"], offload_dir=offload) as llm:
         run(llm, source, tmp_path / "none", seconds=3600)  # never due
