@@ -6,10 +6,12 @@ hold instructions that another model of CPU may not have, so each has a director
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
 import tempfile
+import time
 import warnings
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import jax
 from flexgen_jax.weights.checkpoint import cache_directory
 
 VARIABLE = "FLEXGEN_JAX_PROGRAMS"
+_BEING_WRITTEN = 60.0  # seconds: a younger one may be on its way
 MOST_NBYTES = 1 << 30  # of a directory; what was not used for longest goes first
 
 
@@ -39,6 +42,7 @@ def keep_programs() -> Path | None:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory) as probe:
             probe.write(b"x")
+        _drop_halves(directory)
     except OSError:
         return None
     # A disk that fills later, or a program that cannot be read, is compiled again without a word.
@@ -48,6 +52,19 @@ def keep_programs() -> Path | None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     jax.config.update("jax_compilation_cache_dir", str(directory))
     return directory
+
+
+def _drop_halves(directory: Path) -> None:
+    """Removes programs that were not written to their end: a full disk, a kill.
+
+    JAX keeps when each was used in a file beside it, and without that adds no more programs.
+    """
+    for program in directory.glob("*-cache"):
+        if program.with_name(program.name.removesuffix("-cache") + "-atime").exists():
+            continue
+        with contextlib.suppress(OSError):  # another process removes it, too
+            if time.time() - program.stat().st_mtime > _BEING_WRITTEN:
+                program.unlink()
 
 
 def _in_use() -> bool:

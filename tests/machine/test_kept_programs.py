@@ -69,6 +69,57 @@ def test_a_directory_that_cannot_be_written_is_left_alone(job, tmp_path):
     assert (tmp_path / "file").read_text() == ""
 
 
+PROGRAMS = """
+import resource, sys
+from flexgen_jax.machine import kept_programs
+kept_programs.MOST_NBYTES = int(sys.argv[1])
+kept_programs.keep_programs()
+if sys.argv[2] == "full":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # no file may be longer
+import jax, jax.numpy as jnp
+for n in range(2, 8):
+    print(float(jax.jit(lambda x: jnp.tanh(x @ x.T).sum() * n)(jnp.ones((n, n)))))
+"""
+
+
+@pytest.fixture
+def compiled(tmp_path):
+    """What six programs say whose cache has so much room; and what is kept of them."""
+
+    def run(most_nbytes, disk="", name="kept"):
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+        environment |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+        environment |= {"FLEXGEN_JAX_PROGRAMS": str(tmp_path / name)}
+        command = [sys.executable, "-c", PROGRAMS, str(most_nbytes), disk]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout, {p.name: p.stat().st_size for p in (tmp_path / name).rglob("*-cache")}
+
+    return run
+
+
+def test_they_are_bounded(compiled):
+    said, kept = compiled(10**9)
+    assert len(kept) >= 6
+    most = sum(kept.values()) // 2
+    again, fewer = compiled(most, name="bounded")
+    assert again == said
+    assert 0 < sum(fewer.values()) <= most
+
+
+def test_a_full_disk_ends_nothing(compiled, tmp_path):
+    """Halves that it leaves are in nobody's way later."""
+    said, halves = compiled(10**9, "full")
+    assert said.count("\n") == 6
+    assert set(halves.values()) <= {100}
+    for path in (tmp_path / "kept").rglob("*-cache"):
+        os.utime(path, (0, 0))
+    again, kept = compiled(10**9)
+    assert again == said
+    assert len(kept) >= 6
+    assert min(kept.values()) > 100
+
+
 def test_each_kind_of_cpu_has_a_directory(monkeypatch):
     texts = iter(["flags : a b\n", "flags : a b c\n", "flags : b a\n"])
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: next(texts))
