@@ -82,6 +82,7 @@ class ArrayFile:
 # Of zarr's ``data_type``: numpy itself would take "O", "U9" or a structure for one.
 _DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
     **{f"float{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
     **{f"{u}int{bits}": np.dtype(f"{u}int{bits}") for u in ("", "u") for bits in (8, 16, 32, 64)},
 }

@@ -61,8 +61,13 @@ def checksum_between(file: IO[bytes], begin: int, end: int, checksum: int = 0) -
     return checksum
 
 
-# The exponents of the types of two bytes.
-_EXPONENTS = {"bfloat16": np.uint16(0x7F80), "float16": np.uint16(0x7C00)}
+# Bits of the short types that are all set in what is no number, and in nothing else: the
+# exponent's; of FP8, which has no infinity, all but the sign.
+_EXPONENTS: dict[str, np.generic] = {
+    "bfloat16": np.uint16(0x7F80),
+    "float16": np.uint16(0x7C00),
+    "float8_e4m3fn": np.uint8(0x7F),
+}
 _PART = 1 << 18  # elements: what stays in a core's cache
 
 
@@ -73,6 +78,6 @@ def is_finite(values: np.ndarray) -> bool:
     if ones is None:
         return bool(np.isfinite(flat).all())
     # By the exponents: five times as fast.
-    flat = flat.view(np.uint16)
+    flat = flat.view(ones.dtype)
     parts = (flat[i : i + _PART] & ones for i in range(0, flat.size, _PART))
     return all(part.max() != ones for part in parts)

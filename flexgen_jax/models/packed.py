@@ -69,6 +69,9 @@ def dense(x: Any, dtype: Any) -> Array:
     return x.dense(dtype) if isinstance(x, Packed) else x
 
 
+dense_jit = jax.jit(dense, static_argnums=1)
+
+
 def dense_tree(tree: Any, dtype: Any) -> Any:
     """All of ``tree`` as arrays."""
     return jax.tree.map(lambda x: dense(x, dtype), tree, is_leaf=is_packed)

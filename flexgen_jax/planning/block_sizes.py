@@ -141,12 +141,13 @@ def _weights(
     ):
         by_tier = dict.fromkeys(Tier, 0)
         unpacked = accesses = 0
-        for name in loaded_names(config, unit):
-            for stored in form.stored_names(config, name):
-                cell = cells[stored]
-                by_tier[cell.tier] += cell.nbytes
-                # Smaller ones stay in the page cache.
-                accesses += cell.tier is Tier.DISK and cell.nbytes >= DiskContext.small_nbytes
+        names = loaded_names(config, unit)
+        for stored in form.order(config, names):
+            cell = cells[stored]
+            by_tier[cell.tier] += cell.nbytes
+            # Smaller ones stay in the page cache.
+            accesses += cell.tier is Tier.DISK and cell.nbytes >= DiskContext.small_nbytes
+        for name in names:
             if form.unpacked(config, name):
                 unpacked += itemsize * math.prod(shapes[name])
         moved.append(by_tier)

@@ -20,6 +20,7 @@ from flexgen_jax.planning.lengths import Lengths
 from flexgen_jax.planning.planner import Planner, named_schedule
 from flexgen_jax.planning.refilling import Life
 from flexgen_jax.weights.checkpoint import dtype_of_model
+from flexgen_jax.weights.coded_leaves import planned_format
 from scheduling.advice import advice
 from scheduling.cost_model import CostModel, bound
 from scheduling.estimate import estimate
@@ -216,7 +217,10 @@ def plan(
     hosts = hosts_of(stages, num_hosts) if num_hosts > 1 else ()
     named = None if isinstance(model, Config) else model
     dtype = dtype_of_model(named or "", dtype)
-    known = Model(config, dtype, slots=slots or {}, hosts=hosts)
+    stored = None
+    if named is not None and os.path.exists(named):
+        stored = planned_format(Path(named), config, dtype)
+    known = Model(config, dtype, stored, slots=slots or {}, hosts=hosts)
     job = Uniform(prompt_len, gen_len)
     name, order = schedule if isinstance(schedule, tuple) else named_schedule(schedule)
     limits = Limits.of(hardware)

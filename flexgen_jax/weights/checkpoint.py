@@ -509,6 +509,7 @@ def _convert(
     files["config.json"] = (model.directory / "config.json").read_bytes()
     if model.changed:
         config = {**parse_json(files["config.json"]), **model.changed}
+        config = {k: v for k, v in config.items() if k not in model.changed or v is not None}
         files["config.json"] = json.dumps(config, indent=2, allow_nan=False).encode() + b"\n"
     config_of, dtype = model.config, dtype_of(form.dtype)
     source = Source(model.name, model.fingerprint())

@@ -119,13 +119,13 @@ def dense_array(
         SourceError: an array is not one uncompressed chunk.
     """
     flat = {n: read_array(arrays[n]) for n in form.stored_names(config, name)}
-    (found,) = form.assemble(config, flat).values()
+    found = form.assemble(config, flat)[form.array_name(config, name)]
     if isinstance(found, np.ndarray):
         return found
     import jax
     import jax.numpy as jnp
 
-    from flexgen_jax.models.packed import dense
+    from flexgen_jax.models.packed import dense_jit
 
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        return np.asarray(dense(jax.tree.map(jnp.asarray, found), jnp.dtype(form.dtype)))
+        return np.asarray(dense_jit(jax.tree.map(jnp.asarray, found), form.dtype))

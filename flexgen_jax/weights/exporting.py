@@ -17,7 +17,7 @@ from flexgen_jax.models.registry import family_of
 from flexgen_jax.weights.checkpoint import open_model, resolve
 from flexgen_jax.weights.dtypes import checked_dtype
 from flexgen_jax.weights.element_blocks import dense_array
-from flexgen_jax.weights.huggingface import COMPANION_FILES
+from flexgen_jax.weights.huggingface import COMPANION_FILES, SCHEME_FIELDS
 from flexgen_jax.weights.store_writer import Progress
 from flexgen_jax.weights.stored_model import StoredModel
 from storage.array_file import StoreError
@@ -72,6 +72,8 @@ def export(
         _write_weights(stored, partial, max_shard_nbytes, progress or (lambda *_: None))
         config = json.loads((stored.path / "config.json").read_text(encoding="utf-8"))
         config.update({"torch_dtype": stored.dtype, "dtype": stored.dtype})
+        for field in SCHEME_FIELDS:  # what is written is dense
+            config.pop(field, None)
         (partial / "config.json").write_text(
             json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8"
         )

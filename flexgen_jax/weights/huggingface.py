@@ -28,6 +28,7 @@ from flexgen_jax.weights.dtypes import usual_dtype
 from flexgen_jax.weights.element_blocks import blocks_of, finite, transposed_blocks
 from flexgen_jax.weights.naming import Naming, naming
 from flexgen_jax.weights.safetensors_file import SafetensorsFile
+from flexgen_jax.weights.schemes import Codes, Module, Scheme, scheme_of
 from flexgen_jax.weights.tensor_file import (
     DTYPES,
     Entry,
@@ -60,15 +61,22 @@ WEIGHT_FILES = (
     "flax_model.msgpack.index.json",
 )
 _ORBAX_FILE = "_METADATA"
+# What says that the weights are quantised.
+SCHEME_FIELDS = ("quantization_config", "compression_config")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Located:
-    """Where a parameter lies: file, place in it, and what of which tensor."""
+    """Where a parameter lies: file, place in it, and what of which tensor.
+
+    ``codes``: How, if it is in codes; it then lies in several tensors of ``module``.
+    """
 
     file: Path
     offset: int
     source: Source
+    module: str = ""
+    codes: Codes | None = None
 
 
 class Place(NamedTuple):
@@ -86,6 +94,23 @@ class Place(NamedTuple):
     swapped: bool
 
 
+class CodesPlace(NamedTuple):
+    """Where a parameter in codes lies.
+
+    Attributes:
+        module: Its name in the checkpoint, of which it may be a part.
+        rows: Which outputs of it.
+        places: Of its tensors, by what follows the module's name.
+        swapped: The parameter's transpose.
+    """
+
+    module: str
+    codes: Codes
+    rows: tuple[int, int]
+    places: Mapping[str, Place]
+    swapped: bool
+
+
 class HuggingFaceModel:
     """A local directory with ``config.json`` and weights, checked for completeness.
 
@@ -95,7 +120,8 @@ class HuggingFaceModel:
 
     Attributes:
         config: Of the weights.
-        changed: What in ``config.json`` is not what the weights are.
+        scheme: How matrices are quantised; None: they are not.
+        changed: What in ``config.json`` is not what the weights are; None: it is not to be there.
         opened: The :meth:`facts` when it was opened.
 
     Raises:
@@ -114,10 +140,13 @@ class HuggingFaceModel:
         self.companions = tuple(directory / n for n in COMPANION_FILES if (directory / n).is_file())
         self.opened = self.facts()  # before anything of them is read
         self.config = load_config(directory)
+        self.scheme = read_scheme(directory)
         self.changed: Mapping[str, Any] = {}
         self._open_path: Path | None = None
         self._open_file: WeightFile | None = None
         self._located = self._locate(found[0])
+        if self.scheme is not None:
+            self.changed = {**self.changed, **dict.fromkeys(SCHEME_FIELDS)}
 
     def names(self) -> tuple[str, ...]:
         """Flat names of the parameters in the order in which the files hold them."""
@@ -134,6 +163,9 @@ class HuggingFaceModel:
             transposed: The other way round than its record has it.
         """
         at = self._located[name]
+        if at.codes is not None:
+            yield from self._decoded(name, at, dtype, transposed)
+            return
         file = self._file(at.file)
         whole = file.array(at.source.key)
         part = whole if at.source.rows is None else whole[slice(*at.source.rows)]
@@ -141,6 +173,37 @@ class HuggingFaceModel:
         yield from finite(blocks(part, dtype), f"{at.file}: the tensor {at.source.key}")
         del whole, part
         file.release()
+
+    def _decoded(
+        self, name: str, at: _Located, dtype: np.dtype[Any], transposed: bool
+    ) -> Iterator[np.ndarray]:
+        """As :meth:`blocks`, of what is in codes: all of the matrix is in memory."""
+        import jax
+
+        from flexgen_jax.models.packed import dense_jit
+
+        assert at.codes is not None
+        keys = {tensor: f"{at.module}.{tensor}" for tensor in at.codes.tensors}
+        swapped = self._lies_swapped(at) != transposed
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            # Copies: another of the files may be opened for the next one.
+            arrays = {
+                tensor: jax.numpy.array(self._file(self._entries[key][0]).array(key))
+                for tensor, key in keys.items()
+            }
+            leaf = at.codes.make(arrays, rows=self._rows(name, at), swapped=False)
+            whole = np.asarray(dense_jit(leaf, dtype.name))
+        blocks = transposed_blocks if swapped else blocks_of
+        yield from finite(blocks(whole, dtype), f"{at.file}: the matrix {at.module}")
+
+    def _lies_swapped(self, at: _Located) -> bool:
+        """Whether the transpose of a parameter in codes lies there."""
+        assert self.scheme is not None
+        return at.source.transposed != (self.scheme.layout == "in_out")
+
+    def _rows(self, name: str, at: _Located) -> tuple[int, int]:
+        shape = param_records(self.config)[name].shape
+        return at.source.rows or (0, shape[1] if at.source.transposed else shape[0])
 
     def fingerprint(self) -> str:
         """Changes when the weights, the config or the tokenizer do, without reading the weights."""
@@ -166,14 +229,32 @@ class HuggingFaceModel:
         """What is computed with where nothing else is asked for.
 
         bfloat16 if the largest tensor, which says most of what the model is, has 16 bits; else
-        float32.
+        float32. Of what is in codes, the largest that is not.
         """
-        _, entry = max(self._entries.values(), key=lambda found: math.prod(found[1].shape))
-        return usual_dtype(entry.dtype)
+        floats = (entry for _, entry in self._entries.values() if entry.dtype in DTYPES.values())
+        entry = max(floats, key=lambda entry: math.prod(entry.shape), default=None)
+        return "bfloat16" if entry is None else usual_dtype(entry.dtype)
 
-    def places(self) -> dict[str, Place]:
+    @property
+    def coded(self) -> bool:
+        """Whether any parameter is in codes."""
+        return any(at.codes is not None for at in self._located.values())
+
+    def places(self) -> dict[str, Place | CodesPlace]:
         """Parameter -> where it lies, in layer order; of safetensors only."""
-        return {name: self._place(at) for name, at in self._located.items()}
+        return {
+            name: self._place(at) if at.codes is None else self._codes_place(name, at)
+            for name, at in self._located.items()
+        }
+
+    def _codes_place(self, name: str, at: _Located) -> CodesPlace:
+        assert at.codes is not None
+        found = {}
+        for tensor in at.codes.tensors:
+            path, entry = self._entries[f"{at.module}.{tensor}"]
+            # What is one number lies in one row here.
+            found[tensor] = Place(path, entry.offset, entry.shape or (1,), entry.dtype, False)
+        return CodesPlace(at.module, at.codes, self._rows(name, at), found, self._lies_swapped(at))
 
     def _place(self, at: _Located) -> Place:
         entry = self._entries[at.source.key][1]
@@ -208,10 +289,25 @@ class HuggingFaceModel:
             self._untie_if_different(names, entries)
         located: dict[str, _Located] = {}
         missing: list[str] = []
+        coded: dict[str, Codes] = {}
+        modules = {} if self.scheme is None else _modules(entries)
         for name, record in param_records(self.config).items():
             source = names.source(name)
             if name == TOKEN_TABLE and source.key not in entries and tied:
                 source = names.head  # saved once, under its other name
+            module = source.key.removesuffix(".weight")
+            if (
+                self.scheme is not None
+                and name != TOKEN_TABLE
+                and module != source.key
+                and self.scheme.holds(modules.get(module, {}))
+            ):
+                if module not in coded:
+                    coded[module] = self._codes(name, source, module, modules[module])
+                codes = coded[module]
+                path, entry = entries[f"{module}.{codes.tensors[0]}"]
+                located[name] = _Located(path, entry.offset, source, module, codes)
+                continue
             if source.key not in entries:
                 missing.append(source.key)
                 continue
@@ -224,6 +320,13 @@ class HuggingFaceModel:
                 f"{self.directory / 'config.json'} calls for; download the model again"
             )
         used = {at.source.key for at in located.values()} | {names.head.key}
+        for module, codes in coded.items():
+            assert self.scheme is not None
+            used |= {f"{module}.{tensor}" for tensor in (*codes.tensors, *self.scheme.unused)}
+        # Of matrices that stay as they are, and of the cache's values and keys.
+        if self.scheme is not None:
+            last = self.scheme.unused | {"k_scale", "v_scale"}
+            used |= {k for k in entries if k.rpartition(".")[2] in last}
         family = family_of(self.config)
         unexpected = [k for k in entries if k not in used and not family.ignored(self.config, k)]
         if unexpected:
@@ -233,6 +336,20 @@ class HuggingFaceModel:
                 "without it"
             )
         return located
+
+    def _codes(self, name: str, source: Source, module: str, tensors: Mapping[str, Entry]) -> Codes:
+        shape = param_records(self.config)[name].shape
+        n_in, n_out = shape if source.transposed else shape[::-1]
+        if source.rows is not None:
+            n_out = self._fused[source.key]
+
+        def read(tensor: str) -> np.ndarray:
+            key = f"{module}.{tensor}"
+            return self._file(self._entries[key][0]).array(key)
+
+        where = str(self._entries[f"{module}.{next(iter(tensors))}"][0])
+        assert self.scheme is not None
+        return self.scheme.codes(Module(module, n_in, n_out, tensors, read, where))
 
     def _check(self, path: Path, entry: Entry, source: Source, record: Param) -> None:
         expected = record.shape[::-1] if source.transposed else record.shape
@@ -247,7 +364,8 @@ class HuggingFaceModel:
             )
         if entry.dtype not in DTYPES.values():
             raise SourceError(
-                f"{path}: tensor {source.key} has dtype {entry.dtype}, which is no weights' dtype"
+                f"{path}: tensor {source.key} has dtype {entry.dtype}, which is no weights' dtype: "
+                "of codes, quantization_config in config.json says how they are meant"
             )
 
     @functools.cached_property
@@ -284,6 +402,33 @@ class HuggingFaceModel:
             np.array_equal(left[i : i + rows], right[i : i + rows])
             for i in range(0, len(left), rows)
         )
+
+
+def read_scheme(path: Path) -> Scheme | None:
+    """How the matrices of a checkpoint are quantised; None: they are not.
+
+    Args:
+        path: Of the directory, or its ``config.json``.
+
+    Raises:
+        SourceError: in a way that is not read.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        return scheme_of(read_json(file))
+    except SourceError as error:
+        raise SourceError(f"{file}: {error}") from error
+
+
+def _modules(entries: Mapping[str, tuple[Path, Entry]]) -> dict[str, dict[str, Entry]]:
+    """Module -> its tensors by what follows its name: ``weight``, ``weight.absmax``."""
+    found: dict[str, dict[str, Entry]] = {}
+    for key, (_, entry) in entries.items():
+        module, weight, rest = key.partition(".weight.")
+        if not weight:
+            module, _, rest = key.rpartition(".")
+        found.setdefault(module, {})[f"weight.{rest}" if weight else rest] = entry
+    return found
 
 
 def is_model_directory(directory: Path) -> bool:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from flexgen_jax.models.family import Config
 from flexgen_jax.models.params import param_records
-from flexgen_jax.weights.huggingface import HuggingFaceModel
+from flexgen_jax.weights.coded_leaves import codes_leaf, codes_names
+from flexgen_jax.weights.huggingface import CodesPlace, HuggingFaceModel, Place
 from flexgen_jax.weights.manifest import Manifest, Source, TensorEntry
 from flexgen_jax.weights.published_format import Leaf, PublishedFormat, float_leaf
 from flexgen_jax.weights.recorded import read_recorded
@@ -26,7 +27,7 @@ def lies_ready(model: HuggingFaceModel, dtype: str) -> bool:
     """Whether ``model`` can be used in place with ``dtype``, and a store would be no smaller."""
     if not all(path.suffix == ".safetensors" for path in model.weight_files):
         return False
-    return dtype != "bfloat16" or model.usual_dtype() == "bfloat16"
+    return model.coded or dtype != "bfloat16" or model.usual_dtype() == "bfloat16"
 
 
 def open_in_place(
@@ -52,16 +53,12 @@ def open_in_place(
     records = param_records(model.config)
     stamps = {file: Stamp.of(file) for file in model.weight_files}
     known = read_recorded(path)
-    computed = WeightFormat.usual(dtype)
-    for name, place in model.places().items():
-        # Named by the way round that they lie, as a store's arrays are.
-        layout = "out_in" if place.swapped else "in_out"
-        stored = name
-        if records[name].role == "matrix":
-            stored = f"{name.rpartition('.')[0]}.{LAYOUTS[layout]}"
+    # What is in codes is computed with the way round that it lies.
+    layout = model.scheme.layout if model.scheme is not None and model.coded else None
+    computed = PublishedFormat.of(dtype, {}, "", layout)
+
+    def add(stored: str, place: Place) -> TensorEntry:
         entry = TensorEntry.of(place.shape, place.dtype.name)
-        swapped = place.swapped != computed.transposes(model.config, name)
-        leaves[name] = float_leaf(stored, entry, dtype, swapped=swapped)
         files[stored] = ArrayFile(
             path,
             place.file,
@@ -72,12 +69,32 @@ def open_in_place(
             checksum=known.tensors.get(stored),
             stamp=stamps[place.file],
             offset=place.offset,
-            finite=True,
+            finite=place.dtype.kind not in "iu",
         )
+        return entry
+
+    for name, place in model.places().items():
+        swapped = place.swapped != computed.transposes(model.config, name)
+        if isinstance(place, CodesPlace):
+            stored = codes_names(name, place.module, place.places)
+            entries = {
+                stored[tensor]: add(stored[tensor], at) for tensor, at in place.places.items()
+            }
+            leaves[name] = codes_leaf(place.codes, entries, rows=place.rows, swapped=swapped)
+        else:
+            array = name
+            if records[name].role == "matrix":
+                # Named by the way round that it lies, as a store's arrays are.
+                lies = "out_in" if place.swapped else "in_out"
+                array = f"{name.rpartition('.')[0]}.{LAYOUTS[lies]}"
+            entry = add(array, place)
+            leaves[name] = float_leaf(array, entry, dtype, swapped=swapped)
     kinds = ", ".join(
         dict.fromkeys(e.dtype for leaf in leaves.values() for e in leaf.arrays.values())
     )
-    form = PublishedFormat.of(dtype, leaves, kinds)
+    if layout is not None and model.scheme is not None:
+        kinds = model.scheme.name
+    form = PublishedFormat.of(dtype, leaves, kinds, layout)
     manifest = Manifest(
         dtype=dtype,
         source=Source(model.name, model.fingerprint()),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from flexgen_jax.weights.manifest import TensorEntry
 from flexgen_jax.weights.weight_format import WeightFormat
 from storage.memory import aligned_bytes
 
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
 Make = Callable[[list[Any], str], Any]
 
 
@@ -27,7 +28,8 @@ class Leaf:
     """How one parameter lies.
 
     Attributes:
-        arrays: What it consists of: name -> entry.
+        arrays: What it consists of: name -> entry. Parameters that are parts of a fused matrix in
+            codes have the same arrays.
         make: Arrays in this order, dtype -> what stands for the parameter, or the array itself.
         packed: Whether it takes a dense copy to compute with.
         settles: Whether its dense copy takes no more bytes: then it is made when the weights are
@@ -57,11 +59,12 @@ class PublishedFormat(WeightFormat):
     __hash__ = object.__hash__
 
     @classmethod
-    def of(cls, dtype: str, leaves: Mapping[str, Leaf], described: str) -> PublishedFormat:
-        """Computed with as a store of ``dtype`` is."""
-        return cls(
-            dtype, layout=WeightFormat.usual(dtype).layout, leaves=leaves, described=described
-        )
+    def of(
+        cls, dtype: str, leaves: Mapping[str, Leaf], described: str, layout: str | None = None
+    ) -> PublishedFormat:
+        """Computed with as a store of ``dtype`` is, matrices with ``layout`` if there is one."""
+        layout = layout or WeightFormat.usual(dtype).layout
+        return cls(dtype, layout=layout, leaves=leaves, described=described)
 
     def __str__(self) -> str:
         return f"{self.dtype} of {self.described}"
@@ -69,7 +72,7 @@ class PublishedFormat(WeightFormat):
     @property
     def coded(self) -> bool:
         return any(
-            e.dtype == "uint8" for leaf in self.leaves.values() for e in leaf.arrays.values()
+            e.dtype not in _FLOATS for leaf in self.leaves.values() for e in leaf.arrays.values()
         )
 
     @property
@@ -80,9 +83,13 @@ class PublishedFormat(WeightFormat):
         return self.leaves[name].packed
 
     @functools.cached_property
-    def _owners(self) -> dict[str, str]:
-        """Array -> parameter."""
-        return {array: name for name, leaf in self.leaves.items() for array in leaf.arrays}
+    def _owners(self) -> dict[str, list[str]]:
+        """Array -> parameters."""
+        found: dict[str, list[str]] = {}
+        for name, leaf in self.leaves.items():
+            for array in leaf.arrays:
+                found.setdefault(array, []).append(name)
+        return found
 
     def entries(self, config: Config) -> dict[str, TensorEntry]:
         return {array: e for leaf in self.leaves.values() for array, e in leaf.arrays.items()}
@@ -90,17 +97,22 @@ class PublishedFormat(WeightFormat):
     def stored_names(self, config: Config, name: str) -> tuple[str, ...]:
         return tuple(self.leaves[name].arrays)
 
+    def order(self, config: Config, names: Sequence[str]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(super().order(config, names)))
+
     def settles(self, config: Config, stored: str) -> bool:
-        return self.leaves[self._owners[stored]].settles
+        return self.leaves[self._owners[stored][0]].settles
 
     def settled(self, config: Config, stored: str, array: np.ndarray) -> np.ndarray:
-        leaf = self.leaves[self._owners[stored]]
+        leaf = self.leaves[self._owners[stored][0]]
         if not leaf.settles:
             return array
         import jax
 
+        from flexgen_jax.models.packed import dense_jit
+
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            found = _dense(leaf.make([jax.numpy.asarray(array)], self.dtype), self.dtype)
+            found = dense_jit(leaf.make([jax.numpy.asarray(array)], self.dtype), self.dtype)
             # Memory of its own: what is seen of a JAX array keeps it alive longer than is needed.
             kept = aligned_bytes(found.nbytes).view(found.dtype).reshape(found.shape)
             np.copyto(kept, np.asarray(found))
@@ -111,25 +123,12 @@ class PublishedFormat(WeightFormat):
         self, config: Config, flat: Mapping[str, Any], settled: Container[str] = ()
     ) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        for name in dict.fromkeys(self._owners[array] for array in flat):
+        for name in dict.fromkeys(name for array in flat for name in self._owners[array]):
             leaf, plain = self.leaves[name], self.array_name(config, name)
             arrays = [flat[array] for array in leaf.arrays]
             done = leaf.settles and all(array in settled for array in leaf.arrays)
             found[plain] = arrays[0] if done else leaf.make(arrays, self.dtype)
         return found
-
-
-@functools.cache
-def _compiled() -> Any:
-    import jax
-
-    from flexgen_jax.models.packed import dense
-
-    return jax.jit(dense, static_argnums=1)
-
-
-def _dense(leaf: Any, dtype: str) -> Any:
-    return _compiled()(leaf, dtype)
 
 
 def float_leaf(name: str, entry: TensorEntry, dtype: str, *, swapped: bool) -> Leaf:

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from flexgen_jax.weights.tensor_file import DTYPES, Entry, SourceError
+from flexgen_jax.weights.tensor_file import CODE_DTYPES, DTYPES, Entry, SourceError
 from storage.array_file import whole_numbers
 from storage.json_text import parse_json
 
+_READ = {**DTYPES, **CODE_DTYPES}
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
 
 
@@ -77,12 +78,12 @@ class SafetensorsFile:
             raise self._not_one(f"{nbytes - at} bytes follow its last tensor")
 
     def _entry(self, key: str, values: dict[str, Any], begin: int, end: int) -> Entry:
-        if values["dtype"] not in DTYPES:
+        if values["dtype"] not in _READ:
             raise SourceError(
                 f"{self._path}: tensor {key} has dtype {values['dtype']}; readable are "
-                f"{', '.join(DTYPES)}"
+                f"{', '.join(_READ)}"
             )
-        dtype, shape = DTYPES[values["dtype"]], tuple(values["shape"])
+        dtype, shape = _READ[values["dtype"]], tuple(values["shape"])
         if end - begin != math.prod(shape) * dtype.itemsize:
             raise self._not_one(f"tensor {key} of shape {list(shape)} has {end - begin} bytes")
         return Entry(shape, dtype, self._data_at + begin)
