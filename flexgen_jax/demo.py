@@ -8,9 +8,17 @@ from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
+PICTURES = ("timeline.json", "timeline.png")
 
-def run_demo(output_dir: Path, max_tokens: int, say: Callable[[str], None]) -> None:
-    """Completes the bundled prompts; writes completions, trace and picture to ``output_dir``."""
+
+def run_demo(
+    output_dir: Path, max_tokens: int, say: Callable[[str], None], *, force: bool = False
+) -> None:
+    """Completes the bundled prompts; writes completions, trace and picture to ``output_dir``.
+
+    Args:
+        force: Replace completions even if they are not a job's.
+    """
     import flexgen_jax as fg
     from flexgen_jax import progress
     from flexgen_jax.jobs.job import Completing, Job
@@ -28,7 +36,7 @@ def run_demo(output_dir: Path, max_tokens: int, say: Callable[[str], None]) -> N
         resources.as_file(files) as model,
         tempfile.TemporaryDirectory(prefix="flexgen-jax-demo-") as offload,
         JobInput(model / "prompts.jsonl") as source,
-        FileResults(completions, restart=True) as results,
+        FileResults(completions, restart=True, force=force) as results,
         fg.LLM(str(model), policy=policy, offload_dir=offload, say=say) as llm,
     ):
         defaults = fg.SamplingParams(max_tokens=max_tokens, temperature=0.7, top_k=40)
@@ -47,13 +55,13 @@ def run_demo(output_dir: Path, max_tokens: int, say: Callable[[str], None]) -> N
         f"({report.compilations} programs compiled in that time): "
         f"{report.tokens_per_second:.1f} tokens/s; {report.disk_bytes / 1e6:.0f} MB read from disk"
     )
-    trace = output_dir / "timeline.json"
+    trace, picture = (output_dir / name for name in PICTURES)
     fg.write_trace(trace, report.timeline)
     say(f"completions: {completions}\ntrace (open it at ui.perfetto.dev): {trace}")
     try:
         from scheduling.plot import plot
 
-        plot(report.timeline, output_dir / "timeline.png")
-        say(f"timeline: {output_dir / 'timeline.png'}")
+        plot(report.timeline, picture)
+        say(f"timeline: {picture}")
     except ImportError as error:
         say(f"no picture: {error}")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scheduling.timeline import Span, Timeline
+from scheduling.timeline import GENERATOR, Span, Timeline
 
 _COLOURS = {
     "prefill": "#1b6ca8",
@@ -15,6 +15,12 @@ _COLOURS = {
     "store": "#8a6fb0",
     "free": "#6b6b6b",
     "barrier": "#d9d9d9",
+}
+
+_METADATA = {
+    ".png": {"Software": GENERATOR},
+    ".svg": {"Creator": GENERATOR},
+    ".pdf": {"Creator": GENERATOR},
 }
 
 
@@ -90,7 +96,7 @@ def plot(
         figure.legend(handles=patches, loc="outside upper right", ncols=len(patches), frameon=False)
     if title is not None:
         figure.suptitle(title, x=0.01, ha="left")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, metadata=_METADATA.get(Path(path).suffix.lower()))
 
 
 def _window(

@@ -11,6 +11,9 @@ from typing import Any
 
 from scheduling.dependencies import Issue, Stream
 
+# In every picture that is written: what tells it from other files.
+GENERATOR = "flexgen-jax"
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Span:
@@ -218,7 +221,9 @@ def to_perfetto(*timelines: Timeline) -> dict[str, Any]:
                 }
                 for s in spans
             )
-    return {"traceEvents": events, "displayTimeUnit": "ms"}
+    # First, so that whoever opens the file knows whose it is.
+    about = {"otherData": {"generator": GENERATOR}}
+    return {**about, "traceEvents": events, "displayTimeUnit": "ms"}
 
 
 def _about(kind: str, args: dict[str, Any], process: int, thread: int = 0) -> dict[str, Any]:

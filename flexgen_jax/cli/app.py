@@ -28,7 +28,13 @@ from flexgen_jax.cli.job_commands import (
     print_report,
 )
 from flexgen_jax.cli.llm_options import DTYPES, Chosen, lengths_option, llm_options
-from flexgen_jax.cli.pictures import check_pictures, write_pictures
+from flexgen_jax.cli.pictures import (
+    check_pictures,
+    check_replaceable,
+    force_option,
+    is_picture,
+    write_pictures,
+)
 from flexgen_jax.cli.process_options import joined, process_options
 from flexgen_jax.cli.ray_options import OverRay, ray_options
 from flexgen_jax.cli.run_batch import HintingCommand, run_batch_of
@@ -388,7 +394,7 @@ def generate(
             options["ignore_eos"] = True
         elif options["input_path"] is None or options["output_path"] is None:
             raise Failure("give --input and --output, or --prompt-len to measure")
-        check_pictures(trace, plot, *paths_of(options))
+        check_pictures(trace, plot, *paths_of(options), force=options["force"])
         with measured.directory(prompt_len) as scratch:
 
             def made(llm: LLM) -> Path:
@@ -464,12 +470,15 @@ def _before(llm: LLM, window: OpenWindow, blocks: list[Block], whole: bool) -> s
     show_default=True,
     help="Most new tokens of a prompt.",
 )
-def demo(output_dir: Path, max_tokens: int) -> None:
+@force_option
+def demo(output_dir: Path, max_tokens: int, force: bool) -> None:
     """Run a bundled tiny model with all its weights on disk, and show what happened."""
     with plain_errors():
-        from flexgen_jax.demo import run_demo
+        from flexgen_jax.demo import PICTURES, run_demo
 
-        run_demo(output_dir, max_tokens, say)
+        for name in PICTURES:
+            check_replaceable(output_dir / name, is_picture, force=force)
+        run_demo(output_dir, max_tokens, say, force=force)
 
 
 @main.command(

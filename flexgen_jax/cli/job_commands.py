@@ -55,7 +55,8 @@ _OPTIONS = [
     click.option(
         "--force",
         is_flag=True,
-        help="Replace the output file even if it is not the output of a job.",
+        help="Replace the output (and the files of --trace and --plot) even if flexgen-jax has not "
+        "written it.",
     ),
     click.option(
         "--window",

@@ -12,7 +12,7 @@ import click
 
 from flexgen_jax.cli.failures import Failure, plain_errors, say
 from flexgen_jax.cli.llm_options import DTYPES, lengths_option
-from flexgen_jax.cli.pictures import check_pictures, write_pictures
+from flexgen_jax.cli.pictures import check_pictures, check_replaceable, force_option, write_pictures
 from flexgen_jax.cli.policy_options import NAMES, allowed, policy_options, read_policy
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ _AFTER = [
     ),
     click.option("--trace", type=click.Path(path_type=Path), help="Write a Perfetto trace here."),
     click.option("--plot", type=click.Path(path_type=Path), help="Draw the timeline (PNG, SVG)."),
+    force_option,
     click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON on stdout."),
 ]
 
@@ -190,6 +191,7 @@ def _streams(found: Plan) -> list[str]:
     show_default=True,
     help="How often each figure is measured.",
 )
+@force_option
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON on stdout too.")
 def profile(
     output: Path | None,
@@ -198,6 +200,7 @@ def profile(
     offload_dir: Path,
     dtype: str,
     repeats: int,
+    force: bool,
     as_json: bool,
 ) -> None:
     """Measure this machine: disk, links, arithmetic, memory. Takes about a minute.
@@ -214,6 +217,8 @@ def profile(
         path = output or profile_path(dtype)
         if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
             raise Failure(f"cannot write {output}: it is a directory, or its directory is missing")
+        if output is not None:
+            check_replaceable(output, _is_profile, force=force)
         if reports:
             known = Hardware.load(start) if start else this_machine(dtype)
             hardware = _calibrated(known, reports)
@@ -225,6 +230,16 @@ def profile(
         say(f"{hardware.name}: {path}")
         if as_json:
             click.echo(json.dumps(hardware.to_json(), indent=2, allow_nan=False))
+
+
+def _is_profile(path: Path) -> bool:
+    from scheduling.hardware import Hardware
+
+    try:
+        Hardware.load(str(path))
+    except (ValueError, OSError):
+        return False
+    return True
 
 
 def _calibrated(hardware: Hardware, reports: tuple[Path, ...]) -> Hardware:
@@ -276,7 +291,7 @@ def _plan(
     name = options["schedule"]
     if name not in SCHEDULES:
         raise Failure(f"no schedule {name!r}; known: {', '.join(sorted(SCHEDULES))}")
-    check_pictures(options["trace"], options["plot"])
+    check_pictures(options["trace"], options["plot"], force=options["force"])
     return plan(
         options["model"],
         chosen,

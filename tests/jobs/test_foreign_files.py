@@ -14,6 +14,7 @@ from flexgen_jax.jobs.beside import Beside
 from flexgen_jax.jobs.job import Completing, Job
 from flexgen_jax.jobs.job_input import JobError, JobInput
 from flexgen_jax.jobs.results import FileResults
+from scheduling.hardware import Hardware
 from scheduling.timeline import Timeline
 from storage.store import StorageError
 
@@ -69,6 +70,48 @@ def test_a_picture_does_not_write_over_the_jobs_files(source, tmp_path, option, 
     said = command(source, tmp_path / "out.jsonl", option, tmp_path / name)
     assert "input or output" in said
     assert source.read_text() == LINES
+
+
+@pytest.mark.parametrize("name", ["t.json", "p.png", "p.svg", "p.jpg"])
+def test_a_picture_replaces_only_pictures_of_ours(source, tmp_path, name):
+    """Of formats without room for a name none is known."""
+    option, picture = "--trace" if name == "t.json" else "--plot", tmp_path / name
+    picture.write_text("somebody's work with flexgen-jax\n")
+    said = command(source, tmp_path / "out.jsonl", option, picture)
+    assert "exists, and flexgen-jax has not written it" in said
+    simulate = ["simulate", "--model", "facebook/opt-125m", "--hardware", "t4", option, picture]
+    simulate += ["--percent", 0, 100, 0, 100, 0, 100, "--prompt-len", 8, "--gen-len", 2]
+
+    def simulated(*more):
+        return CliRunner().invoke(main, list(map(str, [*simulate, *more]))).exit_code
+
+    assert simulated() == 2
+    assert picture.read_text().startswith("somebody's work")
+    assert simulated("--force") == 0
+    assert simulated() == (2 if name == "p.jpg" else 0)
+    picture.write_text("")  # nothing to lose
+    assert simulated() == 0
+
+
+def test_the_demo_and_profile_replace_only_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "flexgen_jax.machine.profile.profile", lambda *_, **__: Hardware.preset("t4")
+    )
+    commands = {
+        "demo/timeline.png": ["demo", "--output-dir", tmp_path / "demo", "--max-tokens", 1],
+        "demo/completions.jsonl": ["demo", "--output-dir", tmp_path / "demo", "--max-tokens", 1],
+        "h.json": ["profile", "-o", tmp_path / "h.json"],
+    }
+    (tmp_path / "demo").mkdir()
+    for name, arguments in commands.items():
+        (tmp_path / name).write_text('{"somebody": "else"}\n')
+        done = CliRunner().invoke(main, list(map(str, arguments)))
+        assert (done.exit_code, "--force to" in done.stderr) == (2, True), done.output
+        assert (tmp_path / name).read_text() == '{"somebody": "else"}\n'
+        done = CliRunner().invoke(main, list(map(str, [*arguments, "--force"])))
+        assert done.exit_code == 0, done.output
+        if name != "demo/timeline.png":
+            assert CliRunner().invoke(main, list(map(str, arguments))).exit_code == 0
 
 
 @pytest.mark.parametrize("end", [".ordered", ".partial.new", ".job"])
