@@ -1,8 +1,8 @@
 """One block from its first op to its last: a run of the schedule after another.
 
 A block that is as it begins takes one run. Between two runs nothing is on its way; that is when the
-state is saved, when those who are left are put together into fewer batches, and when a rolling
-block begins anew, for who needs more room.
+state is saved, when those who are left are put together into fewer batches or rows, and when a
+rolling block begins anew, for who needs more room.
 """
 
 from __future__ import annotations
@@ -296,10 +296,10 @@ class BlockRun:
     # Between two runs
 
     def _put_together(self) -> None:
-        """Those who are left, into fewer batches."""
+        """Those who are left, into fewer batches, or fewer rows."""
         old, states = self._effects, self._states
         moved = rearranging.together(states, self._block.room)
-        block = rearranging.block_of(moved, max(len(s.rows) for s in states), self._block.room)
+        block = rearranging.block_of(moved, self._block.room)
         self._begin(block, self._setting.cells.add(block), anew=False)
         for state, m in zip(self._states, moved, strict=True):
             state.take_over([*m.rows, *[None] * (len(state.rows) - len(m.rows))], m.column)

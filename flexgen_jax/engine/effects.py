@@ -29,7 +29,7 @@ from flexgen_jax.engine.unit_effects import (
 from flexgen_jax.engine.unpacking import Dense
 from flexgen_jax.engine.waiting import Waiting
 from flexgen_jax.models.params import unit_kinds
-from flexgen_jax.planning.blocks import Block
+from flexgen_jax.planning.blocks import Block, fit_into_less
 from flexgen_jax.requests.generated import Generated
 from scheduling.dependencies import Issue
 from scheduling.ops import (
@@ -107,7 +107,7 @@ class BlockEffects:
         waiting: Who takes the places of those that have finished.
         tally: Goes on counting.
         most_steps: Of a run of the schedule: then the batches pause; None: no limit.
-        gathers: Whether all pause once the rows that are left fit into fewer batches.
+        gathers: Whether all pause once the rows that are left fit into fewer batches or rows.
 
     Attributes:
         finished_rows: What was finished and is not taken yet.
@@ -346,13 +346,13 @@ class BlockEffects:
         return False
 
     def _may_gather(self) -> bool:
-        """Whether nobody comes any more, and those who are left fit into fewer batches."""
+        """Whether nobody comes any more, and those who are left fit into less."""
         if self._gathers and not self._gathering:
             there = [state for state in self._states if not state.left]
             live = sum(state.num_live for state in there)
-            rows = max(len(state.rows) for state in self._states)
-            fewer = -(-live // rows) < len(there) and live > 0
-            self._gathering = fewer and not self._waiting.open_to(self._room)
+            rows = max(len(state.rows) for state in there)
+            smaller = fit_into_less(live, len(there), rows)
+            self._gathering = smaller and not self._waiting.open_to(self._room)
         return self._gathering
 
     def _note_finished(self) -> None:
@@ -393,7 +393,7 @@ class BlockEffects:
 
     @property
     def gathering(self) -> bool:
-        """Whether those who are left fit into fewer batches."""
+        """Whether those who are left fit into fewer batches or rows."""
         return self._gathering
 
     @property

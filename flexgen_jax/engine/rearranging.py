@@ -13,7 +13,7 @@ import numpy as np
 from flexgen_jax.engine.batch_state import BatchState, Living, Step
 from flexgen_jax.engine.block_cells import BlockCells
 from flexgen_jax.engine.snapshots import Arrays
-from flexgen_jax.planning.blocks import Batch, Block, Room
+from flexgen_jax.planning.blocks import Batch, Block, Room, rows_for
 
 
 class Place(NamedTuple):
@@ -24,36 +24,39 @@ class Place(NamedTuple):
 
 
 class Moved(NamedTuple):
-    """A batch of the new arrangement: who is in its rows, from where, and its newest column."""
+    """A batch of the new arrangement: who is in its rows, from where, its newest column, and how
+    many rows it has."""
 
     rows: list[Living]
     places: list[Place]
     column: int
+    num_rows: int
 
 
 def together(states: Sequence[BatchState], room: Room | None) -> list[Moved]:
-    """Those who are left in ``states``, in as few batches as they fit into."""
-    size = max(len(state.rows) for state in states)
+    """Those who are left in ``states``, in as few batches and rows as they fit into."""
     found = [
         (living, Place(number, place))
         for number, state in enumerate(states)
         for place, living in enumerate(state.living if state.begun and not state.left else ())
         if living is not None
     ]
+    size = rows_for(len(found), max(len(state.rows) for state in states if not state.left))
     moved = []
     for start in range(0, len(found), size):
         rows, places = zip(*found[start : start + size], strict=True)
         # A prompt lies before now: the longest that there is room for, too.
         longest = max(row.length for row in rows)
         column = max(longest, 0 if room is None else room.prompt_len) - 1
-        moved.append(Moved(list(rows), list(places), column))
+        moved.append(Moved(list(rows), list(places), column, size))
     return moved
 
 
-def block_of(moved: Sequence[Moved], rows: int, room: Room | None) -> Block:
+def block_of(moved: Sequence[Moved], room: Room | None) -> Block:
     """The block that goes on with them."""
     batches = [
-        Batch(tuple(r.generated.request for r in m.rows), rows, m.column + 1, room) for m in moved
+        Batch(tuple(r.generated.request for r in m.rows), m.num_rows, m.column + 1, room)
+        for m in moved
     ]
     return Block(tuple(batches))
 

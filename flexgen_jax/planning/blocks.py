@@ -163,6 +163,24 @@ def padded_rows(count: int, device_batch_size: int) -> int:
     return min(rows, device_batch_size)
 
 
+# Each number of rows takes programs of its own: a batch that is left alone in the end gets this
+# many times fewer at once.
+SHRINK = 4
+
+
+def rows_for(live: int, rows: int) -> int:
+    """The rows of the batches that ``live`` rows of batches of ``rows`` are put together into:
+    as many, or of a single batch a fourth, a sixteenth, ... of them; ``live``: one at least."""
+    while live <= rows // SHRINK:
+        rows //= SHRINK
+    return rows
+
+
+def fit_into_less(live: int, num_batches: int, rows: int) -> bool:
+    """Whether ``live`` rows need not as many batches, or not as many rows of a single one."""
+    return live > 0 and (-(-live // rows), rows_for(live, rows)) != (num_batches, rows)
+
+
 def make_blocks(
     requests: Sequence[Request], *, device_batch_size: int, num_device_batches: int
 ) -> Iterator[Block]:

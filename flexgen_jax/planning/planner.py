@@ -33,7 +33,7 @@ from scheduling.placement import Placement
 from scheduling.policy import Policy
 from scheduling.schedules import SCHEDULES, Schedule
 from scheduling.simulate import simulate
-from scheduling.sizes import Link
+from scheduling.sizes import CacheCell, Link
 from scheduling.timeline import Timeline
 from scheduling.transforms import remaining, serialized
 from scheduling.validate import validate
@@ -230,18 +230,28 @@ def run_of(batches: Sequence[BatchPlay], whole: Workload) -> Workload:
     sizes = whole.sizes
     assert sizes is not None
     count = len(batches)
+    shares = [
+        len(batch.rows) / of_batch.rows
+        for batch, of_batch in zip(batches, sizes.batches, strict=False)
+    ]
     each = tuple(
         dataclasses.replace(
             of_batch,
+            rows=len(batch.rows),
+            hidden_nbytes=round(share * of_batch.hidden_nbytes),
             prompt_len=batch.prompt_len if batch.cached is None else batch.cached,
             num_steps=batch.num_steps,
             begun=tuple(batch.begun),
             joined=tuple(batch.joined),
             resized=tuple(batch.resized),
         )
-        for batch, of_batch in zip(batches, sizes.batches, strict=False)
+        for batch, of_batch, share in zip(batches, sizes.batches, shares, strict=False)
     )
-    cells = {place: cell for place, cell in sizes.cache.items() if place[1] < count}
+    cells = {
+        place: cell if shares[place[1]] == 1 else _of_rows(cell, shares[place[1]])
+        for place, cell in sizes.cache.items()
+        if place[1] < count
+    }
     return dataclasses.replace(
         whole,
         num_steps=max(batch.num_steps for batch in batches),
@@ -249,6 +259,15 @@ def run_of(batches: Sequence[BatchPlay], whole: Workload) -> Workload:
         done=() if batches[0].cached is None else (1,) * count,
         life=whole.num_steps,
         sizes=dataclasses.replace(sizes, batches=each, cache=cells),
+    )
+
+
+def _of_rows(cell: CacheCell, share: float) -> CacheCell:
+    """Of that share of the rows."""
+    return dataclasses.replace(
+        cell,
+        position_nbytes=round(share * cell.position_nbytes),
+        dense_nbytes=round(share * cell.dense_nbytes),
     )
 
 

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
-from flexgen_jax.planning.blocks import padded_rows
+from flexgen_jax.planning.blocks import fit_into_less, padded_rows, rows_for
 from flexgen_jax.planning.capacities import capacity_for, next_capacity
 
 MOST_LIVES = 20_000
@@ -174,7 +174,7 @@ def play(
             found.runs.append(batches)
             newcomers = waiting if refill else deque[Life]()
             gathered = _run(found, batches, newcomers, refill, most_passes)
-            batches = _together(batches, device_batch_size) if gathered else []
+            batches = _together(batches) if gathered else []
     return found
 
 
@@ -188,13 +188,13 @@ def _begun(lives: Sequence[Life], device_batch_size: int, most: int | None) -> B
 def _run(
     found: Play, batches: list[BatchPlay], waiting: deque[Life], gathers: bool, most: int | None
 ) -> bool:
-    """Plays one run to its end, or until those who are left fit into fewer batches: True."""
+    """Plays one run to its end, or until those who are left fit into less: True."""
     there, gathering = list(batches), False
     first = batches[0].cached is not None
     for step in itertools.count(int(first)):
         for batch in list(there) if step > int(first) or first else ():
             batch.held = batch.live
-            if gathering or (gathers and not waiting and _fewer(there, batches)):
+            if gathering or (gathers and not waiting and _fit_into_less(there)):
                 gathering = True
             elif batch.live or waiting:
                 _come(batch, waiting, step)
@@ -213,9 +213,9 @@ def _run(
     raise AssertionError
 
 
-def _fewer(there: list[BatchPlay], batches: list[BatchPlay]) -> bool:
-    live, rows = sum(b.held for b in there), max(len(b.rows) for b in batches)
-    return 0 < -(-live // rows) < len(there)
+def _fit_into_less(there: list[BatchPlay]) -> bool:
+    live, rows = sum(batch.held for batch in there), max(len(batch.rows) for batch in there)
+    return fit_into_less(live, len(there), rows)
 
 
 def _come(batch: BatchPlay, waiting: deque[Life], step: int) -> None:
@@ -236,10 +236,10 @@ def _come(batch: BatchPlay, waiting: deque[Life], step: int) -> None:
     batch.held = batch.live
 
 
-def _together(batches: list[BatchPlay], size: int) -> list[BatchPlay]:
-    rows = max(len(batch.rows) for batch in batches)
+def _together(batches: list[BatchPlay]) -> list[BatchPlay]:
     cached = max((b.cached or b.prompt_len) + b.num_steps for b in batches)
     left = [(n, has) for b in batches for n, has in zip(b.rows, b.has, strict=True) if n]
+    rows = rows_for(len(left), max(len(batch.rows) for batch in batches if batch.live))
     found = []
     for start in range(0, len(left), rows):
         part = left[start : start + rows]

@@ -10,7 +10,7 @@ import pytest
 
 import flexgen_jax as fg
 from flexgen_jax.engine.block_cells import BlockCell
-from flexgen_jax.planning.blocks import padded_length
+from flexgen_jax.planning.blocks import fit_into_less, padded_length, rows_for
 from flexgen_jax.planning.capacities import capacity_for, next_capacity
 from flexgen_jax.planning.refilling import IdealRefill, Life, ideal_passes, play
 from tests.engine.test_refill import VARIANT, job
@@ -135,3 +135,29 @@ def test_cells_grow_and_shrink_as_was_played(tmp_path, monkeypatch):
     lives = [Life(16, n) for n in sorted(ends, reverse=True)]
     (run,) = play(lives, device_batch_size=2, num_device_batches=1).runs
     assert [capacity for _, capacity in run[0].resized] == seen == [32, 64, 96, 64]
+
+
+@pytest.mark.parametrize(
+    ("live", "rows", "left"),
+    [(16, 16, 16), (5, 16, 16), (4, 16, 4), (1, 16, 1), (1, 6, 1), (3, 64, 4)],
+)
+def test_the_last_batch_shrinks_to_few_numbers_of_rows(live, rows, left):
+    assert rows_for(live, rows) == left
+    assert fit_into_less(live, 1, rows) == (left < rows)
+    assert fit_into_less(live, 2, rows)
+    assert not fit_into_less(0, 2, rows)
+
+
+def test_who_is_left_alone_drags_few_empty_rows_along(tmp_path):
+    ends = [2] * 16 + [20]
+    prompts = [[5 + i, 6] for i in range(len(ends))]
+    params = [fg.SamplingParams(max_tokens=n, temperature=0.0, ignore_eos=True) for n in ends]
+    size = {"device_batch_size": 8, "num_device_batches": 2}
+    with fg.LLM(str(GOLDENS / VARIANT), policy=fg.Policy(**size), offload_dir=str(tmp_path)) as llm:
+        outputs, report = llm.generate(prompts, params), llm.report
+        llm.policy = dataclasses.replace(llm.policy, refill=False)
+        assert outputs == llm.generate(prompts, params)
+    played = play([Life(16, n) for n in sorted(ends, reverse=True)], **size)
+    # Two passes of 16 rows, two of those and the last one to come, and 2 rows from then on.
+    assert report.rows_computed == played.rows_computed <= 2 * 16 + 2 * 16 + 16 * 2
+    assert report.passes == played.passes == 20
