@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from flexgen_jax.planning.plans import Plan
     from scheduling.hardware import Hardware
     from scheduling.policy import Policy
+    from scheduling.timeline import Timeline
 
 _BEFORE = [
     click.option(
@@ -93,6 +94,12 @@ def plan(**options: Any) -> None:
 
 @click.command()
 @_options
+@lengths_option
+@click.option(
+    "--requests",
+    type=click.IntRange(min=1),
+    help="With --lengths: of the job that is simulated. [default: four blocks' worth]",
+)
 @click.option(
     "--compare",
     "others",
@@ -100,42 +107,83 @@ def plan(**options: Any) -> None:
     metavar="SCHEDULE",
     help="Simulate this one as well, and draw them under each other; repeatable.",
 )
-def simulate(others: tuple[str, ...], **options: Any) -> None:
-    """Run a schedule on paper: how long each stream works in a block, and a picture of it."""
+def simulate(others: tuple[str, ...], requests: int | None, **options: Any) -> None:
+    """Run a schedule on paper: how long each stream works in a block, and a picture of it.
+
+    With --lengths a whole job is simulated: rows are refilled as their requests end.
+    """
     with plain_errors():
+        if requests is not None and options["lengths"] is None:
+            raise Failure("--requests goes with --lengths: without them, one block is simulated")
         names = dict.fromkeys((options["schedule"], *others))
         plans: list[Plan] = []
         for name in names:
             # The others run with the policy of the first, also where that was searched for.
             policy = plans[0].policy if plans else None
             plans.append(_plan({**options, "schedule": name}, policy=policy))
-        timelines = [dataclasses.replace(found.timeline, label=found.schedule) for found in plans]
+        lengths = options["lengths"]
+        runs = [_simulated(found, lengths, requests) for found in plans]
+        timelines = [run.timeline for run in runs]
         if options["trace"] or options["plot"]:
             write_pictures(timelines, options["trace"], options["plot"], say)
         if options["as_json"]:
-            click.echo(
-                json.dumps([_simulated(found) for found in plans], indent=2, allow_nan=False)
-            )
+            click.echo(json.dumps([run.to_json() for run in runs], indent=2, allow_nan=False))
             return
-        for found in plans:
-            click.echo("\n".join(_streams(found)))
+        for run in runs:
+            click.echo("\n".join(run.lines()))
 
 
-def _simulated(found: Plan) -> dict[str, Any]:
-    return {
-        "schedule": found.schedule,
-        "seconds": found.timeline.seconds,
-        "tokens_per_second": found.generated_tokens / found.timeline.seconds,
-        "peak_bytes": {tier.value: nbytes for tier, nbytes in found.peak_bytes.items()},
-        "streams": found.timeline.summary(),
-    }
+@dataclasses.dataclass(frozen=True)
+class _Simulated:
+    """What a schedule takes: of a block, or of a job whose rows are refilled."""
+
+    schedule: str
+    timeline: Timeline
+    tokens: int
+    peak_bytes: dict[str, int]
+    job: dict[str, Any]
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.timeline.seconds
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schedule": self.schedule,
+            "seconds": self.timeline.seconds,
+            "tokens_per_second": self.rate,
+            **self.job,
+            "peak_bytes": self.peak_bytes,
+            "streams": self.timeline.summary(),
+        }
+
+    def lines(self) -> list[str]:
+        peak = ", ".join(
+            f"{tier} {nbytes / 1e9:.1f} GB" for tier, nbytes in self.peak_bytes.items()
+        )
+        took = f"{self.timeline.seconds:.2f} s, {self.rate:.2f} tokens/s"
+        lines = [f"{self.schedule}: {took}; peak: {peak}"]
+        if self.job:
+            lines.append(
+                f"  {self.job['requests']} requests with {self.tokens} new tokens; "
+                f"{self.job['occupancy']:.0%} of the computed rows are of use, and the "
+                f"{self.job['passes']} passes over the weights are "
+                f"{self.job['passes_over_ideal']:.2f} times those of ideal refill"
+            )
+        return lines + _streams(self.timeline)
 
 
-def _streams(found: Plan) -> list[str]:
-    timeline = found.timeline
-    rate = found.generated_tokens / timeline.seconds
-    peak = ", ".join(f"{t.value} {n / 1e9:.1f} GB" for t, n in found.peak_bytes.items())
-    lines = [f"{found.schedule}: {timeline.seconds:.2f} s, {rate:.2f} tokens/s; peak: {peak}"]
+def _simulated(found: Plan, lengths: Path | None, requests: int | None) -> _Simulated:
+    peak = {tier.value: nbytes for tier, nbytes in found.peak_bytes.items()}
+    if lengths is None:
+        timeline = dataclasses.replace(found.timeline, label=found.schedule)
+        return _Simulated(found.schedule, timeline, found.generated_tokens, peak, {})
+    job = found.simulate_job(lengths, requests)
+    return _Simulated(found.schedule, job.timeline, job.tokens, peak, job.to_json())
+
+
+def _streams(timeline: Timeline) -> list[str]:
+    lines = []
     for stream, figures in timeline.summary().items():
         waits = [
             f"{reason} {seconds:.2f} s"

@@ -1,5 +1,8 @@
-"""What a job of many blocks takes if its requests end as they are expected to: no simulation of it
-all, but its rows played, and some of its passes priced by their busiest stream or resource."""
+"""What a job of many blocks takes if its requests end as they are expected to.
+
+A forecast is no simulation of it all: its rows are played, and some of its passes priced by their
+busiest stream or resource. A simulation has every operation, and takes its time.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from flexgen_jax.planning.planner import Planner, run_of
-from flexgen_jax.planning.refilling import Life, ideal_passes, play
+from flexgen_jax.planning.refilling import Life, Play, ideal_passes, play
 from scheduling.estimate import busiest, lanes, moving, one_after_the_other
 from scheduling.hardware import Hardware
 from scheduling.limits import Limits
 from scheduling.linear_program import CONTENTION
+from scheduling.simulate import simulate
 from scheduling.sizes import BatchSizes
+from scheduling.timeline import Timeline
+from scheduling.transforms import remaining
 from scheduling.workload import Workload
 
 # So many blocks' worth of requests, or of large blocks fewer: playing takes seconds at most.
@@ -60,6 +66,62 @@ class Forecast:
         }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SimulatedJob:
+    """A job of some blocks' worth of requests, operation by operation.
+
+    Attributes:
+        requests, tokens, occupancy, passes, ideal_passes: As a :class:`Forecast` has them.
+        timeline: Of all its runs, one after another.
+    """
+
+    requests: int
+    tokens: int
+    occupancy: float
+    passes: int
+    ideal_passes: int
+    timeline: Timeline = dataclasses.field(repr=False)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens over time."""
+        return self.tokens / self.timeline.seconds
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures but the spans."""
+        return {
+            "requests": self.requests,
+            "tokens": self.tokens,
+            "occupancy": self.occupancy,
+            "passes": self.passes,
+            "ideal_passes": self.ideal_passes,
+            "passes_over_ideal": self.passes / self.ideal_passes,
+        }
+
+
+def simulate_job(planner: Planner, whole: Workload, lives: Sequence[Life]) -> SimulatedJob:
+    """Of requests that live so, in this order; refilled if the planner's policy says so.
+
+    Args:
+        whole: A full block whose requests run to their limits.
+    """
+    played = _played(planner, whole, lives)
+    parts, offset = [], 0.0
+    for run in (run_of(batches, whole) for batches in played.runs):
+        part = simulate(remaining(planner.order(run), run), run, planner.hardware)
+        parts.append((offset, part))
+        offset += part.seconds
+    counts = [life.num_tokens for life in lives]
+    return SimulatedJob(
+        requests=len(lives),
+        tokens=sum(counts),
+        occupancy=played.occupancy,
+        passes=played.passes,
+        ideal_passes=ideal_passes(counts, planner.policy.block_size),
+        timeline=Timeline.concatenate(parts, label=planner.schedule_name),
+    )
+
+
 def job_size(block_size: int) -> int:
     """The requests of a job that is long for blocks of ``block_size``."""
     return block_size * max(_LEAST_BLOCKS, min(_BLOCKS, _REQUESTS // block_size))
@@ -75,13 +137,7 @@ def forecast(
             simulated, which tells how far its schedule is from keeping one lane always busy.
     """
     policy, hardware = planner.policy, planner.hardware
-    played = play(
-        lives,
-        device_batch_size=policy.device_batch_size,
-        num_device_batches=policy.num_device_batches,
-        refill=policy.refill,
-        most_positions=_most_positions(whole),
-    )
+    played = _played(planner, whole, lives)
     passes = [
         (run, step)
         for run in (run_of(batches, whole) for batches in played.runs)
@@ -105,6 +161,17 @@ def forecast(
         occupancy=played.occupancy,
         passes=played.passes,
         ideal_passes=ideal_passes((life.num_tokens for life in lives), policy.block_size),
+    )
+
+
+def _played(planner: Planner, whole: Workload, lives: Sequence[Life]) -> Play:
+    policy = planner.policy
+    return play(
+        lives,
+        device_batch_size=policy.device_batch_size,
+        num_device_batches=policy.num_device_batches,
+        refill=policy.refill,
+        most_positions=_most_positions(whole),
     )
 
 

@@ -15,7 +15,13 @@ from flexgen_jax.models.family import Config
 from flexgen_jax.models.registry import load_config, preset
 from flexgen_jax.planning.auto import Auto, Model, Uniform
 from flexgen_jax.planning.blocks import padded_length
-from flexgen_jax.planning.forecast import Forecast, forecast, job_size
+from flexgen_jax.planning.forecast import (
+    Forecast,
+    SimulatedJob,
+    forecast,
+    job_size,
+    simulate_job,
+)
 from flexgen_jax.planning.lengths import Lengths
 from flexgen_jax.planning.planner import Planner, named_schedule
 from flexgen_jax.planning.refilling import Life
@@ -60,7 +66,8 @@ class Plan:
     schedule: str
     workload: Workload
     placement: dict[str, Placement]
-    order: Schedule = dataclasses.field(repr=False)
+    planner: Planner = dataclasses.field(repr=False)
+    job: Uniform
     seconds: float
     prefill_seconds: float
     peak: dict[str, dict[Tier, int]]
@@ -78,7 +85,25 @@ class Plan:
     @functools.cached_property
     def timeline(self) -> Timeline:
         """Predicted, op by op; takes some seconds for a model of hundreds of gigabytes."""
-        return simulate(self.order(self.workload), self.workload, self.hardware)
+        return simulate(self.planner.order(self.workload), self.workload, self.hardware)
+
+    def simulate_job(
+        self, lengths: Lengths | str | os.PathLike[str] | Iterable[int], requests: int | None = None
+    ) -> SimulatedJob:
+        """Predicted, op by op: a job whose requests turn out to be so long, refilled if the policy
+        says so.
+
+        Args:
+            lengths: New tokens of requests like those to come, as :func:`plan` takes them.
+            requests: Of the job; None: four blocks' worth.
+
+        Raises:
+            ValueError: lengths that cannot be, or no requests.
+        """
+        count = 4 * self.policy.block_size if requests is None else requests
+        if count < 1:
+            raise ValueError(f"requests must be 1 or more, got {count}")
+        return simulate_job(self.planner, self.workload, _lives(self.job, lengths, count))
 
     @functools.cached_property
     def stages(self) -> list[dict[str, Any]]:
@@ -246,7 +271,8 @@ def plan(
         schedule=name,
         workload=workload,
         placement=planner.placement([block]),
-        order=ordered,
+        planner=planner,
+        job=job,
         seconds=prefill + decode,
         prefill_seconds=prefill,
         peak=peak_nbytes(ordered(workload), workload, shared=limits.shared),
@@ -261,8 +287,7 @@ def plan(
 def _expected(planner: Planner, job: Uniform, lengths: Lengths) -> tuple[Forecast, ...]:
     """With refill, and without."""
     size = planner.policy.block_size
-    limits = [job.gen_len] * job_size(size)
-    lives = [Life(padded_length(job.prompt_len), count) for count in lengths.of_each(limits)]
+    lives = _lives(job, lengths, job_size(size))
     found = []
     for refill in (True, False):
         policy = dataclasses.replace(planner.policy, refill=refill)
@@ -272,6 +297,13 @@ def _expected(planner: Planner, job: Uniform, lengths: Lengths) -> tuple[Forecas
         seconds = sum(_predicted(planned.order, whole, planned.hardware))
         found.append(forecast(planned, whole, lives, seconds=seconds))
     return tuple(found)
+
+
+def _lives(
+    job: Uniform, lengths: Lengths | str | os.PathLike[str] | Iterable[int], count: int
+) -> list[Life]:
+    known = Lengths.of(lengths).of_each([job.gen_len] * count)
+    return [Life(padded_length(job.prompt_len), num_tokens) for num_tokens in known]
 
 
 def _predicted(order: Schedule, workload: Workload, hardware: Hardware) -> tuple[float, float]:

@@ -15,13 +15,11 @@ from flexgen_jax.models.registry import preset
 from flexgen_jax.planning.auto import Auto, Model, Uniform
 from flexgen_jax.planning.blocks import Room
 from flexgen_jax.planning.lengths import MOST_KEPT
-from flexgen_jax.planning.planner import Planner, run_of
+from flexgen_jax.planning.planner import Planner
 from flexgen_jax.planning.refilling import Life, ideal_passes, play
 from flexgen_jax.requests.request import Request
 from scheduling.limits import Limits
 from scheduling.peak import room_nbytes
-from scheduling.simulate import simulate
-from scheduling.transforms import remaining
 
 ZIGZAG = fg.SCHEDULES["zigzag"]
 # Most answers are short, a few run to the limit.
@@ -200,16 +198,11 @@ def test_a_plan_says_what_a_long_job_is_expected_to_take(choices):
         assert (forecast.occupancy, forecast.passes) == (played.occupancy, played.passes)
         assert forecast.ideal_passes == ideal_passes(counts, 16)
         # Simulated from end to end, it takes as long.
-        planner = Planner(
-            Model(config, "bfloat16"),
-            dataclasses.replace(policy, refill=forecast.refill),
-            *("zigzag", ZIGZAG, hardware),
-        )
-        (block,) = planner.blocks(Uniform(20, 60).requests(16))
-        whole, seconds = planner.workload(block), 0.0
-        for run in (run_of(batches, whole) for batches in played.runs):
-            seconds += simulate(remaining(planner.order(run), run), run, hardware).seconds
-        assert forecast.seconds == pytest.approx(seconds, rel=0.1)
+        changed = dataclasses.replace(policy, refill=forecast.refill)
+        job = fg.plan(config, changed, hardware, **common).simulate_job(lengths, len(lives))
+        assert (job.occupancy, job.passes) == (played.occupancy, played.passes)
+        assert (job.tokens, job.ideal_passes) == (sum(counts), forecast.ideal_passes)
+        assert forecast.seconds == pytest.approx(job.timeline.seconds, rel=0.1)
         assert figures["tokens_per_second"] == pytest.approx(sum(counts) / forecast.seconds)
     refilled, blocks = found.expected
     assert refilled.passes_over_ideal < 1.1 < blocks.passes_over_ideal
@@ -225,6 +218,18 @@ def test_the_command_says_so_too(tmp_path):
     assert done.exit_code == 0, done.output
     assert re.search(r"expected of 128 requests with 12\.\d new tokens on average:", done.output)
     assert re.search(r"  with refill .* tokens/s.*\n  without refill .* passes over", done.output)
+    simulated = ["simulate", *run[1:], "--gen-len", "32", "--json"]
+    refilled, blocks = (
+        json.loads(CliRunner().invoke(main, [*simulated, *more, "--requests", "40"]).stdout)
+        for more in ([], ["--no-refill"])
+    )
+    assert refilled[0]["requests"] == blocks[0]["requests"] == 40
+    assert refilled[0]["tokens_per_second"] > 1.2 * blocks[0]["tokens_per_second"]
+    assert refilled[0]["passes_over_ideal"] < 1.1 < blocks[0]["passes_over_ideal"]
+    done = CliRunner().invoke(main, [*simulated[:-1], "--compare", "row_by_row"])
+    assert done.stdout.count("  32 requests with ") == 2  # four blocks' worth
+    done = CliRunner().invoke(main, ["simulate", *run[1:-2], "--requests", "40"])
+    assert "--requests goes with --lengths" in done.output
     path.write_text("many\n")
     done = CliRunner().invoke(main, run)
     assert done.exit_code == 2
