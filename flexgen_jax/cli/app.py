@@ -23,7 +23,7 @@ from flexgen_jax.cli.job_commands import (
     JobFiles,
     checkpoint_option,
     exit_if_none_succeeded,
-    job_options,
+    measurable_job_options,
     paths_of,
     print_report,
 )
@@ -94,30 +94,34 @@ def main(context: click.Context, log_level: str | None, log_format: logs.Format 
 
 @main.command()
 @click.argument("model_and_store", nargs=-1, metavar="[MODEL] STORE")
-@click.option("--dummy", metavar="PRESET", help="Random weights of this preset; needs no MODEL.")
+@click.option(
+    "--dummy",
+    metavar="PRESET",
+    help="Make random weights of this preset; no MODEL is given then. [default: none]",
+)
 @click.option(
     "--dtype",
     type=DTYPES,
     default="auto",
     show_default=True,
-    help="Dtype of the stored weights. auto: bfloat16 for a 16-bit source, else float32.",
+    help="Dtype of the stored weights. auto: bfloat16 for weights of 16 bits, float32 for others.",
 )
 @click.option(
     "--weight-bits",
     type=click.Choice(["4", "8"]),
-    help="Quantise matrices and token table; MODEL may be a weight store then.",
+    help="Quantise matrices and the token table; MODEL may be a weight store then. [default: no]",
 )
 @click.option(
     "--group-size",
     type=click.IntRange(min=2),
     default=64,
     show_default=True,
-    help="Elements that share a scale, at most.",
+    help="The most elements that share a scale.",
 )
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Seed of the random weights of --dummy."
 )
-@click.option("--quiet", is_flag=True, help="No progress bar.")
+@click.option("--quiet", is_flag=True, help="Print errors only.")
 def convert(
     model_and_store: tuple[str, ...],
     dummy: str | None,
@@ -129,8 +133,8 @@ def convert(
 ) -> None:
     """Convert MODEL (a Hugging Face directory or hub name) into the weight store STORE.
 
-    One tensor is in memory at a time. An interrupted conversion goes on where it stopped when the
-    same command is run again.
+    One tensor is in memory at a time. Run the same command again to resume an interrupted
+    conversion.
 
     \b
     flexgen-jax convert facebook/opt-1.3b opt-1.3b-store --dtype bfloat16
@@ -167,17 +171,21 @@ def convert(
     type=DTYPES,
     default="auto",
     show_default=True,
-    help="Dtype of what is written. auto: that of the model.",
+    help="Dtype of the weights that are written. auto: the model's.",
 )
 @click.option(
     "--max-shard-size",
     default="5GB",
     show_default=True,
     metavar="SIZE",
-    help="A file takes no more, unless one tensor does.",
+    help="The most bytes of a file, unless a single tensor has more.",
 )
-@click.option("--offload-dir", type=click.Path(), help="Where a converted model is kept.")
-@click.option("--quiet", is_flag=True, help="No progress bar.")
+@click.option(
+    "--offload-dir",
+    type=click.Path(),
+    help="Where a converted model is kept. [default: the cache directory]",
+)
+@click.option("--quiet", is_flag=True, help="Print errors only.")
 def export(
     model: str,
     directory: Path,
@@ -188,7 +196,7 @@ def export(
 ) -> None:
     """Write MODEL (a weight store, or what convert takes) as the Hugging Face directory DIRECTORY.
 
-    The weights of a quantised store become what their codes stand for.
+    Quantised weights are written as the numbers that their codes stand for.
 
     \b
     flexgen-jax export opt-1.3b-store opt-1.3b-hf
@@ -215,7 +223,7 @@ def export(
 @main.command(cls=HintingCommand)
 @llm_options
 @lengths_option
-@job_options
+@measurable_job_options
 @checkpoint_option
 @process_options
 @ray_options
@@ -223,7 +231,8 @@ def export(
     "--prompt-len",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Instead of an input: a block of made-up prompts of N tokens, to measure.",
+    help="Measure a block of made-up prompts of N tokens, instead of running an input. [default: "
+    "none]",
 )
 @click.option(
     "--max-tokens",
@@ -231,38 +240,41 @@ def export(
     type=int,
     default=32,
     show_default=True,
-    help="Most new tokens of a request.",
+    help="The most new tokens of a request.",
 )
 @click.option(
-    "--cut-gen-len", type=int, metavar="N", help="Stop every request after N tokens, to measure."
+    "--cut-gen-len",
+    type=int,
+    metavar="N",
+    help="Stop every request after N tokens, to measure. [default: never]",
 )
 @click.option(
     "--min-tokens",
     type=int,
     default=0,
     show_default=True,
-    help="New tokens before a request may end.",
+    help="The fewest new tokens of a request.",
 )
 @click.option(
     "--temperature",
     type=float,
     default=0.0,
     show_default=True,
-    help="Randomness of the choice; 0 is greedy.",
+    help="How random the choice of tokens is; 0 takes the likeliest.",
 )
 @click.option(
     "--top-k",
     type=int,
     default=0,
     show_default=True,
-    help="Draw among this many likeliest tokens; 0: all.",
+    help="Draw among so many of the likeliest tokens; 0: among all.",
 )
 @click.option(
     "--top-p",
     type=float,
     default=1.0,
     show_default=True,
-    help="Draw among the likeliest tokens with this probability together.",
+    help="Draw among the likeliest tokens that together have this probability.",
 )
 @click.option(
     "--min-p",
@@ -276,58 +288,67 @@ def export(
     type=int,
     default=0,
     show_default=True,
-    help="Seed of requests without one of their own.",
+    help="Seed of the requests that have none of their own.",
 )
 @click.option(
     "--stop-token-id",
     "stop_token_ids",
     type=int,
     multiple=True,
-    help="Token id that ends a request; repeatable.",
+    help="A token id that ends a request; repeatable. [default: the end-of-text token only]",
 )
 @click.option(
     "--stop",
     multiple=True,
     metavar="TEXT",
-    help="Text that ends a request, and is left out of it; repeatable.",
+    help="A text that ends a request and is left out of its answer; repeatable. [default: none]",
 )
 @click.option(
     "--repetition-penalty",
     type=float,
     default=1.0,
     show_default=True,
-    help="Above 1: against tokens that the prompt or the output has.",
+    help="Above 1, tokens of the prompt and of the output become less likely.",
 )
 @click.option(
     "--presence-penalty",
     type=float,
     default=0.0,
     show_default=True,
-    help="Above 0: against tokens that the output has.",
+    help="Above 0, tokens that the output has become less likely.",
 )
 @click.option(
     "--frequency-penalty",
     type=float,
     default=0.0,
     show_default=True,
-    help="Above 0: against tokens of the output, as often as they came.",
+    help="Above 0, tokens become less likely each time that the output has them.",
 )
 @click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-text token.")
 @click.option(
     "--logprobs",
     type=int,
-    help="Return log-probabilities of this many likeliest tokens. [default: none]",
+    help="Return the log-probabilities of the chosen and so many of the likeliest tokens. "
+    "[default: none]",
 )
 @click.option(
     "--prompt-logprobs",
     type=int,
-    help="Return log-probabilities of this many likeliest tokens at each token of the prompt. "
+    help="Return the log-probabilities of each token of the prompt and of so many of the likeliest. "
     "[default: none]",
 )
 @generation_config_option
 @chat_options
-@click.option("--trace", type=click.Path(path_type=Path), help="Write a Perfetto trace here.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw the timeline here (PNG, SVG).")
+@click.option(
+    "--trace",
+    type=click.Path(path_type=Path),
+    help="Write a Perfetto trace to this file. [default: none]",
+)
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    help="Draw the timeline to this file (.png, .svg). [default: none]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
 @click.option("--quiet", is_flag=True, help="Print errors only.")
 def generate(
@@ -348,11 +369,11 @@ def generate(
     for /v1/completions or /v1/chat/completions; or, in a .txt file, a prompt. A line that cannot be
     run gets an error record.
 
-    Results are safe as their blocks finish: after Ctrl-C, a kill or a failure the same command goes
-    on where it was, and the output is the same as if nothing had happened.
+    Results are safe as soon as their blocks finish: after Ctrl-C, a kill or a failure the same
+    command resumes the job, and the output is the same as if nothing had happened.
 
-    The exit code is 0 if any line succeeded, 1 if none did or the run failed on the way, 2 if the
-    job could not start, 130 after Ctrl-C, 143 after SIGTERM.
+    The exit code is 0 if any line succeeded, 1 if none did or the run failed midway, 2 if the job
+    could not start, 130 after Ctrl-C, 143 after SIGTERM.
     """
     with plain_errors(), terminable(), contextlib.ExitStack() as stack:
         from flexgen_jax.distributed.processes import process_count
@@ -468,7 +489,7 @@ def _before(llm: LLM, window: OpenWindow, blocks: list[Block], whole: bool) -> s
     type=click.IntRange(1, 256),
     default=48,
     show_default=True,
-    help="Most new tokens of a prompt.",
+    help="The most new tokens of a prompt.",
 )
 @force_option
 def demo(output_dir: Path, max_tokens: int, force: bool) -> None:

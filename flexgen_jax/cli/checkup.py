@@ -29,12 +29,14 @@ if TYPE_CHECKING:
     "models",
     multiple=True,
     metavar="PRESET",
-    help="To be run: one that does not fit is an error. Repeatable. [default: a few, to inform]",
+    help="A model that you want to run: if it does not fit, that is an error. Repeatable. "
+    "[default: a few models, to inform]",
 )
 @click.option(
     "--hardware",
     metavar="NAME|FILE",
-    help="What 'profile' measured, or a preset: to expect from. [default: measured, roughly]",
+    help="The machine that estimates are for: a file of 'profile', or a preset. [default: this "
+    "machine, measured roughly]",
 )
 @click.option(
     "--dtype",
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Dtype of the computation. auto: bfloat16.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print all as JSON on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON on stdout.")
 def doctor(
     offload_dir: Path | None,
     models: tuple[str, ...],
@@ -51,7 +53,7 @@ def doctor(
     dtype: str,
     as_json: bool,
 ) -> None:
-    """Look this machine over: what would stop a run, and what to expect of one.
+    """Check this machine: what would stop a run, and how fast one would be.
 
     Versions, devices, memory, the disk and its file system; takes about ten seconds. The exit code
     is 1 if something would stop a run.

@@ -24,33 +24,40 @@ if TYPE_CHECKING:
     from flexgen_jax.planning.blocks import Block
     from flexgen_jax.progress import Bar
 
-_OPTIONS = [
-    click.option(
+
+def _input(when: str) -> Callable[..., Any]:
+    return click.option(
         "-i",
         "--input",
         "--input-file",
         "input_path",
         type=click.Path(path_type=Path),
         metavar="FILE|-",
-        help="JSON lines; a prompt a line (.txt); a JSON list (.json); or a table whose columns "
-        "are fields (.csv, .tsv, .parquet). May be compressed (.gz, .zst). A pipe, or - for the "
-        "standard input, has JSON lines.",
-    ),
-    click.option(
+        help="JSON lines; a text file with a prompt a line (.txt); a JSON list (.json); or a table "
+        "whose columns are fields (.csv, .tsv, .parquet). Files may be compressed (.gz, .zst). A "
+        f"pipe, or - for the standard input, has JSON lines. [{when}]",
+    )
+
+
+def _output(when: str) -> Callable[..., Any]:
+    return click.option(
         "-o",
         "--output",
         "--output-file",
         "output_path",
         type=click.Path(path_type=Path),
         metavar="FILE|-",
-        help="JSON lines; compressed if it ends in .gz or .zst. -: the standard output, from which "
-        "no job goes on.",
-    ),
+        help="JSON lines, compressed if the name ends in .gz or .zst; - is the standard output: "
+        f"such a job cannot be resumed. [{when}]",
+    )
+
+
+_OPTIONS = [
     click.option(
         "--restart",
         is_flag=True,
-        help="Start over: drop what an unfinished job with this output has kept, and replace the "
-        "output of a finished one.",
+        help="Start over: discard the progress of an unfinished job with this output, and replace "
+        "the output of a finished one.",
     ),
     click.option(
         "--force",
@@ -62,7 +69,7 @@ _OPTIONS = [
         "--window",
         type=click.IntRange(min=1),
         metavar="N",
-        help="Requests that are read, sorted by length and written out together, rounded up to "
+        help="How many requests are read, sorted by length and written together, rounded up to "
         "whole blocks. [default: 4096, or 4 blocks a worker]",
     ),
 ]
@@ -73,15 +80,25 @@ checkpoint_option = click.option(
     type=click.FloatRange(min=0, min_open=True),
     metavar="N",
     help="Save the state of a running block (cache, tokens, positions) every N minutes beside the "
-    "output, so that a killed job goes on inside it: for blocks of hours.",
+    "output, so that a job that was killed resumes within it: for blocks of hours. "
+    "[default: never]",
 )
 
 
-def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options; :class:`JobFiles` takes their values."""
-    for option in reversed(_OPTIONS):
+def job_options(command: Callable[..., Any], *, when: str = "required") -> Callable[..., Any]:
+    """Adds the options; :class:`JobFiles` takes their values.
+
+    Args:
+        when: Input and output have to be given.
+    """
+    for option in reversed([_input(when), _output(when), *_OPTIONS]):
         command = option(command)
     return command
+
+
+def measurable_job_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Likewise, of a command that has ``--prompt-len``."""
+    return job_options(command, when="required without --prompt-len")
 
 
 def paths_of(options: Mapping[str, Any]) -> list[Path]:

@@ -37,19 +37,24 @@ DTYPES = _Dtype(["auto", "float32", "bfloat16"])
 
 _BEFORE = [
     click.option(
-        "--model", required=True, help="A weight store, Hugging Face directory or hub name."
+        "--model",
+        required=True,
+        help="A weight store, a Hugging Face directory, a GGUF file, or a hub name.",
     ),
 ]
 _AFTER = [
     click.option(
-        "--schedule", default="zigzag", show_default=True, help="Order of the operations."
+        "--schedule",
+        default="zigzag",
+        show_default=True,
+        help="The order of the operations: zigzag, diagonal, lock_step or row_by_row.",
     ),
     click.option(
         "--dtype",
         type=DTYPES,
         default="auto",
         show_default=True,
-        help="What is computed with. auto: bfloat16 for weights of 16 bits, float32 for others.",
+        help="Dtype of the computation. auto: bfloat16 for weights of 16 bits, float32 for others.",
     ),
     click.option(
         "--device-memory",
@@ -65,24 +70,24 @@ _AFTER = [
         "--path",
         type=click.Path(),
         metavar="DIR|_DUMMY_",
-        help="Where converted models are kept; _DUMMY_: random weights of the preset "
-        "--model. [default: --offload-dir]",
+        help="Where converted models are kept; _DUMMY_ takes --model as the name of a preset, with "
+        "random weights. [default: --offload-dir]",
     ),
     click.option(
         "--offload-dir",
         type=click.Path(),
-        help="Where cache and hidden states on disk are kept during the run, and converted models "
-        "without --path. [default: the cache directory]",
+        help="Where the KV cache and hidden states on disk lie during the run, and converted "
+        "models without --path. [default: the cache directory]",
     ),
     click.option(
         "--weight-slots",
         type=int,
-        help="Layers of weights held at once: 2 is one ahead. [default: 2]",
+        help="How many layers of weights are held at once; 2 loads one ahead. [default: 2]",
     ),
     click.option(
         "--cache-slots",
         type=int,
-        help="Cells of the KV cache held at once: 2 is one ahead. [default: 2]",
+        help="How many cells of the KV cache are held at once; 2 loads one ahead. [default: 2]",
     ),
     click.option(
         "--hardware",
@@ -95,13 +100,15 @@ _AFTER = [
         type=click.Choice(["auto", "mapped", "direct", "tensorstore"]),
         default="auto",
         show_default=True,
-        help="How the disk is used: through the page cache, past it, or by TensorStore.",
+        help="How the disk is read: mapped goes through the page cache, direct goes past it, "
+        "tensorstore "
+        "leaves it to TensorStore; auto chooses for each tensor.",
     ),
     click.option(
         "--verify/--no-verify",
         default=True,
         show_default=True,
-        help="Hold each tensor against its checksum when it is first read.",
+        help="Check each tensor against its checksum when it is first read.",
     ),
 ]
 NAMES = (
@@ -135,8 +142,9 @@ lengths_option = click.option(
     "--lengths",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="How long requests turn out to be: a number of new tokens a line, or the output of a job. "
-    "[default: all run to their limit]",
+    help="A file that says how many new tokens requests really have: a number a line, or the "
+    "output "
+    "of a job. [default: every request runs to its limit]",
 )
 
 

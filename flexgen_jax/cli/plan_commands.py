@@ -33,13 +33,13 @@ _BEFORE = [
         type=int,
         default=32,
         show_default=True,
-        help="New tokens of each prompt.",
+        help="How many new tokens each prompt gets.",
     ),
     click.option(
         "--hardware",
         required=True,
         metavar="NAME|FILE",
-        help="A preset (t4, laptop, h200), or a JSON file.",
+        help="The machine: a preset (t4, laptop, h200), or a JSON file of 'profile'.",
     ),
     click.option(
         "--hosts",
@@ -47,22 +47,33 @@ _BEFORE = [
         type=int,
         default=1,
         show_default=True,
-        help="Machines like --hardware that the stages are spread over.",
+        help="How many machines like --hardware the stages are spread over.",
     ),
 ]
 _AFTER = [
     click.option(
-        "--schedule", default="zigzag", show_default=True, help="Order of the operations."
+        "--schedule",
+        default="zigzag",
+        show_default=True,
+        help="The order of the operations: zigzag, diagonal, lock_step or row_by_row.",
     ),
     click.option(
         "--dtype",
         type=DTYPES,
         default="auto",
         show_default=True,
-        help="What is computed with. auto: what the model has; bfloat16 for a preset.",
+        help="Dtype of the computation. auto: the model's; bfloat16 for a preset.",
     ),
-    click.option("--trace", type=click.Path(path_type=Path), help="Write a Perfetto trace here."),
-    click.option("--plot", type=click.Path(path_type=Path), help="Draw the timeline (PNG, SVG)."),
+    click.option(
+        "--trace",
+        type=click.Path(path_type=Path),
+        help="Write a Perfetto trace to this file. [default: none]",
+    ),
+    click.option(
+        "--plot",
+        type=click.Path(path_type=Path),
+        help="Draw the timeline to this file (.png, .svg). [default: none]",
+    ),
     force_option,
     click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON on stdout."),
 ]
@@ -105,7 +116,8 @@ def plan(**options: Any) -> None:
     "others",
     multiple=True,
     metavar="SCHEDULE",
-    help="Simulate this one as well, and draw them under each other; repeatable.",
+    help="Simulate this schedule as well, and draw them under each other; repeatable. "
+    "[default: none]",
 )
 def simulate(others: tuple[str, ...], requests: int | None, **options: Any) -> None:
     """Run a schedule on paper: how long each stream works in a block, and a picture of it.
@@ -202,7 +214,7 @@ def _streams(timeline: Timeline) -> list[str]:
     "-o",
     "--output",
     type=click.Path(path_type=Path),
-    help="The JSON to write. [default: where 'auto' looks for this machine's]",
+    help="The JSON file to write. [default: where 'auto' looks for this machine's]",
 )
 @click.option(
     "--calibrate",
@@ -210,14 +222,15 @@ def _streams(timeline: Timeline) -> list[str]:
     type=click.Path(path_type=Path),
     multiple=True,
     metavar="REPORT",
-    help="Instead of measuring, fit the constants to a run: what 'generate --json' printed. "
-    "Repeatable.",
+    help="Do not measure, but fit the figures to a run: a file with what 'generate --json' "
+    "printed. "
+    "Repeatable. [default: none]",
 )
 @click.option(
     "--hardware",
     "start",
     metavar="NAME|FILE",
-    help="Machine file to calibrate. [default: this machine's, as it is known]",
+    help="The machine whose figures are fitted. [default: this machine]",
 )
 @click.option(
     "--offload-dir",
@@ -230,14 +243,14 @@ def _streams(timeline: Timeline) -> list[str]:
     type=DTYPES,
     default="auto",
     show_default=True,
-    help="What is computed with. auto: bfloat16.",
+    help="Dtype of the computation. auto: bfloat16.",
 )
 @click.option(
     "--repeats",
     type=click.IntRange(min=1),
     default=5,
     show_default=True,
-    help="How often each figure is measured.",
+    help="How many times each figure is measured.",
 )
 @force_option
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON on stdout too.")

@@ -23,33 +23,36 @@ _OPTIONS = [
     click.option(
         "--policy",
         metavar="auto|FILE",
-        help="'auto' (the default without --percent): searched for; or a JSON file of a policy.",
+        help="Where everything lies and how large blocks are: auto searches for the fastest "
+        "policy, "
+        "FILE is a policy in JSON. [default: auto, without --percent]",
     ),
     click.option(
         "--allow",
         multiple=True,
         type=click.Choice(["host-attention", "weight-bits", "cache-bits", "attention-sparsity"]),
-        help="A method that 'auto' may use if it helps; repeatable.",
+        help="A method that 'auto' may use if it helps; repeatable. [default: none]",
     ),
     click.option(
         "--percent",
         type=float,
         nargs=6,
         metavar="WD WH CD CH HD HH",
-        help="Percent of weights on device, on host; of cache; of hidden. The rest: disk.",
+        help="Percent of the weights on the device and on the host, then of the KV cache, then of "
+        "the hidden states; the rest is on disk. [default: what 'auto' chooses]",
     ),
     click.option(
         "--device-batch-size",
         "--gpu-batch-size",
         type=int,
-        help="Requests that one kernel launch sees. [default: what 'auto' chooses, or 8]",
+        help="How many requests are computed at once. [default: what 'auto' chooses, or 8]",
     ),
     click.option(
         "--num-device-batches",
         "--num-gpu-batches",
         type=int,
-        help="Batches of a block: they share each pass over the weights. [default: what 'auto' "
-        "chooses, or 4]",
+        help="How many batches a block has, which share each pass over the weights. [default: what "
+        "'auto' chooses, or 4]",
     ),
     click.option(
         "--overlap",
@@ -57,7 +60,7 @@ _OPTIONS = [
         is_flag=False,
         flag_value=True,
         metavar="[BOOL]",
-        help="Load and store while computing. [default: true]",
+        help="Whether to load and store while computing. [default: true]",
     ),
     click.option("--no-overlap", is_flag=True, help="The same as --overlap false."),
     click.option(
@@ -83,7 +86,7 @@ _OPTIONS = [
     ),
     click.option("--compress-cache", is_flag=True, help="The same as --cache-bits 4."),
     click.option(
-        "--group-size", type=int, help="Elements that share a scale, at most. [default: 64]"
+        "--group-size", type=int, help="The most elements that share a scale. [default: 64]"
     ),
     click.option(
         "--attention-sparsity",
@@ -98,25 +101,27 @@ _OPTIONS = [
         "--num-stages",
         "num_stages",
         type=int,
-        help="Devices that the layers are pipelined over. [default: 1]",
+        help="How many devices the layers are pipelined over. [default: 1]",
     ),
     click.option(
         "--num-groups",
         type=int,
-        help="Groups of batches that follow one another through the stages. "
+        help="How many groups of batches follow one another through the stages. "
         "[default: as many as stages]",
     ),
     click.option(
         "--sep-layer",
         type=bool,
         metavar="BOOL",
-        help="Attention and MLP as layers of their own (not built yet: false only).",
+        help="FlexGen's option; only false is supported: attention and MLP are one layer. "
+        "[default: false]",
     ),
     click.option(
         "--pin-weight",
         type=bool,
         metavar="BOOL",
-        help="Host weights in pinned memory: always so on an accelerator (true only).",
+        help="FlexGen's option; only true is supported: beside an accelerator, weights on the host "
+        "are in pinned memory. [default: true]",
     ),
 ]
 NAMES = (

@@ -20,11 +20,19 @@ _OPTIONS = [
     click.option(
         "--coordinator",
         metavar="HOST:PORT",
-        help="Run the stages in several processes, on one machine or several: where process 0 "
-        "listens. All are given the same options.",
+        help="Run the stages in several processes, on one machine or several: the address at which "
+        "process 0 listens. All are given the same options. [default: one process]",
     ),
-    click.option("--num-processes", type=click.IntRange(min=1), help="How many there are."),
-    click.option("--process-id", type=click.IntRange(min=0), help="Which of them this is, from 0."),
+    click.option(
+        "--num-processes",
+        type=click.IntRange(min=1),
+        help="How many processes there are. [default: the cluster's, with --distributed]",
+    ),
+    click.option(
+        "--process-id",
+        type=click.IntRange(min=0),
+        help="Which of the processes this is, from 0. [default: the cluster's, with --distributed]",
+    ),
     click.option(
         "--distributed",
         is_flag=True,
@@ -35,8 +43,8 @@ _OPTIONS = [
         "--process-timeout",
         type=click.FloatRange(min=1),
         metavar="SECONDS",
-        help="A process that does not join within it, or shows no sign of life for so long, is "
-        "considered lost; the others exit. [default: 60]",
+        help="A process that does not join within so many seconds, or shows no sign of life for so "
+        "long, is considered lost; the others exit. [default: 60]",
     ),
 ]
 

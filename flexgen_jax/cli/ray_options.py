@@ -30,26 +30,27 @@ _OPTIONS = [
         "--ray-workers",
         type=click.IntRange(min=1),
         metavar="N",
-        help="Number of workers. [default: one per GPU of the cluster, or one per machine]",
+        help="How many workers there are. [default: one per GPU of the cluster, or one per "
+        "machine]",
     ),
     click.option(
         "--ray-address",
         envvar="RAY_ADDRESS",
         metavar="auto|HOST:PORT",
-        help="The Ray cluster, also from RAY_ADDRESS. [default: one that is started on this "
-        "machine, and ended]",
+        help="The Ray cluster to use. [default: $RAY_ADDRESS, or a cluster that is started on this "
+        "machine and ended with the job]",
     ),
     click.option(
         "--ray-cpus",
         type=click.FloatRange(min=0),
         metavar="N",
-        help="Cores that Ray keeps for a worker. [default: an equal share]",
+        help="How many cores Ray reserves for a worker. [default: an equal share]",
     ),
     click.option(
         "--ray-gpus",
         type=click.FloatRange(min=0),
         metavar="N",
-        help="GPUs that Ray keeps for a worker. [default: 1, where there are any]",
+        help="How many GPUs Ray reserves for a worker. [default: 1, where there are any]",
     ),
 ]
 

@@ -47,7 +47,7 @@ ELSEWHERE = {
     "--load-in-8bit": "give --weight-bits 8",
 }
 _DTYPES = {
-    "auto": None,
+    "auto": "auto",
     "float32": "float32",
     "float": "float32",
     "bfloat16": "bfloat16",
@@ -99,19 +99,19 @@ _OPTIONS = [
         ["--max-num-seqs"],
         type=click.IntRange(min=1),
         metavar="N",
-        help="The same as --device-batch-size.",
+        help="The same as --device-batch-size. [default: what 'auto' chooses, or 8]",
     ),
     click.Option(
         ["--tensor-parallel-size", "-tp"],
         type=click.IntRange(min=1),
         metavar="N",
-        help="So many devices: layers are pipelined over them, the same as --stages.",
+        help="So many devices, which the layers are pipelined over, as with --stages. [default: 1]",
     ),
     click.Option(
         ["--pipeline-parallel-size", "-pp"],
         type=click.IntRange(min=1),
         metavar="N",
-        help="The same as --stages.",
+        help="The same as --stages. [default: 1]",
     ),
 ]
 
@@ -125,8 +125,8 @@ def run_batch_of(generate: click.Command) -> click.Command:
     dtype = click.Option(
         ["--dtype"],
         type=click.Choice(list(_DTYPES)),
-        help="Dtype of the computation; half is bfloat16 here. [default: auto, which is a weight "
-        "store's own, or float32]",
+        help="Dtype of the computation; half is bfloat16 here. auto: bfloat16 for weights of 16 "
+        "bits, float32 for others. [default: auto]",
     )
     params = [dtype if p.name == "dtype" else copy.copy(p) for p in generate.params]
     ignored = [
@@ -162,7 +162,7 @@ def _run(context: click.Context, run: Callable[..., Any], options: dict[str, Any
             tell(f"ignoring {option}: {why}")
     if options["dtype"] in ("half", "float16"):
         tell(f"--dtype {options['dtype']}: computing in bfloat16, which does not overflow")
-    options["dtype"] = _DTYPES[options["dtype"]] if options["dtype"] else None
+    options["dtype"] = _DTYPES[options["dtype"] or "auto"]
     sequences = options.pop("max_num_seqs")
     _same(options, "device_batch_size", "--device-batch-size", {"--max-num-seqs": sequences})
     wide, long = options.pop("tensor_parallel_size"), options.pop("pipeline_parallel_size")

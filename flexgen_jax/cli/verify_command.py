@@ -22,7 +22,7 @@ from flexgen_jax.cli.failures import plain_errors
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 @click.option("--quiet", is_flag=True, help="Show no progress bar.")
 def verify(model: str, record: bool, as_json: bool, quiet: bool) -> None:
-    """Read all of MODEL once and name what is not as it was written.
+    """Read all of MODEL once, and name every file that is not as it was written.
 
     The checksums of a weight store are taken when it is made. The exit code is 1 if anything is
     wrong.

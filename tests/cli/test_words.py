@@ -38,11 +38,20 @@ def test_each_option_is_explained_by_itself(name):
         assert not re.match(r"(Likewise|Of |The same, with|Such )", text), f"{option.opts}: {text}"
         assert text[0].isupper() or text[0] in "'{0-j", f"{option.opts}: {text}"
         assert text.endswith((".", "]")), f"{option.opts}: {text}"
-        if option.is_flag or option.required or option.multiple or option.metavar == "[BOOL]":
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_option_says_its_default(name):
+    """In what is shown of it. A switch is off unless it is given; what is ignored does nothing."""
+    context = click.Context(COMMANDS[name], info_name=name)
+    for option in COMMANDS[name].params:
+        if not isinstance(option, click.Option) or (option.is_flag and not option.secondary_opts):
             continue
-        # What has a default in click shows it; what has none there says what happens without it.
-        if isinstance(option.default, (int, float, str, Path)) and "default" not in text:
-            assert option.show_default, f"{name}: {option.opts} does not say its default"
+        record = option.get_help_record(context)
+        assert record is not None
+        shown = record[1]
+        if not shown.startswith("Ignored:"):
+            assert "[default: " in shown or "required" in shown, f"{name}: {option.opts}: {shown}"
 
 
 def test_phrases_that_people_stumble_over_are_gone():
