@@ -282,7 +282,7 @@ class _Binder:
             kind = type(op)
             stream = _STREAMS.get(kind)
             if stream is None:
-                raise self._error(op, "is no op; see scheduling.ops for those there are")
+                raise self._error(op, "is not an op; see scheduling.ops for those there are")
             self._check(op)
             stage = (op.stage or 0) if kind is Barrier else stage_of[op.layer]
             found = []

@@ -184,7 +184,7 @@ class Hardware:
                 f"that can be read ({error.strerror})"
             ) from error
         except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
-            raise ValueError(f"{name} is no hardware: {error}") from error
+            raise ValueError(f"{name} is not a hardware file: {error}") from error
 
 
 # Seconds that something takes however little it moves; may be 0.

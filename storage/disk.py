@@ -267,7 +267,7 @@ class _OpenTensor:
 
     def _no_numbers(self) -> StorageError:
         return StorageError(
-            f"{self.name} in {self.file.chunk} has values that are no numbers (NaN or infinity): "
+            f"{self.name} in {self.file.chunk} has values that are not numbers (NaN or infinity): "
             "nothing that is computed with them would mean anything; download or save the model "
             "again"
         )

@@ -138,7 +138,7 @@ class SequenceStore(Protocol):
         Raises:
             KeyError: no such name.
             StorageError: the tier did not take them.
-            ValueError: the group is no ring, or the capacity is none.
+            ValueError: the group is not a ring, or the capacity is none.
         """
         ...
 
@@ -204,13 +204,13 @@ def check_renewal(name: str, positions: int, length: int, capacity: int) -> None
 
 
 def check_resize(name: str, ring: bool, capacity: int) -> None:
-    """Refuses another capacity for what is no ring, and one of no positions.
+    """Refuses another capacity for what is not a ring, and one of no positions.
 
     Raises:
         ValueError: says which.
     """
     if not ring:
-        raise ValueError(f"{name} is no ring: its capacity stays")
+        raise ValueError(f"{name} is not a ring: its capacity stays")
     if capacity < 1:
         raise ValueError(f"{name} cannot have a capacity of {capacity} positions")
 
@@ -234,7 +234,7 @@ def sequence_length(
     """How many positions sequences have that are put so.
 
     Raises:
-        StorageError: more than the capacity, and it is no ring.
+        StorageError: more than the capacity, and it is not a ring.
         ValueError: the arrays have not the positions that ``length`` says.
     """
     have = arrays[0].shape[-2]

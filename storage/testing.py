@@ -374,7 +374,7 @@ class SequenceStoreContract:
         with pytest.raises(KeyError):
             store.resize("a", 5)
         store.put("a", _given(_values(0, 5)), 8)
-        with pytest.raises(ValueError, match="a is no ring"):
+        with pytest.raises(ValueError, match="a is not a ring"):
             store.resize("a", 16)
         self.put_ring(store, "a", _values(0, 5), 5, 8)
         with pytest.raises(ValueError, match="a cannot have a capacity of 0 positions"):

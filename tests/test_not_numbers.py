@@ -1,4 +1,4 @@
-"""Where no token can be chosen there is an error: logits that are no numbers, bans of all."""
+"""Where no token can be chosen there is an error: logits that are not numbers, bans of all."""
 
 import json
 from pathlib import Path
@@ -237,5 +237,5 @@ def test_what_is_too_large_for_the_dtype_is_named(tmp_path):
     tensors[name].flat[0] = np.finfo(np.float32).max
     save_file(tensors, model / "model.safetensors")
     convert(model, tmp_path / "store", dtype="float32")
-    with pytest.raises(ValueError, match=r"no numbers in bfloat16"):
+    with pytest.raises(ValueError, match=r"not numbers in bfloat16"):
         convert(model, tmp_path / "other", dtype="bfloat16")

@@ -378,5 +378,5 @@ def test_files_that_are_none_are_named(smollm2, tmp_path):
         smollm2.make_directory(tmp_path / "x", gguf=tmp_path / "none")
     for content in (b"", b"GGUF", b"GGUF\3\0\0\0" + b"\xff" * 16, b"no such thing" * 9):
         (tmp_path / "file").write_bytes(content)
-        with pytest.raises(ValueError, match="file is no whole GGUF file"):
+        with pytest.raises(ValueError, match="file is not a complete GGUF file"):
             smollm2.make_directory(tmp_path / "x", gguf=tmp_path / "file")

@@ -334,8 +334,8 @@ def export(
 @click.option(
     "--prompt-logprobs",
     type=int,
-    help="Return the log-probabilities of each token of the prompt and of so many of the likeliest. "
-    "[default: none]",
+    help="Return the log-probabilities of each token of the prompt and of so many of the "
+    "likeliest. [default: none]",
 )
 @generation_config_option
 @chat_options
@@ -411,7 +411,7 @@ def generate(
             return
         if prompt_len is not None:
             if options["input_path"] is not None:
-                raise Failure("--prompt-len makes the prompts by itself: leave --input out")
+                raise Failure("--prompt-len makes up the prompts: leave out --input")
             options["ignore_eos"] = True
         elif options["input_path"] is None or options["output_path"] is None:
             raise Failure("give --input and --output, or --prompt-len to measure")

@@ -330,13 +330,13 @@ class JobFiles:
         if not done and snapshots is not None and are_kept_in(snapshots):
             return (
                 f"no request is finished yet; the state of the running block is kept beside "
-                f"{self.output_path}; run the same command again to go on"
+                f"{self.output_path}; run the same command again to resume"
             )
         if not done:
             return "stopped before the first result; nothing was kept"
         return (
             f"{done} requests are finished and kept beside {self.output_path}; run the same "
-            "command again to go on"
+            "command again to resume"
         )
 
     def summary(self, done: JobReport) -> str:

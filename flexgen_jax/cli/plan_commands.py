@@ -317,7 +317,7 @@ def _calibrated(hardware: Hardware, reports: tuple[Path, ...]) -> Hardware:
             raise Failure(f"cannot read {path}: {error.strerror}") from error
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise Failure(
-                f"{path} is no report: expected what 'generate --json' prints ({error})"
+                f"{path} is not a report: expected what 'generate --json' prints ({error})"
             ) from error
         if predicted_for != hardware.name:
             raise Failure(

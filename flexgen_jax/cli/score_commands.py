@@ -179,7 +179,7 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise Failure(f"{path} is no UTF-8 text: {error}") from error
+        raise Failure(f"{path} is not UTF-8 text: {error}") from error
 
 
 def _table(rows: Sequence[Compared]) -> str:

@@ -58,7 +58,7 @@ def unframed(came: bytes) -> tuple[str, Any, list[np.ndarray]]:
     try:
         kind, shapes, content = parse_json(bytes(body[:text_nbytes]))
         if not isinstance(kind, str):
-            raise ValueError("a kind that is no text")
+            raise ValueError("a kind that is not text")
         return kind, content, _arrays(shapes, body[text_nbytes:])
     except (ValueError, TypeError) as error:
         raise MessageError(f"a message that cannot be read came: {error}") from error

@@ -3,7 +3,7 @@
 The runtime aborts a process that cannot join, and all others when the coordinator is lost. Each of
 them has this file run beside it, as a small process of its own, and tells it, line by line, what is
 to be said should its standard input end: ``- SENTENCE``, or ``HOST:PORT SENTENCE`` to say it only
-if nobody answers there, or ``-`` for nothing.
+if nothing answers there, or ``-`` for nothing.
 """
 
 from __future__ import annotations

@@ -85,12 +85,12 @@ def check_place(directory: Path) -> None:
     """
     if not os.path.lexists(directory) or are_kept_in(directory):
         return
-    found = "it is no directory"
+    found = "it is not a directory"
     if directory.is_dir():
         first = next(directory.iterdir(), None)
         if first is None:
             return
-        found = f"it holds {first.name}, which is no checkpoint of this version of flexgen-jax"
+        found = f"it holds {first.name}, which is not a checkpoint of this version of flexgen-jax"
     raise StorageError(
         f"{directory} is in the way of the job's checkpoints: {found}; move it away, or give "
         "another output"

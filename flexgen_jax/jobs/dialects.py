@@ -65,7 +65,7 @@ def parse_values(values: dict[str, Any], line: int) -> Asked:
 
 
 def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def parse_text(raw: bytes, line: int) -> Asked:

@@ -101,7 +101,7 @@ class Windows:
         """Refuses to mix results of two inputs."""
         if last_line and (line, digest) != (last_line, digest_then):
             raise JobError(
-                f"{self._source.path} is not the input that the job was begun with: its first "
+                f"{self._source.path} is not the input that the job was started with: its first "
                 f"{last_line} lines are others; give that one, or start over with --restart"
             )
 

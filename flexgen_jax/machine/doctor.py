@@ -231,22 +231,22 @@ def _look_at_directory(found: Any, where: Path, files: FileSystem, file_nbytes: 
         found(
             "file system",
             "warning",
-            f"{files.kind} lies in memory, so what is put on disk takes memory all the same: "
+            f"{files.kind} lies in memory, so what is put on disk takes memory, too: "
             "choose an --offload-dir on a disk",
         )
     elif files.network:
         found(
             "file system",
             "warning",
-            f"{files.kind} is a network's: expect its speed, and share it with nobody; a local "
-            "disk is better for --offload-dir",
+            f"{files.kind} is a network file system: runs are as fast as the network, and no other "
+            "machine may use the same directory; a local disk is better for --offload-dir",
         )
     if not files.direct_io:
         found(
             "direct I/O",
             "warning",
-            "not possible here: all reading goes through the page cache, which takes cores from "
-            "computing; a local ext4 or xfs has it",
+            "not possible here: all reading goes through the page cache, which takes time from "
+            "computing; a local ext4 or xfs file system allows it",
         )
     return True
 

@@ -132,7 +132,7 @@ def connected(address: str, *, quiet: bool) -> Iterator[None]:
     try:
         host, _, port = address.rpartition(":")
         if "/" not in host and port.isdecimal() and not answers(address):
-            raise ConnectionError("nobody answers there")  # Ray would ask for a minute
+            raise ConnectionError("nothing answers there")  # Ray would ask for a minute
         ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")

@@ -41,7 +41,7 @@ def suggested(generation_config: str | os.PathLike[str], model: Path) -> dict[st
     try:
         values = read_json(path)
         if not isinstance(values, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
         given = {FIELDS[name]: values[name] for name in FIELDS if values.get(name) is not None}
         SamplingParams(**given)
     except (OSError, ValueError) as error:

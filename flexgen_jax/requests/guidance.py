@@ -49,7 +49,7 @@ class Guidance:
             )
         except Exception as error:  # the Rust side raises what it likes
             raise RequestError(
-                f"structured_outputs cannot be had with this model's tokenizer: {error}"
+                f"structured_outputs does not work with this model's tokenizer: {error}"
             ) from error
         self._words = -(-vocab_size // _WORD)
         self._made: OrderedDict[StructuredOutputsParams, Any] = OrderedDict()

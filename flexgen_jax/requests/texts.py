@@ -96,7 +96,7 @@ def _of_chat(chat: Chat, tokenizer: Tokenizer | None) -> tuple[str, list[int]]:
     try:
         return text, tokenizer.encode_words(text)
     except UnicodeEncodeError as error:
-        raise RequestError(f"the messages are no text: {error}") from error
+        raise RequestError(f"the messages are not text: {error}") from error
 
 
 def _bad_words(params: SamplingParams, tokenizer: Tokenizer | None) -> Sequences:
@@ -129,7 +129,7 @@ def encode(text: str, tokenizer: Tokenizer | None) -> list[int]:
     try:
         return tokenizer.encode(text)
     except UnicodeEncodeError as error:
-        raise RequestError(f"the prompt is no text: {error}") from error
+        raise RequestError(f"the prompt is not text: {error}") from error
 
 
 def _check_vocabulary(what: str, ids: Iterable[int], config: Config) -> None:

@@ -32,7 +32,7 @@ class Tokenizer:
         """Token ids of ``text``.
 
         Raises:
-            UnicodeEncodeError: half of a surrogate pair, which is no text.
+            UnicodeEncodeError: half of a surrogate pair, which is not text.
         """
         text.encode("utf-8")
         return self._backend.encode(text).ids
@@ -41,7 +41,7 @@ class Tokenizer:
         """Token ids of ``text`` as it comes in the middle of another: no special tokens are added.
 
         Raises:
-            UnicodeEncodeError: half of a surrogate pair, which is no text.
+            UnicodeEncodeError: half of a surrogate pair, which is not text.
         """
         text.encode("utf-8")
         return self._backend.encode(text, add_special_tokens=False).ids

@@ -549,8 +549,8 @@ def _find(source: str) -> tuple[Path, str | None]:
     if is_hub_name(source):
         return download(source), source
     raise ModelNotFoundError(
-        f"no model {source!r}: there is no such directory, and it is no name on the Hugging Face "
-        "hub either (organisation/model, such as facebook/opt-1.3b)"
+        f"no model {source!r}: there is no such directory, and it is not a name on the Hugging "
+        "Face hub either (organisation/model, such as facebook/opt-1.3b)"
     )
 
 

@@ -58,7 +58,7 @@ def finite(blocks: Iterator[np.ndarray], what: str) -> Iterator[np.ndarray]:
     for block in blocks:
         if not is_finite(block):
             raise SourceError(
-                f"{what} has values that are no numbers in {block.dtype.name} (NaN or infinity): "
+                f"{what} has values that are not numbers in {block.dtype.name} (NaN or infinity): "
                 "nothing that is computed with them would mean anything; download or save the "
                 "model again"
             )

@@ -65,7 +65,7 @@ class MsgpackFile:
     def _note(self, at: int, path: tuple[str, ...]) -> int:
         kind, begin, end = _extension(self._map, at)
         if kind != _ARRAY:
-            raise ValueError(f"{'.'.join(path)} is no array")
+            raise ValueError(f"{'.'.join(path)} is not an array")
         if end > len(self._map):
             raise ValueError(f"it has {len(self._map)} bytes of {end} or more")
         shape, dtype, data = self._array_header(begin)

@@ -110,7 +110,9 @@ class GGUFFile:
 
     def _damaged(self, error: BaseException) -> SourceError:
         why = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
-        return SourceError(f"{self.path} is no whole GGUF file ({why}); download the model again")
+        return SourceError(
+            f"{self.path} is not a complete GGUF file ({why}); download the model again"
+        )
 
     def _tensor(self, entry: Any, size: int) -> _Tensor:
         import gguf

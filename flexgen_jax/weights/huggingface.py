@@ -364,8 +364,8 @@ class HuggingFaceModel:
             )
         if entry.dtype not in DTYPES.values():
             raise SourceError(
-                f"{path}: tensor {source.key} has dtype {entry.dtype}, which is no weights' dtype: "
-                "of codes, quantization_config in config.json says how they are meant"
+                f"{path}: tensor {source.key} has dtype {entry.dtype}, which is not a dtype of "
+                "weights: of codes, quantization_config in config.json says how they are meant"
             )
 
     @functools.cached_property
@@ -538,7 +538,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         mapping = read_json(index)["weight_map"]
         if not all(isinstance(shard, str) for shard in mapping.values()):
-            raise ValueError("a shard whose name is no text")
+            raise ValueError("a shard whose name is not text")
         return dict(mapping)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SourceError(

@@ -41,7 +41,7 @@ class TorchFile:
         self.entries: dict[str, Entry] = {}
         for position, (key, tensor) in enumerate(tensors.items()):
             if not isinstance(key, str):
-                raise SourceError(f"{path}: a tensor is called {key!r}, which is no text")
+                raise SourceError(f"{path}: a tensor is called {key!r}, which is not text")
             try:
                 if tensor.layout != torch.strided or tensor.device.type != "cpu":
                     raise TypeError(f"it is {tensor.layout} on {tensor.device}")

@@ -113,7 +113,7 @@ def verify(
             problems.append(str(error))
             continue
         if not finite:
-            problems.append(f"{name} in {file.chunk} has values that are no numbers")
+            problems.append(f"{name} in {file.chunk} has values that are not numbers")
         checked += entry.checksum is not None
         checksums[name] = found
         if not record and entry.checksum not in (None, found):

@@ -281,7 +281,7 @@ def test_openai_lines_are_answered_in_their_dialect(job):
         (["--sep-layer", "true"], "not supported yet: --sep-layer"),
         (["--pin-weight", "false"], "not supported: --pin-weight false"),
         (["--overlap", "--no-overlap"], "exclude each other"),
-        (["--prompt-len", "8"], "leave --input out"),
+        (["--prompt-len", "8"], "leave out --input"),
         (["--plot", "picture.xyz"], "cannot draw picture.xyz: expected one of"),
         (["--trace", "nowhere/trace.json"], "cannot write nowhere/trace.json"),
         (["--seed", "-1"], "seed must be an integer of at least 0, got -1"),
@@ -383,7 +383,7 @@ def test_a_failing_read_keeps_what_was_finished(tmp_path, offload, monkeypatch):
     kept = (tmp_path / "out.jsonl.partial").read_text().splitlines()
     assert len([line for line in kept if '"text"' in line]) == 2
     assert "2 requests are finished and kept" in result.stderr
-    assert "run the same command again to go on" in result.stderr
+    assert "run the same command again to resume" in result.stderr
     monkeypatch.undo()
     result = CliRunner().invoke(main, [str(a) for a in arguments])
     assert result.exit_code == 0, result.output

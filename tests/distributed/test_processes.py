@@ -293,7 +293,7 @@ def test_an_interrupt_ends_all_and_says_how_to_go_on(tmp_path, store, lines):
         (code, _, errors), (following, _, complaint) = pipeline.ends()
     assert code == 130
     assert "interrupted: " in errors
-    assert "run the same command again to go on" in errors
+    assert "run the same command again to resume" in errors
     assert following != 0
     assert "process 0 (stage 0, layers 0 to 3) failed: interrupted" in complaint
 

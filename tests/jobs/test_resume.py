@@ -349,7 +349,7 @@ def test_a_pipe_that_says_something_else_is_noticed(llm, source, tmp_path, monke
             run(llm, Path("-"), target)
         monkeypatch.undo()
         pipe(wrong)
-        with pytest.raises(JobError, match="is not the input that the job was begun with"):
+        with pytest.raises(JobError, match="is not the input that the job was started with"):
             run(llm, Path("-"), target)
         pipe(data)
         run(llm, Path("-"), target)
@@ -386,7 +386,7 @@ def test_a_disk_that_fills(source, expected, tmp_path, offload):
         assert "cannot write" in done.stderr
         assert "File too large" in done.stderr
         assert "Traceback" not in done.stderr
-        assert "run the same command again to go on" in done.stderr
+        assert "run the same command again to resume" in done.stderr
     done = limited(10**9)
     assert "resuming: " in done.stderr
     assert done.returncode == 0, done.stderr
@@ -508,7 +508,7 @@ def test_a_signal_ends_the_job_and_says_how_to_go_on(
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == code, result.output
     assert "interrupted: 16 requests are finished and kept" in result.stderr
-    assert "run the same command again to go on" in result.stderr
+    assert "run the same command again to resume" in result.stderr
     assert signal.getsignal(signal.SIGTERM) == before
     monkeypatch.undo()
     assert CliRunner().invoke(main, arguments).exit_code == 0

@@ -191,7 +191,7 @@ def test_a_directory_that_cannot_be_written(tmp_path):
     ("changes", "check", "level", "words"),
     [
         ({"kind": "tmpfs"}, "file system", "warning", "lies in memory"),
-        ({"kind": "nfs4"}, "file system", "warning", "is a network's"),
+        ({"kind": "nfs4"}, "file system", "warning", "is a network file system"),
         ({"direct_io": False}, "direct I/O", "warning", "page cache"),
         ({"locks": False}, "locks", "error", "cannot be locked"),
         ({"free": 1000}, "disk", "error", "free some"),

@@ -106,7 +106,7 @@ def test_calibrating_by_a_report(tmp_path, hardware):
     assert fitted.disk_to_host != hardware.disk_to_host
     for change, words in (
         (["--hardware", "t4"], "was predicted for"),
-        (["--calibrate", source], "is no report"),
+        (["--calibrate", source], "is not a report"),
         (["--calibrate", tmp_path / "none"], "cannot read"),
     ):
         wrong = CliRunner().invoke(main, [str(a) for a in [*calibrate, *change]])

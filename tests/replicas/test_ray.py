@@ -191,7 +191,7 @@ def stopped(monkeypatch, arguments):
         on_block(patch, stop)
         done = run(arguments)
     assert done.exit_code == 130, done.output
-    assert "run the same command again to go on" in done.output
+    assert "run the same command again to resume" in done.output
 
 
 def test_one_process_goes_on_where_many_stopped(cluster, job, tmp_path, monkeypatch):
@@ -490,7 +490,7 @@ def test_a_cluster_that_is_not_there(job, tmp_path):
         check=False,
     )
     assert done.returncode == 2
-    assert "no Ray cluster at 127.0.0.1:1: nobody answers there. Start one with" in done.stderr
+    assert "no Ray cluster at 127.0.0.1:1: nothing answers there. Start one with" in done.stderr
 
 
 @pytest.mark.parametrize(

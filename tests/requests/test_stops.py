@@ -10,7 +10,7 @@ from flexgen_jax.requests.sampling_params import SamplingParams
 from flexgen_jax.requests.stops import first_stop, stopped_by
 from flexgen_jax.requests.texts import output_of
 
-SPECIAL = 256  # tokens are bytes, and this one, which is no text
+SPECIAL = 256  # tokens are bytes, and this one, which is not text
 
 
 class Bytes:

@@ -270,7 +270,7 @@ def test_hardware_goes_to_json_and_back(tmp_path):
     with pytest.raises(ValueError, match="neither a preset"):
         Hardware.load(str(tmp_path / "none.json"))
     file.write_text("{")
-    with pytest.raises(ValueError, match="is no hardware"):
+    with pytest.raises(ValueError, match="is not a hardware file"):
         Hardware.load(str(file))
 
 

@@ -180,7 +180,7 @@ TO_DECODE = ROW[: ROW.index(Compute(1, 1, 0)) + 1]
         ([LoadWeights(0, 3)], "layer must lie in 0..2", None),
         ([FreeWeights(3)], "layer must lie in 0..2", None),
         ([LoadHidden(0, 0, 2)], "batch must lie in 0..1", None),
-        (["LoadWeights(step=0, layer=0)"], "is no op", None),
+        (["LoadWeights(step=0, layer=0)"], "is not an op", None),
     ],
 )
 def test_broken_rules(ops, words, missing):

@@ -269,7 +269,7 @@ def test_bin(tmp_path, tiny, dtype, zipped):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda torch, t: {7: t}, r"a tensor is called 7, which is no text"),
+        (lambda torch, t: {7: t}, r"a tensor is called 7, which is not text"),
         (lambda torch, t: {"x": t.to(torch.float8_e4m3fn)}, r"tensor x is torch\.float8_e4m3fn"),
         (lambda torch, t: {"x": t.to_sparse()}, r"tensor x is torch\.float32 .*sparse"),
         (lambda torch, t: {"x": t.to("meta")}, r"tensor x is torch\.float32 .* meta"),

@@ -170,7 +170,7 @@ def test_what_is_no_number_is_found_at_the_first_reading(tmp_path, tier):
     state = load_file(model / "model.safetensors")
     state["model.decoder.layers.1.fc1.weight"][3, 3] = np.inf
     save_file(state, model / "model.safetensors")
-    with pytest.raises(Exception, match=r"layer_1\.fc1\.weight in .*no numbers"):
+    with pytest.raises(Exception, match=r"layer_1\.fc1\.weight in .*not numbers"):
         logits_of(model, PLACES[tier])
 
 

@@ -147,5 +147,7 @@ def test_what_is_refused(tmp_path, tiny, model):
     broken = tiny.write_model(tmp_path / "broken")
     broken[kernel][0, 0] = np.inf
     save_file(broken, tmp_path / "broken" / "model.safetensors")
-    with pytest.raises(SourceError, match=r"layers\.0\.fc1\.weight has values that are no numbers"):
+    with pytest.raises(
+        SourceError, match=r"layers\.0\.fc1\.weight has values that are not numbers"
+    ):
         convert(tmp_path / "broken", tmp_path / "other", weight_bits=4)

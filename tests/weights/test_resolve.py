@@ -141,7 +141,7 @@ def test_a_hub_name_that_is_not_to_be_had(hub, model, tmp_path, tiny):
 
 @pytest.mark.parametrize("name", ["nothing", "/nothing/at/all", "a/b/c", "../x", "facebook/"])
 def test_a_name_of_nothing(name, tmp_path):
-    with pytest.raises(ModelNotFoundError, match="no such directory, and it is no name"):
+    with pytest.raises(ModelNotFoundError, match="no such directory, and it is not a name"):
         resolve(name, dtype="float32", offload_dir=tmp_path)
 
 
