@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 # A shell that runs the tests in the background has Ctrl-C ignored, and some of them send it.
@@ -14,8 +15,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # tests start. What bits come of programs as users have them is asked with the fixture `optimised`.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # No test may touch the user's own cache of converted models.
-os.environ["FLEXGEN_JAX_PROGRAMS"] = "off"  # nor keep programs from one test to another
 os.environ["FLEXGEN_JAX_CACHE"] = "/nonexistent/flexgen-jax-tests-must-pass-offload-dir"
+
+# Programs are kept for this run of the tests only, which workers and the processes that they start
+# share: the same ones are asked for again and again.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["FLEXGEN_JAX_PROGRAMS"] = tempfile.mkdtemp(prefix="flexgen-jax-tests-programs-")
 
 # Two runs of a job are the same job: what they answer has no clock in it.
 os.environ["SOURCE_DATE_EPOCH"] = "1700000000"
@@ -38,9 +43,22 @@ install_import_hook(
 import jax
 import pytest
 from hypothesis import settings
+from jax._src.lru_cache import LRUCache
+
+from flexgen_jax.machine.kept_programs import keep_programs
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_num_cpu_devices", 4)  # for pipeline stages
+
+keep_programs()
+# Nothing is evicted, and looking through all programs for each new one takes as long as making it.
+LRUCache._evict_if_needed = lambda self, **_: None
+
+
+def pytest_unconfigure():
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(os.environ["FLEXGEN_JAX_PROGRAMS"], ignore_errors=True)
+
 
 # Machines are shared and noisy: what matters is that the property holds, not how fast it is shown.
 settings.register_profile("default", deadline=None, max_examples=50)
