@@ -18,7 +18,13 @@ from flexgen_jax.engine.snapshots import Snapshots, State
 from flexgen_jax.jobs.job_input import JobError
 from flexgen_jax.jobs.results import FileResults
 from flexgen_jax.models.family import ConfigError
-from flexgen_jax.weights.checkpoint import SourceError, StoreError, convert, open_store
+from flexgen_jax.weights.checkpoint import (
+    SourceError,
+    StoreError,
+    convert,
+    open_model,
+    open_store,
+)
 from flexgen_jax.weights.verifying import verify
 from scheduling.timeline import Timeline
 from storage.disk import DiskContext, DiskStore
@@ -97,6 +103,39 @@ def test_a_bit_of_a_store(sound, store):
         else:
             assert found == expected, (path, at)
     assert reported > FLIPS // 2  # the rest is what nobody reads: Orbax's own files
+
+
+def test_a_bit_of_a_shard(tmp_path):
+    """Of which checksums were taken: in its header, its tensors, or the file of checksums."""
+    model = shutil.copytree(MODEL, tmp_path / "model")
+    (model / "generation_config.json").unlink()
+    assert verify(model, record=True).recorded
+
+    def content():
+        opened = open_model(model)
+        disk = DiskStore(opened.arrays, DiskContext(mode="direct", small_nbytes=0))
+        slot = Slot()
+        slot.begin(disk.slot_nbytes(tuple(opened.arrays)))
+        arrays = {
+            n: np.asarray(a).tobytes() for n, a in disk.load(tuple(opened.arrays), slot).items()
+        }
+        disk.close()
+        return dataclasses.replace(opened.config, eos_token_id=None), arrays
+
+    expected, reported, hit = content(), 0, set()
+    (model / "config.json").rename(tmp_path / "config.json")  # which has no checksum
+    for path, at in flips(model, seed=6):
+        shutil.copy(tmp_path / "config.json", model)
+        try:
+            found = content()
+        except (SourceError, StoreError, StorageError):
+            reported += 1
+        else:
+            assert found == expected, (path, at)
+        hit.add(path.name)
+        (model / "config.json").unlink()
+    assert reported > FLIPS // 2
+    assert hit == {"model.safetensors", "flexgen_checksums.json"}
 
 
 def test_a_bit_of_an_interrupted_conversion(tmp_path):

@@ -23,6 +23,7 @@ from flexgen_jax.models.family import Config, Source
 from flexgen_jax.models.params import param_records
 from flexgen_jax.models.registry import GGUF_ARCHITECTURES, family_of, load_config
 from flexgen_jax.weights import manifest
+from flexgen_jax.weights.gguf_header import check_header
 from flexgen_jax.weights.gguf_tokenizer import chat_files, generation_config, make_tokenizer
 from flexgen_jax.weights.in_place import Needed
 from flexgen_jax.weights.published_format import Leaf, PublishedFormat, float_leaf
@@ -93,6 +94,7 @@ class GGUFFile:
             ) from error
         self.path = path
         try:
+            check_header(path)
             # Damaged counts make NumPy warn of numbers that overflow before anything is wrong.
             with np.errstate(all="ignore"):
                 reader = gguf.GGUFReader(path)

@@ -551,8 +551,15 @@ def _shards(listed_in: Path) -> tuple[Path, ...]:
     if not listed_in.name.endswith(".index.json"):
         return (listed_in,)
     names = sorted(set(_weight_map(listed_in).values()))
-    # An index comes from outside: it names files beside itself, and nothing else.
-    shards = tuple(listed_in.parent / Path(name).name for name in names)
+    # An index comes from outside: it names files beside itself, and nothing else. They may be
+    # links, as in the hub's cache; what they lead to is read as weights or not at all.
+    for name in names:
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise SourceError(
+                f"{listed_in} names the shard {name!r}, which is not a file beside it; download "
+                "the model again"
+            )
+    shards = tuple(listed_in.parent / name for name in names)
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
         raise SourceError(
