@@ -135,7 +135,7 @@ def read_gguf(path: Path) -> tuple[Fields, dict[str, Tensor]]:
     Raises:
         ModuleNotFoundError: the package ``gguf`` is missing.
         FileNotFoundError: no such file.
-        ValueError: not a whole GGUF file.
+        ValueError: not a complete GGUF file.
     """
     try:
         import gguf
@@ -150,7 +150,7 @@ def read_gguf(path: Path) -> tuple[Fields, dict[str, Tensor]]:
     try:
         reader = gguf.GGUFReader(path)
     except (ValueError, IndexError, OverflowError, KeyError) as error:
-        raise ValueError(f"{path} is no whole GGUF file: {error}") from error
+        raise ValueError(f"{path} is not a complete GGUF file: {error}") from error
 
     def tensor(entry: Any) -> Tensor:
         shape = tuple(int(n) for n in reversed(entry.shape))

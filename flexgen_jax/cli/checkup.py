@@ -55,14 +55,16 @@ def doctor(
 ) -> None:
     """Check this machine: what would stop a run, and how fast one would be.
 
-    Versions, devices, memory, the disk and its file system; takes about ten seconds. The exit code
+    Versions, devices, memory, the disk and its file system; takes about 15 seconds. The exit code
     is 1 if something would stop a run.
     """
     with plain_errors():
         from flexgen_jax.machine.doctor import diagnose
+        from flexgen_jax.machine.kept_programs import keep_programs
         from flexgen_jax.weights.checkpoint import dtype_of_model
         from scheduling.hardware import Hardware
 
+        keep_programs()
         machine = Hardware.load(hardware) if hardware else None
         found = diagnose(
             offload_dir, hardware=machine, models=models, dtype=dtype_of_model("", dtype)

@@ -269,11 +269,13 @@ def profile(
     Runs on this machine use what it keeps, for --policy auto and for predictions.
     """
     with plain_errors():
+        from flexgen_jax.machine.kept_programs import keep_programs
         from flexgen_jax.machine.profile import profile as measure
         from flexgen_jax.machine.this_machine import profile_path, save, this_machine
         from flexgen_jax.weights.checkpoint import dtype_of_model
         from scheduling.hardware import Hardware
 
+        keep_programs()
         dtype = dtype_of_model("", dtype)
         path = output or profile_path(dtype)
         if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):

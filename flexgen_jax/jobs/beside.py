@@ -33,8 +33,13 @@ class Beside:
     def __init__(self, output: Path) -> None:
         try:
             self.output = output.resolve()
+            circle: Exception | None = None
         except (RuntimeError, OSError) as error:  # the former up to Python 3.12
-            raise JobError(f"cannot write {output}: its symbolic links lead in a circle") from error
+            circle = error
+        if circle is not None or self.output.is_symlink():  # which is all that 3.13 leaves of one
+            raise JobError(
+                f"cannot write {output}: its symbolic links lead in a circle"
+            ) from circle
         ends = (".partial", ".partial.new", ".ordered", ".checkpoint", ".job")
         self.partial, self.new, self.ordered, self.snapshots, self.finished = (
             self.output.with_name(self.output.name + end) for end in ends

@@ -517,7 +517,8 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], partly: bool
         for name in values if partly else dict.fromkeys((*then, *values)):
             old, new = then.get(name), values.get(name)
             if old != new:
-                found.append(f"{part} {name} was {_shown(old)}, is {_shown(new)}")
+                whose = "" if part == "task" else f"{part} "
+                found.append(f"{whose}{name} was {_shown(old)}, is now {_shown(new)}")
     return found
 
 

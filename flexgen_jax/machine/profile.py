@@ -240,7 +240,12 @@ def _links(device: Any, repeats: int) -> tuple[float | None, float | None]:
 
 
 def _normal(*shape: int, dtype: str) -> jax.Array:
-    return jax.random.normal(jax.random.key(0), shape, jnp.float32).astype(dtype)
+    """The same few over and over: how long something takes does not depend on them.
+
+    Made by NumPy, since JAX would compile a program for each shape, longer than all else takes.
+    """
+    values = np.random.default_rng(0).standard_normal(1 << 16, np.float32).astype(dtype)
+    return jnp.asarray(np.resize(values, shape))
 
 
 def _layers(rows: int, dtype: str, repeats: int) -> float:

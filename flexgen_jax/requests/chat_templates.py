@@ -132,7 +132,7 @@ class ChatTemplates:
         raise RequestError(
             "this model has no chat template (no chat_template.jinja, and no chat_template in "
             "tokenizer_config.json): it was not trained to chat; give a prompt instead of "
-            "messages, or a template with chat_template"
+            "messages, or a template with chat_template (--chat-template)"
         )
 
 

@@ -87,7 +87,9 @@ def test_what_a_models_publishers_suggest(run_batch, chatting_model, tmp_path):
     again = ("--max-tokens", 5, "--ignore-eos")
     assert "already complete" in run_batch(*again, command="generate")[0].stderr
     other = run_batch(*again, *theirs, command="generate")[0]
-    assert "temperature was 0.0, is 0.1" in other.stderr or "seed was 0, is 7" in other.stderr
+    assert (
+        "temperature was 0.0, is now 0.1" in other.stderr or "seed was 0, is now 7" in other.stderr
+    )
     result, _ = run_batch("--generation-config", tmp_path / "none", "--restart")
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
     assert "cannot take sampling defaults from" in result.stderr

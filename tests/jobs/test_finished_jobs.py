@@ -72,10 +72,10 @@ def test_the_same_job_again_is_complete(generate, tmp_path, no_model):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--max-tokens", 3], "task max_tokens was 2, is 3"),
-        (["--device-batch-size", 2], "policy device_batch_size was 4, is 2"),
-        (["--cache-bits", 4], "policy cache_bits was None, is 4"),
-        (["--dtype", "bfloat16"], "weights dtype was float32, is bfloat16"),
+        (["--max-tokens", 3], "max_tokens was 2, is now 3"),
+        (["--device-batch-size", 2], "policy device_batch_size was 4, is now 2"),
+        (["--cache-bits", 4], "policy cache_bits was None, is now 4"),
+        (["--dtype", "bfloat16"], "weights dtype was float32, is now bfloat16"),
     ],
 )
 def test_another_job_is_refused_without_restart(generate, tmp_path, no_model, options, said):

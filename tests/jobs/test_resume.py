@@ -262,15 +262,15 @@ def test_another_job_is_refused_with_what_differs(llm, source, expected, tmp_pat
     interrupted(llm, source, target, monkeypatch)
     kept = (tmp_path / "out.partial").read_bytes()
     cases = {
-        "task max_tokens was 3, is 4": {"params": dataclasses.replace(GREEDY, max_tokens=4)},
-        "window requests was 16, is 24": {"window": 24},
+        "max_tokens was 3, is now 4": {"params": dataclasses.replace(GREEDY, max_tokens=4)},
+        "window requests was 16, is now 24": {"window": 24},
     }
     for words, change in cases.items():
         with pytest.raises(JobError, match=words):
             run(llm, source, target, **change)
     before, text = llm.policy, source.read_text()
     llm.policy = dataclasses.replace(before, device_batch_size=2)
-    with pytest.raises(JobError, match="policy device_batch_size was 4, is 2"):
+    with pytest.raises(JobError, match="policy device_batch_size was 4, is now 2"):
         run(llm, source, target)
     llm.policy = before
     source.write_text(text + "\n{}")
@@ -306,7 +306,7 @@ def test_a_model_that_was_changed_is_another_one(llm, source, tmp_path, monkeypa
         file.write_text(text)
         with (
             fg.LLM(str(store), policy=llm.policy) as other,
-            pytest.raises(JobError, match=f"{said} was .*, is "),
+            pytest.raises(JobError, match=f"{said} was .*, is now "),
         ):
             run(other, source, target)
         file.unlink()
@@ -475,7 +475,7 @@ def test_what_auto_came_to_is_kept(source, tmp_path, offload, monkeypatch):
     monkeypatch.undo()
     wrong = CliRunner().invoke(main, [*arguments, out, "--temperature", "1"])
     assert wrong.exit_code == 2
-    assert "task temperature was 0.0, is 1.0" in wrong.stderr
+    assert "temperature was 0.0, is now 1.0" in wrong.stderr
     assert "or start over with --restart" in wrong.stderr
     wrong = CliRunner().invoke(main, [*arguments, out, "--device-batch-size", "31"])
     assert wrong.exit_code == 2

@@ -2,6 +2,8 @@
 
 import json
 
+import jax
+import jax.monitoring
 import pytest
 from click.testing import CliRunner
 
@@ -115,3 +117,15 @@ def test_calibrating_by_a_report(tmp_path, hardware):
     wrong = CliRunner().invoke(main, ["profile", "--hardware", "t4"])
     assert wrong.exit_code == 2
     assert "--hardware goes with --calibrate" in wrong.output
+
+
+def test_made_up_arrays_compile_nothing():
+    """What a doctor's short look would spend most of its time on."""
+    events = []
+    listener = lambda event, seconds, **_: events.append(event)  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    for rows in range(3, 6):
+        made = profiling._normal(rows, 41, dtype="bfloat16")
+        assert (made.shape, made.dtype.name) == ((rows, 41), "bfloat16")
+    jax.monitoring.unregister_event_duration_listener(listener)
+    assert not [event for event in events if "backend_compile" in event]
