@@ -517,8 +517,9 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], partly: bool
         for name in values if partly else dict.fromkeys((*then, *values)):
             old, new = then.get(name), values.get(name)
             if old != new:
-                whose = "" if part == "task" else f"{part} "
-                found.append(f"{whose}{name} was {_shown(old)}, is now {_shown(new)}")
+                # A task's are the names of options, but for which command it is.
+                whose = f"{part} {name}" if part != "task" else {"kind": "command"}.get(name, name)
+                found.append(f"{whose} was {_shown(old)}, is now {_shown(new)}")
     return found
 
 

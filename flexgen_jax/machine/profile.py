@@ -245,7 +245,7 @@ def _normal(*shape: int, dtype: str) -> jax.Array:
     Made by NumPy, since JAX would compile a program for each shape, longer than all else takes.
     """
     values = np.random.default_rng(0).standard_normal(1 << 16, np.float32).astype(dtype)
-    return jnp.asarray(np.resize(values, shape))
+    return jax.device_put(np.resize(values, shape))
 
 
 def _layers(rows: int, dtype: str, repeats: int) -> float:

@@ -175,7 +175,7 @@ def test_scores_are_kept_likewise(generate, source, tmp_path, no_model):
     again = generate(command="score")
     assert (again.exit_code, again.stderr[:16]) == (0, "already complete")
     refused = generate()
-    assert (refused.exit_code, "task kind was score" in refused.stderr) == (2, True)
+    assert (refused.exit_code, "command was score, is now generate" in refused.stderr) == (2, True)
 
 
 def test_quiet_says_that_every_line_is_bad(generate, source, tmp_path):
