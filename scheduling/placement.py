@@ -85,9 +85,19 @@ class Placement:
         }
 
     def describe(self, what: str) -> str:
-        """One line for a person."""
+        """One line for a person: where anything lies."""
         parts = [
-            f"{tier} {percent:.1f}% ({nbytes / 1e9:.3f} GB, {cells} tensors)"
+            f"{tier} {percent:.1f}% ({_size(nbytes)}, {cells} tensor{'s' * (cells != 1)})"
             for tier, cells, nbytes, percent in self.table()
+            if cells
         ]
-        return f"{what}: " + ", ".join(parts)
+        return f"{what}: " + (", ".join(parts) or "none")
+
+
+def _size(nbytes: int) -> str:
+    """In GB, or in a unit in which it is not 0.000."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= 0.1 * scale:
+            value = nbytes / scale
+            return f"{value:.{2 - (value >= 10) - (value >= 100)}f} {unit}"
+    return f"{nbytes} bytes"

@@ -10,13 +10,13 @@ import functools
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from flexgen_jax.requests.prompts import RequestError
-from flexgen_jax.requests.structured_outputs import StructuredOutputsParams
+from flexgen_jax.requests.structured_outputs import StructuredOutputsParams, trigger_of
 
 _MOST_GRAMMARS = 256
 _WORD = 32  # bits
@@ -51,6 +51,8 @@ class Guidance:
             raise RequestError(
                 f"structured_outputs does not work with this model's tokenizer: {error}"
             ) from error
+        added = tokenizer.get_added_tokens_decoder().values()
+        self._special = frozenset(str(token.content) for token in added if token.special)
         self._words = -(-vocab_size // _WORD)
         self._made: OrderedDict[StructuredOutputsParams, Any] = OrderedDict()
         self._lock = threading.Lock()
@@ -75,7 +77,8 @@ class Guidance:
                 self._made.move_to_end(asked)
                 return self._made[asked]
             try:
-                made = llguidance.LLMatcher(self._tokenizer, _grammar(asked), log_level=0)
+                grammar = _grammar(asked, self._special)
+                made = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)
             except Exception as error:
                 raise RequestError(f"structured_outputs cannot be compiled: {error}") from error
             if made.is_error():
@@ -87,8 +90,12 @@ class Guidance:
             return made
 
 
-def _grammar(asked: StructuredOutputsParams) -> str:
-    """As ``llguidance`` has it."""
+def _grammar(asked: StructuredOutputsParams, special: Collection[str]) -> str:
+    """As ``llguidance`` has it.
+
+    Args:
+        special: Texts of the tokens that are special.
+    """
     import llguidance
 
     if asked.schema is not None:
@@ -100,8 +107,29 @@ def _grammar(asked: StructuredOutputsParams) -> str:
             json.dumps(text, ensure_ascii=False, allow_nan=False) for text in asked.choice
         )
         return llguidance.LLMatcher.grammar_from_lark(f"start: {texts}")
+    if asked.structural_tag is not None:
+        return _tagged(json.loads(asked.structural_tag), special)
     assert asked.grammar is not None
     return llguidance.grammar_from("grammar", asked.grammar)
+
+
+def _tagged(tag: Mapping[str, Any], special: Collection[str]) -> str:
+    """Text with structures in it. A trigger is a special token, or what comes anywhere in text."""
+    from llguidance import StructTag
+
+    tags, triggers = [], tag["triggers"]
+    for structure in tag["structures"]:
+        schema = structure["schema"]
+        schema = json.loads(schema) if isinstance(schema, str) else schema
+        tags.append(
+            StructTag(
+                trigger=trigger_of(structure["begin"], triggers) or "",
+                begin=structure["begin"],
+                grammar={"x-guidance": _JSON_FORM, **schema},
+                end=structure["end"],
+            )
+        )
+    return StructTag.to_grammar(tags, assume_special=any(t in special for t in triggers))
 
 
 class Guide:

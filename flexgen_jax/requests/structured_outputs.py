@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json as json_text
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 MAX_CHOICES = 10_000
@@ -24,6 +24,9 @@ class StructuredOutputsParams:
         choice: Texts, of which the answer is one.
         grammar: A context-free grammar, in the syntax of Lark that ``llguidance`` reads, or GBNF.
         json_object: Any JSON object.
+        structural_tag: Text in which JSON may come, between a beginning and an end, as calls of
+            tools do: ``{"structures": [{"begin", "schema", "end"}, ...], "triggers": [...]}``. What
+            follows a trigger, with which each beginning begins, is one of the structures.
 
     Raises:
         ValueError: none of them, several, or one in a form that it cannot have.
@@ -34,13 +37,14 @@ class StructuredOutputsParams:
     choice: tuple[str, ...] | None = None
     grammar: str | None = None
     json_object: bool | None = None
+    structural_tag: str | None = None
 
     def __post_init__(self) -> None:
         given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None]
         if len(given) != 1:
             raise ValueError(
-                "structured_outputs needs exactly one of json, regex, choice, grammar and "
-                f"json_object, got {', '.join(given) or 'none'}"
+                "structured_outputs needs exactly one of json, regex, choice, grammar, json_object "
+                f"and structural_tag, got {', '.join(given) or 'none'}"
             )
         if self.json is not None:
             object.__setattr__(self, "json", _schema(self.json))
@@ -50,6 +54,8 @@ class StructuredOutputsParams:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 raise ValueError(f"structured_outputs: {name} must be a text, got {value!r}")
+        if self.structural_tag is not None:
+            object.__setattr__(self, "structural_tag", _tag(self.structural_tag))
         if self.json_object not in (None, True):
             raise ValueError(
                 f"structured_outputs: json_object must be true, got {self.json_object!r}"
@@ -95,6 +101,40 @@ def _schema(value: Any) -> str:
     return text
 
 
+def _tag(value: Any) -> str:
+    """As a text, checked."""
+    try:
+        tag = json_text.loads(value) if isinstance(value, str) else value
+        structures, triggers = tag["structures"], tag["triggers"]
+        if unknown := set(tag) - {"type", "structures", "triggers"}:
+            raise ValueError(f"unknown field {min(unknown)!r}")
+        for structure in structures:
+            schema = json_text.loads(_schema(structure["schema"]))
+            begin, end = structure["begin"], structure["end"]
+            if not isinstance(begin, str) or not isinstance(end, str):
+                raise ValueError("begin and end must be texts")
+            if trigger_of(begin, triggers) is None:
+                raise ValueError(f"no trigger begins {begin!r}")
+            if unknown := set(structure) - {"begin", "schema", "end"}:
+                raise ValueError(f"unknown field {min(unknown)!r}")
+            if not isinstance(schema, dict):
+                raise ValueError("a schema must be an object")
+        if not structures:
+            raise ValueError("it has no structures")
+        return json_text.dumps(tag, allow_nan=False)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        why = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(
+            "structural_tag must be an object with a list of structures, each with begin, schema "
+            f"and end, and a list of triggers: {why}"
+        ) from error
+
+
+def trigger_of(begin: str, triggers: Sequence[str]) -> str | None:
+    """Which of ``triggers`` it begins with: the longest."""
+    return max((t for t in triggers if t and begin.startswith(t)), key=len, default=None)
+
+
 def _choice(value: Any) -> tuple[str, ...]:
     fits = isinstance(value, (list, tuple)) and 0 < len(value) <= MAX_CHOICES
     if not fits or not all(isinstance(text, str) and text for text in value):
@@ -138,7 +178,9 @@ def _of_response_format(value: Any) -> dict[str, Any] | None:
         if not isinstance(described, Mapping) or described.get("schema") is None:
             raise ValueError("response_format: json_schema needs an object with a schema")
         return {"json": described["schema"]}
+    if kind == "structural_tag":
+        return {"structural_tag": value}
     raise ValueError(
-        "response_format must be an object whose type is 'text', 'json_object' or 'json_schema', "
-        f"got {str(value)[:60]}"
+        "response_format must be an object whose type is 'text', 'json_object', 'json_schema' or "
+        f"'structural_tag', got {str(value)[:60]}"
     )

@@ -26,6 +26,14 @@ SCHEMA = {
     "required": ["name", "age", "tags"],
     "additionalProperties": False,
 }
+NUMBER = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+TAG = {
+    "type": "structural_tag",
+    "structures": [
+        {"begin": "<f=a>", "schema": {**NUMBER, "additionalProperties": False}, "end": "</f>"}
+    ],
+    "triggers": ["<f="],
+}
 SHAPE = {"device_batch_size": 4, "num_device_batches": 2}
 
 
@@ -159,6 +167,7 @@ def test_a_job_goes_on_inside_an_answer(llm, tmp_path):
             }
         },
         {"response_format": {"type": "text"}},
+        {"response_format": TAG, "max_tokens": 4},
         {"guided_json": {"type": "nope"}},
         {"guided_regex": "[a"},
         {"guided_regex": "a", "guided_json": SCHEMA},
@@ -192,7 +201,8 @@ def test_a_job_goes_on_inside_an_answer(llm, tmp_path):
         assert list((tmp_path / "out.checkpoint").glob("*/state.json"))
     assert run(tmp_path / "out") == clean
     records = list(map(json.loads, clean.splitlines()))
-    schema, choice, openai, text, *wrong = records[7:]
+    schema, choice, openai, text, tagged, *wrong = records[7:]
+    assert "error" not in tagged
     assert fits(schema["text"])
     assert fits(openai["text"])
     assert choice["text"] in ("up", "down")
@@ -231,9 +241,38 @@ def test_a_matcher_that_fails_says_so(llm):
     assert free.error is None
 
 
+def test_text_with_calls_in_it(llm):
+    """Free text, until a trigger comes; then one of the structures, and text again."""
+    for form in ({"structural_tag": TAG}, {"structural_tag": json.dumps(TAG)}):
+        guide = guidance_of(llm.config, llm.tokenizer).guide(params(form).structured_outputs)
+        said: list[int] = []
+
+        def may_come(text, said=said, guide=guide):
+            """Which of single letters may follow what was said so far and ``text``."""
+            said += llm.tokenizer.encode_words(text)
+            (allowed,) = masks([(0, guide, said)], 1)
+            bits = np.unpackbits(allowed.view(np.uint8), bitorder="little")
+            letters = {c: llm.tokenizer.encode_words(c)[-1] for c in 'x{"<5}'}
+            return {c for c, token in letters.items() if bits[token]}
+
+        assert may_come("I ask:") == set('x{"<5}')
+        assert may_come("<f=a>") == {"{"}
+        assert may_come('{"n": 5') == {"5", "}"}
+        assert may_come("}") == {"<"}
+        assert may_come("</f>") == set('x{"<5}')
+    (output,) = llm.generate(["x"], params({"structural_tag": TAG}, max_tokens=8))
+    assert len(output.outputs[0].token_ids) <= 8
+
+
 def test_what_python_refuses(llm, offload):
     for form, words in [
-        ({}, "exactly one of json, regex, choice, grammar and json_object, got none"),
+        ({}, "exactly one of json, regex, choice, grammar, json_object and structural_tag, got no"),
+        (
+            {"structural_tag": {"triggers": ["<f"]}},
+            "structural_tag must be .*'structures' is missing",
+        ),
+        ({"structural_tag": {**TAG, "triggers": ["<g"]}}, "no trigger begins '<f=a>'"),
+        ({"structural_tag": {**TAG, "format": {}}}, "unknown field 'format'"),
         ({"json": SCHEMA, "regex": "x"}, "got json, regex"),
         ({"choice": []}, "choice must be a list"),
         ({"json": "{"}, "schema is not JSON"),

@@ -124,7 +124,7 @@ def test_another_template_is_another_job(llm, tmp_path):
     with JobInput(tmp_path / "in") as source, FileResults(tmp_path / "out") as results:
         results.begin(kept(Job(llm, one, source, results)))
         Job(llm, one, source, results)
-        with pytest.raises(JobError, match="task chat template was"):
+        with pytest.raises(JobError, match="chat template was"):
             Job(llm, other, source, results)
 
 

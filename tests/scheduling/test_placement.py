@@ -97,7 +97,15 @@ def test_what_came_out():
     ]
     described = json.loads(json.dumps(placement.to_json()))
     assert described["disk"] == {"cells": 2, "nbytes": 90, "percent": 75.0}
-    assert "disk 75.0% (0.000 GB, 2 tensors)" in placement.describe("weights")
+    expected = "weights: device 25.0% (30 bytes, 1 tensor), disk 75.0% (90 bytes, 2 tensors)"
+    assert placement.describe("weights") == expected
+    for nbytes, said in (
+        (533 * 10**6, "0.53 GB"),
+        (12_345_678, "12.3 MB"),
+        (350 * 10**9, "350 GB"),
+    ):
+        assert f"({said}, 1 tensor)" in Placement.of([("a", nbytes, Tier.DISK)]).describe("x")
+    assert Placement(()).describe("x") == "x: none"
 
 
 def test_nothing_placed_is_no_percent():
