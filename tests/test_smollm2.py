@@ -92,6 +92,33 @@ def test_answers_are_transformers(llm):
     assert reasons == {True: "length", False: "stop"}
 
 
+def test_the_gguf_alone_gives_the_logits_of_its_dense_directory(llm, smollm2, scratch):
+    """Text in, text out, and its chat template, from the one file."""
+    params = fg.SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    prompts = [answer["prompt"] for answer in ANSWERS[:3]]
+
+    def run(model):
+        found = {}
+        outputs = model.generate(
+            prompts, params, on_logits=lambda s, b, x: found.update({(s, b): np.asarray(x)})
+        )
+        return [output.outputs[0].text for output in outputs], found
+
+    policy = fg.Policy(
+        device_batch_size=len(ANSWERS), num_device_batches=1, weights=fg.Split(device=0, disk=100)
+    )
+    file = str(smollm2.shipped_gguf())
+    with fg.LLM(file, dtype="float32", policy=policy, offload_dir=str(scratch)) as alone:
+        texts, logits = run(alone)
+        messages = [{"role": "user", "content": ANSWERS[0]["question"]}]
+        (chat,) = alone.chat([messages], params)
+    expected_texts, expected = run(llm)
+    assert texts == expected_texts
+    for key, values in expected.items():
+        np.testing.assert_array_equal(logits[key], values)
+    assert list(chat.prompt_token_ids) == ANSWERS[0]["prompt_token_ids"]
+
+
 def test_text_in_text_out(llm):
     answer = min(ANSWERS, key=lambda answer: len(answer["token_ids"]))
     (output,) = llm.generate([answer["prompt"]], GREEDY)
