@@ -15,4 +15,6 @@ KNOWN = json.loads(MAKE["FILE"].read_text(encoding="utf-8")).get(MAKE["platform"
 @pytest.mark.usefixtures("optimised")
 def test_the_logits_are_the_same_bits_as_before(case, monkeypatch, tmp_path):
     monkeypatch.setenv("FLEXGEN_JAX_CACHE", str(tmp_path))
+    if case not in KNOWN:
+        pytest.skip("not recorded on this version and processor")
     assert MAKE["digest"](case) == KNOWN[case]

@@ -52,6 +52,22 @@ class Quantized(Packed):
     def dense(self, dtype: Any) -> Array:
         return dequantize(self, dtype)
 
+    @classmethod
+    def packed(
+        cls,
+        codes: UInt8[Array, "*dims groups width"],
+        scale: BFloat16[Array, "*dims groups"],
+        zero: BFloat16[Array, "*dims groups"],
+        bits: int,
+        size: int,
+    ) -> Quantized:
+        """Of codes in groups, one a byte."""
+        codes = codes.reshape(*codes.shape[:-2], -1)
+        if bits == 4:
+            pairs = codes.reshape(*codes.shape[:-1], -1, 2)
+            codes = pairs[..., 0] | (pairs[..., 1] << 4)
+        return cls(codes, jnp.concatenate([scale, zero], axis=-1), bits, size)
+
 
 def grouping(size: int, group: int = GROUP) -> tuple[int, int]:
     """How many groups an axis of ``size`` has, and their size: equal, even, at most ``group``.
@@ -108,22 +124,22 @@ def quantize(x: Float[Array, "*dims size"], *, bits: int = 4, group: int = GROUP
     """
     if bits not in BITS:
         raise ValueError(f"bits must be 4 or 8, got {bits!r}")
-    size = x.shape[-1]
-    count, width = grouping(size, group)
-    x32 = jnp.clip(x.astype(jnp.float32), -_LARGEST, _LARGEST)
-    widths = [(0, 0)] * (x.ndim - 1) + [(0, count * width - size)]
-    groups = jnp.pad(x32, widths, mode="edge").reshape(*x.shape[:-1], count, width)
+    groups = in_groups(x, group)
     zero = _floor(groups.min(axis=-1))
     low = zero.astype(jnp.float32)
     levels = (1 << bits) - 1
     scale = _ceil(jnp.maximum((groups.max(axis=-1) - low) / levels, _SMALLEST))
     steps = (groups - low[..., None]) / scale.astype(jnp.float32)[..., None]
     codes = jnp.clip(jnp.round(steps), 0, levels).astype(jnp.uint8)
-    codes = codes.reshape(*x.shape[:-1], count * width)
-    if bits == 4:
-        pairs = codes.reshape(*codes.shape[:-1], -1, 2)
-        codes = pairs[..., 0] | (pairs[..., 1] << 4)
-    return Quantized(codes, jnp.concatenate([scale, zero], axis=-1), bits, size)
+    return Quantized.packed(codes, scale, zero, bits, x.shape[-1])
+
+
+def in_groups(x: Float[Array, "*dims size"], group: int) -> Float[Array, "*dims groups width"]:
+    """``x`` in float32, finite but for NaN, cut into groups; the last is filled up with its end."""
+    count, width = grouping(x.shape[-1], group)
+    x32 = jnp.clip(x.astype(jnp.float32), -_LARGEST, _LARGEST)
+    widths = [(0, 0)] * (x.ndim - 1) + [(0, count * width - x.shape[-1])]
+    return jnp.pad(x32, widths, mode="edge").reshape(*x.shape[:-1], count, width)
 
 
 def dequantize(q: Quantized, dtype: Any = jnp.float32) -> Float[Array, "*dims size"]:

