@@ -10,7 +10,7 @@ demo: $(STAMP)
 	$(BIN)/flexgen-jax demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
+	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 --durations 40
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -329,7 +329,7 @@ class BlockEffects:
         if not self._may_gather() and state.now.number != self._most_steps:
             return self._go_on(batch, state)
         state.paused = True
-        if state.num_live == 0:
+        if state.num_live == 0 and not self._waiting.open_to(self._room):
             self._leave(batch, state)
         self._note_finished()
         return False

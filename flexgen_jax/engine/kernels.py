@@ -214,6 +214,17 @@ def put_rows(
     return whole.at[places].set(some.astype(whole.dtype), mode="drop")
 
 
+@jax.jit
+def put_last(
+    whole: Float[Array, "batch 1 hidden"],
+    prompts: Float[Array, "count seq hidden"],
+    rows: Int[Array, "count"],
+) -> Float[Array, "batch 1 hidden"]:
+    """``whole`` with the last positions of ``prompts`` in its ``rows``; -1: nowhere."""
+    places = jnp.where(rows >= 0, rows, whole.shape[0])
+    return whole.at[places].set(prompts[:, -1:], mode="drop")
+
+
 @partial(jax.jit, static_argnames=("config", "k"))
 def score(
     params: Any,
@@ -243,6 +254,7 @@ def compilations() -> int:
         sum_values,
         decode_rest,
         head,
+        put_last,
         put_rows,
         score,
     )

@@ -305,10 +305,9 @@ class HeadEffects(UnitEffects):
             for prompts in (*joined, hidden)[:1]
             for wanted in state.wanted_scores()
         ]
-        logits = kernels.head(*head, hidden, config=self._config)
         if state.now.joining is not None:
-            theirs = kernels.head(*head, joined[0], config=self._config)
-            logits = kernels.put_rows(logits, theirs, state.now.joining.rows)
+            hidden = kernels.put_last(hidden, joined[0], state.now.joining.rows)
+        logits = kernels.head(*head, hidden, config=self._config)
         if self._on_logits is not None:
             self._on_logits(state.num_done, op.batch, logits)
         state.sampled = sample(

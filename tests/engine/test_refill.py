@@ -195,6 +195,17 @@ def test_scores_come_without_a_step_more(opened):
     assert report.passes == -(-40 // 12)
 
 
+@pytest.mark.parametrize("schedule", ["zigzag", "lock_step"])
+def test_a_batch_that_is_empty_as_a_run_ends_is_filled_in_the_next(schedule, opened, monkeypatch):
+    monkeypatch.setattr("flexgen_jax.engine.block_run.MOST_OPS", 200)  # runs of 16 steps
+    lengths = [17, 20, 20, 20]  # the first one's last step is the run's
+    params = [fg.SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True) for n in lengths]
+    shape = {"device_batch_size": 1, "num_device_batches": 2}
+    with opened(policy=policy(**shape), schedule=schedule) as llm:
+        llm.generate([PROMPTS[0][:1] * 9, *[PROMPTS[0][:1]] * 3], params)
+        assert llm.report.passes == llm.report.ideal_passes == 40
+
+
 shares = st.sampled_from([fg.Split(), HOST, DISK, MIXED])
 
 
