@@ -81,7 +81,7 @@ def main() -> None:
         "min-max": lambda x, group: quantize(x, bits=4, group=group),
         "fitted": lambda x, group: quantize_fitted(x, group=group),
     }
-    policy = fg.Policy(device_batch_size=16, num_device_batches=1)
+    policy = fg.Policy(device_batch_size=16, num_device_batches=1, refill=False)
     with tempfile.TemporaryDirectory(prefix="flexgen-jax-bench-") as scratch:
         models = {"full": args.model}
         seconds = {}

@@ -96,6 +96,8 @@ def convert(
 ) -> Path:
     """Makes a weight store of a Hugging Face model, holding no more than a block in memory.
 
+    Of a model that was published in codes it holds one matrix, which it makes dense.
+
     An interrupted conversion is continued by the same call; a store that is already there and was
     made from the same files in the same dtype is left as it is.
 
