@@ -1,7 +1,6 @@
 """What 4-bit weights cost with fitted scales and zeros, beside minimum and maximum; JSON lines.
 
-Both on the same text, in the same groups: perplexity and divergence from full precision, and the
-seconds that quantising takes.
+Both on the same text, in the same groups: perplexity and divergence from full precision.
 
     python benchmarks/four_bits.py                      # the bundled model
     python benchmarks/four_bits.py --model smollm2-135m # a directory made by examples/smollm2.py
@@ -14,7 +13,6 @@ import json
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,20 +41,18 @@ def there_and_back(quantise: Callable[..., Any], x: np.ndarray, group: int) -> n
     return np.concatenate([np.asarray(back(x[i : i + rows])) for i in range(0, len(x), rows)])
 
 
-def write(model: Path, into: Path, dtype: str, quantise: Callable[..., Any], group: int) -> float:
-    """A dense directory of what the codes of ``model`` stand for; the seconds of quantising."""
+def write(model: Path, into: Path, dtype: str, quantise: Callable[..., Any], group: int) -> None:
+    """A dense directory of what the codes of ``model`` stand for."""
     source = HuggingFaceModel(model)
     form = WeightFormat.usual(dtype, 4, group)
-    state, seconds = {}, 0.0
+    state = {}
     for name, record in param_records(source.config).items():
         transposed = form.transposes(source.config, name)
         shape = form.array_shape(source.config, name)
         blocks = source.blocks(name, np.dtype(np.float32), transposed=transposed)
         x = np.concatenate([block.reshape(-1) for block in blocks]).reshape(shape)
         if record.quantized:
-            started = time.perf_counter()
             x = there_and_back(quantise, x, group)
-            seconds += time.perf_counter() - started
         place = family_of(source.config).source(source.config, name)
         state[place.key] = np.ascontiguousarray(x.T if place.transposed != transposed else x)
     into.mkdir()
@@ -64,7 +60,6 @@ def write(model: Path, into: Path, dtype: str, quantise: Callable[..., Any], gro
     for file in model.glob("tokenizer*"):
         shutil.copy(file, into)
     save_file(state, into / "model.safetensors")
-    return seconds
 
 
 def main() -> None:
@@ -81,13 +76,12 @@ def main() -> None:
         "min-max": lambda x, group: quantize(x, bits=4, group=group),
         "fitted": lambda x, group: quantize_fitted(x, group=group),
     }
-    policy = fg.Policy(device_batch_size=16, num_device_batches=1, refill=False)
+    policy = fg.Policy(device_batch_size=32, num_device_batches=4, refill=False)  # one block
     with tempfile.TemporaryDirectory(prefix="flexgen-jax-bench-") as scratch:
         models = {"full": args.model}
-        seconds = {}
         for name, quantise in ways.items():
             models[name] = Path(scratch) / name
-            seconds[name] = write(args.model, models[name], args.dtype, quantise, args.group_size)
+            write(args.model, models[name], args.dtype, quantise, args.group_size)
 
         def make(model: str = "full", **_: Any) -> fg.LLM:
             return fg.LLM(str(models[model]), policy=policy, dtype="float32")
@@ -110,7 +104,6 @@ def main() -> None:
         "rise": rises,
         "of_min_max": rises["fitted"] / rises["min-max"],
         "kl_divergence": {row.name: row.kl_divergence for row in others},
-        "quantising_seconds": {name: round(value, 1) for name, value in seconds.items()},
         "python": sys.version.split()[0],
     }
     with args.out.open("a") if args.out else sys.stdout as out:
