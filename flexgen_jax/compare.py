@@ -96,6 +96,10 @@ def compare(
                         f"{llm.policy.weight_bits} bits; give the model it was made from"
                     )
                 windows = _windows(llm, text, context, prompt_len, max_windows)
+                # Windows are of one length: nobody makes room for the next, and each block's rows
+                # are who they were.
+                llm.choose_policy(windows)
+                llm.policy = dataclasses.replace(llm.policy, refill=False)
                 shape = (len(windows), context - prompt_len, llm.config.vocab_size)
                 first = reference is None
                 if reference is None:
