@@ -66,7 +66,7 @@ settings.load_profile("default")
 
 
 # Compiled programs are kept for the tests that follow, up to so many bytes of a process.
-MOST_RESIDENT = 1_500_000_000
+MOST_RESIDENT = 1_000_000_000
 
 
 @pytest.fixture(autouse=True, scope="module")
