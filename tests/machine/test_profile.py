@@ -32,7 +32,7 @@ def test_every_figure_is_measured(hardware):
     assert hardware.host_to_device is None  # one memory, on a CPU
     assert hardware.device_memory + hardware.host_memory > 1e8
     for name in ("disk_to_host", "attention", "cached_attention", "dequantize"):
-        assert 1e6 < getattr(hardware, name) < 1e13, name
+        assert 1e6 < getattr(hardware, name) < 1e12, name  # no memory is faster
     assert fg.Hardware.from_json(json.loads(json.dumps(hardware.to_json()))) == hardware
 
 
