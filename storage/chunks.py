@@ -107,8 +107,9 @@ class RawChunks:
         self._directory = directory
         self._flags = _direct_flag(directory) if direct else 0
         # Storing and loading are two threads: each has its own bounce buffers. What is renewed is
-        # read by the thread that stores.
+        # read by the thread that stores. Another stage hands over what it stores on its own thread.
         self._write_buffer = np.empty(0, np.uint8)
+        self._writing = threading.Lock()
         self._read_buffers = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
         self._reading = threading.Lock()  # loading and taking may be two threads as well
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="flexgen-copy")
@@ -116,18 +117,19 @@ class RawChunks:
     def write(self, name: str, first: int, count: int, layout: Layout, views: Views) -> None:
         file = self._open(name, os.O_RDWR | os.O_CREAT)
         try:
-            per_run = max(1, _RUN_NBYTES // layout.nbytes)
-            self._write_buffer = _at_least(self._write_buffer, per_run * layout.nbytes)
-            for start in range(first, first + count, per_run):
-                chunks = min(per_run, first + count - start)
-                block = self._write_buffer[: chunks * layout.nbytes]
-                for i in range(chunks):
-                    at = (start - first + i) * layout.positions
-                    chunk = block[i * layout.nbytes : (i + 1) * layout.nbytes]
-                    for part, view in zip(layout.parts(chunk), views, strict=True):
-                        new = view[:, at : at + layout.positions]
-                        part[:, : new.shape[1]] = new
-                self._all(os.pwritev, file, block, start * layout.nbytes)
+            with self._writing:
+                per_run = max(1, _RUN_NBYTES // layout.nbytes)
+                self._write_buffer = _at_least(self._write_buffer, per_run * layout.nbytes)
+                for start in range(first, first + count, per_run):
+                    chunks = min(per_run, first + count - start)
+                    block = self._write_buffer[: chunks * layout.nbytes]
+                    for i in range(chunks):
+                        at = (start - first + i) * layout.positions
+                        chunk = block[i * layout.nbytes : (i + 1) * layout.nbytes]
+                        for part, view in zip(layout.parts(chunk), views, strict=True):
+                            new = view[:, at : at + layout.positions]
+                            part[:, : new.shape[1]] = new
+                    self._all(os.pwritev, file, block, start * layout.nbytes)
         finally:
             os.close(file)
 
@@ -143,18 +145,19 @@ class RawChunks:
         chunks = touched(start, end - start, layout)
         file = self._open(name, os.O_RDWR)
         try:
-            per_run = max(1, _RUN_NBYTES // layout.nbytes)
-            self._write_buffer = _at_least(self._write_buffer, per_run * layout.nbytes)
-            for first in chunks[::per_run]:
-                run = range(first, min(first + per_run, chunks.stop))
-                block = self._write_buffer[: len(run) * layout.nbytes]
-                self._all(os.preadv, file, block, first * layout.nbytes)
-                for chunk, number in zip(np.split(block, len(run)), run, strict=True):
-                    at = number * layout.positions
-                    low, high = max(start, at), min(end, at + layout.positions)
-                    for part, some, view in zip(layout.parts(chunk), rows, views, strict=True):
-                        part[some, low - at : high - at] = view[:, low - start : high - start]
-                self._all(os.pwritev, file, block, first * layout.nbytes)
+            with self._writing:
+                per_run = max(1, _RUN_NBYTES // layout.nbytes)
+                self._write_buffer = _at_least(self._write_buffer, per_run * layout.nbytes)
+                for first in chunks[::per_run]:
+                    run = range(first, min(first + per_run, chunks.stop))
+                    block = self._write_buffer[: len(run) * layout.nbytes]
+                    self._all(os.preadv, file, block, first * layout.nbytes)
+                    for chunk, number in zip(np.split(block, len(run)), run, strict=True):
+                        at = number * layout.positions
+                        low, high = max(start, at), min(end, at + layout.positions)
+                        for part, some, view in zip(layout.parts(chunk), rows, views, strict=True):
+                            part[some, low - at : high - at] = view[:, low - start : high - start]
+                    self._all(os.pwritev, file, block, first * layout.nbytes)
         finally:
             os.close(file)
 

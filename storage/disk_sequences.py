@@ -104,7 +104,7 @@ class DiskSequences:
         self._taken = Slot()
         self.free_load = self.free_store = False
         self.bytes_read = self.bytes_written = 0
-        self._counting = threading.Lock()  # any of the threads may read
+        self._counting = threading.Lock()  # any of the threads may read or write
 
     @property
     def nbytes(self) -> int:
@@ -212,7 +212,8 @@ class DiskSequences:
         except (OSError, ValueError) as error:
             raise self._failed("write", name, error) from error
         group.chunks = max(group.chunks, first + count)
-        self.bytes_written += count * group.layout.nbytes
+        with self._counting:
+            self.bytes_written += count * group.layout.nbytes
 
     def renew(self, name: str, rows: np.ndarray, arrays: Sequence[jax.Array]) -> None:
         group, positions = self._groups[name], arrays[0].shape[-2]
@@ -246,7 +247,8 @@ class DiskSequences:
             raise self._failed("renew", name, error) from error
         nbytes = len(touched(start, count, layout)) * layout.nbytes
         self._count_read(nbytes)
-        self.bytes_written += nbytes
+        with self._counting:
+            self.bytes_written += nbytes
 
     def resize(self, name: str, capacity: int) -> None:
         group = self._groups[name]

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -516,3 +517,26 @@ class TestWrappers:
             store.append("a", cell(1))
         (array,) = store.load("a", Slot())
         assert not np.asarray(array)[..., 2:, :].any()
+
+
+def test_two_threads_may_put(tmp_path):
+    """A stage stores its own hidden states, while the one before it hands over others."""
+    store = DiskSequences(tmp_path)
+    arrays = [jnp.full((4, 2, 64, 64), value, jnp.float32) for value in (1, 2)]
+    wrong = []
+
+    def often(value):
+        slot = Slot()
+        for _ in range(60):
+            store.put(f"hidden {value}", (arrays[value],), 64)
+            slot.begin(store.slot_nbytes([arrays[value].nbytes]))
+            (found,) = store.load(f"hidden {value}", slot)
+            wrong.extend([value] * bool((np.asarray(found) != value + 1).any()))
+
+    threads = [threading.Thread(target=often, args=(value,)) for value in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    store.close()
+    assert not wrong
