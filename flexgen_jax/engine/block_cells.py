@@ -213,10 +213,10 @@ class BlockCells:
         """What was loaded for ``op`` is not needed: the batch begins anew."""
         self._arrived.pop(_key(op), None)
 
-    def read(self, layer: int, batch: int, marker: jax.Array) -> None:
-        """``marker`` is ready when what was loaded for the computation has been read."""
+    def read(self, layer: int, batch: int, markers: Sequence[jax.Array]) -> None:
+        """``markers`` are ready when what was loaded for the computation has been read."""
         for slot in self._slots.pop((layer, batch), ()):
-            slot.release([marker])
+            slot.release(markers)
 
     def leaving(self, op: Store) -> Leaving | None:
         """What waits to be stored; it waits no more."""

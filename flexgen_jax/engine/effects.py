@@ -24,6 +24,7 @@ from flexgen_jax.engine.unit_effects import (
     DecoderEffects,
     EmbeddingEffects,
     HeadEffects,
+    Markers,
     UnitEffects,
 )
 from flexgen_jax.engine.unpacking import Dense
@@ -161,7 +162,7 @@ class BlockEffects:
         # it again while it computes.
         self._loaded: defaultdict[int, deque[LayerWeights]] = defaultdict(deque)
         self._readers: defaultdict[int, list[jax.Array]] = defaultdict(list)
-        self._last_marker: dict[int, jax.Array] = {}  # by stage
+        self._last_markers: dict[int, Markers] = {}  # by stage
         self._finished = False
         layers_here = sum(stage in stages for stage in self._stage_of)
         self._prefilled, self._to_prefill = 0, layers_here * len(states)
@@ -278,7 +279,7 @@ class BlockEffects:
                 return self._compute(op)
             case Barrier():
                 # Dispatched is not computed: a barrier means computed.
-                markers = self._last_marker
+                markers = self._last_markers
                 jax.block_until_ready(markers if op.stage is None else markers.get(op.stage))
         return None
 
@@ -296,7 +297,7 @@ class BlockEffects:
         arrived = self._between.hidden(op, arrays, state)
         self.cells.arrive(self._stage_of[op.layer] + 1, op.batch, arrived)
 
-    def _compute(self, op: Compute) -> jax.Array | None:
+    def _compute(self, op: Compute) -> Markers | None:
         state = self._states[op.batch]
         if op.layer == 0:
             if op.step > state.now.number and not self._border(op.batch, state):
@@ -308,12 +309,12 @@ class BlockEffects:
         stage = self._stages[number]
         weights = stage.weights.resident(op.layer) or self._loaded[op.layer][0]
         dense = stage.weights.dense(weights)
-        marker = self._units[op.layer].compute(op, state, stage, dense)
+        markers = self._units[op.layer].compute(op, state, stage, dense)
         if self._loaded[op.layer]:
-            self._readers[op.layer].append(marker)
-        self.cells.read(op.layer, op.batch, marker)
-        self._last_marker[number] = marker
-        return marker
+            self._readers[op.layer].extend(markers)
+        self.cells.read(op.layer, op.batch, markers)
+        self._last_markers[number] = markers
+        return markers
 
     def computed(self, op: Op) -> None:
         """The results of ``op`` are there."""

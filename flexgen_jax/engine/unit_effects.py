@@ -24,6 +24,8 @@ from flexgen_jax.models.kv_cache import KeptCache, LayerCache
 from scheduling.ops import Compute, LoadCache, LoadHidden, StoreCache, StoreHidden
 from scheduling.workload import Workload
 
+Markers = list[jax.Array]
+
 
 class UnitEffects(abc.ABC):
     """Of the units of a role.
@@ -41,8 +43,12 @@ class UnitEffects(abc.ABC):
     @abc.abstractmethod
     def compute(
         self, op: Compute, state: BatchState, stage: Stage, weights: LayerWeights
-    ) -> jax.Array:
-        """Dispatches the computation; returns what is ready when it has run."""
+    ) -> Markers:
+        """Dispatches the computation; returns what is ready when all of it has run.
+
+        Each program's own marker: a CPU may run two that do not need each other at once, so that
+        one that was dispatched later does not tell of one before.
+        """
 
     def _output(self, op: StoreCache | StoreHidden, leaving: Leaving, state: BatchState) -> None:
         """Keeps what a computation made: at once where that is no work, else until it is stored."""
@@ -67,20 +73,22 @@ class EmbeddingEffects(UnitEffects):
 
     def compute(
         self, op: Compute, state: BatchState, stage: Stage, weights: LayerWeights
-    ) -> jax.Array:
+    ) -> Markers:
         now = state.now
         first = np.int32(0 if now.fresh else now.column)
         padding = state.padding_on(stage.device)
         hidden, marker = self._embedded(state.tokens, first, padding, stage, weights)
         found: tuple[jax.Array, ...] = (hidden,)
+        markers = [marker]
         if now.joining is not None:
             batch = now.joining.batch
             padding = jax.device_put(batch.padding(), stage.device)
             tokens = batch.tokens()
             joined, marker = self._embedded(tokens, np.int32(0), padding, stage, weights)
             found = (hidden, joined)
+            markers.append(marker)
         self._output(StoreHidden(op.step, op.layer, op.batch), found, state)
-        return marker
+        return markers
 
     def _embedded(
         self,
@@ -118,7 +126,7 @@ class DecoderEffects(UnitEffects):
 
     def compute(
         self, op: Compute, state: BatchState, stage: Stage, weights: LayerWeights
-    ) -> jax.Array:
+    ) -> Markers:
         step, layer, number = op.step, op.layer, op.batch
         hidden, *joined = self._cells.taken(LoadHidden(step, layer, number))
         cell, now = self._cells.cache.get((layer, number)), state.now
@@ -139,6 +147,7 @@ class DecoderEffects(UnitEffects):
             hidden, new, marker = self._decode(op, state, stage, weights, hidden, cell)
             kept = Kept(_leaves(new), capacity=now.capacity if now.resized else None)
         found: tuple[jax.Array, ...] = (hidden,)
+        markers = [marker]
         if now.joining is not None:
             assert cell is not None
             padding = jax.device_put(now.joining.batch.padding(), stage.device)
@@ -147,12 +156,13 @@ class DecoderEffects(UnitEffects):
             self._sum_values(cell, theirs, padding, rows=now.joining.rows)
             kept = kept._replace(joined=_leaves(theirs), rows=now.joining.rows)
             found = (hidden, out)
+            markers.append(marker)
         if not now.last:
             self._output(StoreCache(step, layer, number), kept, state)
         elif cell is not None and not now.fresh and state.over:
             self._cells.discard(cell)  # nobody reads it any more
         self._output(StoreHidden(step, layer, number), found, state)
-        return marker
+        return markers
 
     def _prefill(
         self,
@@ -297,7 +307,7 @@ class HeadEffects(UnitEffects):
 
     def compute(
         self, op: Compute, state: BatchState, stage: Stage, weights: LayerWeights
-    ) -> jax.Array:
+    ) -> Markers:
         hidden, *joined = self._cells.taken(LoadHidden(op.step, op.layer, op.batch))
         head = weights.params, weights.token_table
         state.scores = [
@@ -321,7 +331,7 @@ class HeadEffects(UnitEffects):
         )
         if self._hands_over[op.layer]:
             self._output(StoreHidden(op.step, op.layer, op.batch), tuple(state.sampled), state)
-        return state.sampled.token
+        return [state.sampled.token, *(scored.token for scored in state.scores)]
 
 
 def _leaves(new: KeptCache) -> tuple[jax.Array, ...]:

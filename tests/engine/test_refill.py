@@ -9,7 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import flexgen_jax as fg
+from flexgen_jax.engine import kernels
 from flexgen_jax.planning.refilling import ideal_passes
+from storage.slots import Slot
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 EXPECTED = json.loads((GOLDENS / "expected.json").read_text())
@@ -193,6 +195,40 @@ def test_scores_come_without_a_step_more(opened):
     for one, other in zip(*found, strict=True):
         np.testing.assert_allclose(one.logprobs, other.logprobs, rtol=1e-5)
     assert report.passes == -(-40 // 12)
+
+
+def test_what_was_loaded_is_kept_until_every_program_has_read_it(opened, monkeypatch):
+    """Also those of a step beside which newcomers are prefilled, and those that score prompts."""
+    made, read = [], []
+
+    def noting(name, marker_of):
+        function = getattr(kernels, name)
+
+        def noted(*arguments, **options):
+            result = function(*arguments, **options)
+            made.append(marker_of(result))
+            return result
+
+        noted._cache_size = function._cache_size  # programs are counted by it
+        monkeypatch.setattr(kernels, name, noted)
+
+    for name in ("embed", "prefill_layer", "decode_layer"):
+        noting(name, lambda result: result[-1])
+    noting("score", lambda result: result.token)
+    release = Slot.release
+
+    def releasing(slot, readers):
+        readers = list(readers)
+        read.extend(readers)
+        release(slot, readers)
+
+    monkeypatch.setattr(Slot, "release", releasing)
+    prompts, params = job(20, prompt_logprobs=1)
+    with opened(policy=policy(weights=DISK, cache=DISK, hidden=DISK)) as llm:
+        llm.generate(prompts, params)
+    released = set(map(id, read))
+    assert len(made) > 100
+    assert all(id(marker) in released for marker in made)
 
 
 @pytest.mark.parametrize("schedule", ["zigzag", "lock_step"])
