@@ -18,6 +18,7 @@ from flexgen_jax.arguments import shown
 from flexgen_jax.jobs.asked import Asked, LineError
 from flexgen_jax.jobs.dialects import dump, error_record, parse_line, parse_text
 from flexgen_jax.jobs.job_input import MAX_LINE, JobError, JobInput, Line
+from flexgen_jax.planning.window_size import WindowSize
 from flexgen_jax.requests.outputs import RequestOutput
 from flexgen_jax.requests.request import Request
 

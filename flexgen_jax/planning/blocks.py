@@ -148,7 +148,8 @@ class Block:
 
 
 def padded_length(length: int) -> int:
-    """The bucket of a prompt length: a multiple of 16, 32, 64 or 128, at most a quarter longer."""
+    """The bucket of a prompt length: a multiple of 16, 32, 64 or 128; above 64 at most a quarter
+    longer."""
     step = 16
     while length > 8 * step and step < 128:
         step *= 2

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from flexgen_jax.models.family import Param, Source
 from flexgen_jax.models.params import TOKEN_TABLE, param_records
 from flexgen_jax.models.registry import family_of, load_config
 from flexgen_jax.weights import flax_files

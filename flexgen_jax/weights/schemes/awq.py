@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flexgen_jax.weights.schemes.scheme import (
     FLOATS,
@@ -14,12 +14,10 @@ from flexgen_jax.weights.schemes.scheme import (
     group_counts,
     names,
     number,
+    packed_integers,
     refused,
 )
 from flexgen_jax.weights.tensor_file import Entry
-
-if TYPE_CHECKING:
-    from flexgen_jax.models.published_codes import PackedIntegers
 
 
 class AWQ(Scheme):
@@ -55,23 +53,9 @@ class AWQ(Scheme):
         module.check("scales", [(groups, n_out)], FLOATS)
         module.check("qzeros", [(groups, n_out // 8)], ["int32"])
 
-        def make(
-            arrays: Mapping[str, Any], *, rows: tuple[int, int], swapped: bool
-        ) -> PackedIntegers:
-            from flexgen_jax.models.published_codes import PackedIntegers
-
-            return PackedIntegers(
-                n_in=n_in,
-                n_out=n_out,
-                rows=rows,
-                swapped=swapped,
-                words=arrays["qweight"],
-                scales=arrays["scales"],
-                zeros=arrays["qzeros"],
-                groups=None,
-                kind="awq",
-                bits=4,
-            )
+        make = packed_integers(
+            module, kind="awq", bits=4, words="qweight", scales="scales", zeros="qzeros"
+        )
 
         return Codes(("qweight", "scales", "qzeros"), make)
 

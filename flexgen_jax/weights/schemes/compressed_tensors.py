@@ -8,7 +8,7 @@ Activations are not quantised here, whatever the config says of them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flexgen_jax.weights.schemes.scaled import ACTIVATIONS, FP8, scaled_codes, scales_shape
 from flexgen_jax.weights.schemes.scheme import (
@@ -18,13 +18,11 @@ from flexgen_jax.weights.schemes.scheme import (
     Scheme,
     Shape,
     names,
+    packed_integers,
     refused,
     words,
 )
 from flexgen_jax.weights.tensor_file import Entry, SourceError
-
-if TYPE_CHECKING:
-    from flexgen_jax.models.published_codes import PackedIntegers
 
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "dense")
 BITS = (2, 4, 8)
@@ -125,23 +123,15 @@ class CompressedTensors(Scheme):
                     raise module.wrong(f"has inputs in groups beyond the {groups} that there are")
                 fields.append(index)
 
-        def make(
-            arrays: Mapping[str, Any], *, rows: tuple[int, int], swapped: bool
-        ) -> PackedIntegers:
-            from flexgen_jax.models.published_codes import PackedIntegers
-
-            return PackedIntegers(
-                n_in=n_in,
-                n_out=n_out,
-                rows=rows,
-                swapped=swapped,
-                words=arrays["weight_packed"],
-                scales=arrays["weight_scale"],
-                zeros=arrays.get(zero),
-                groups=arrays.get(index),
-                kind="compressed-tensors",
-                bits=bits,
-            )
+        make = packed_integers(
+            module,
+            kind="compressed-tensors",
+            bits=bits,
+            words="weight_packed",
+            scales="weight_scale",
+            zeros=zero,
+            groups=index,
+        )
 
         return Codes(tuple(fields), make)
 

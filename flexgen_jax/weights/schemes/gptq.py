@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -15,13 +15,11 @@ from flexgen_jax.weights.schemes.scheme import (
     Shape,
     group_counts,
     number,
+    packed_integers,
     refused,
     words,
 )
 from flexgen_jax.weights.tensor_file import Entry
-
-if TYPE_CHECKING:
-    from flexgen_jax.models.published_codes import PackedIntegers
 
 BITS = (2, 4, 8)
 
@@ -81,24 +79,16 @@ class GPTQ(Scheme):
         elif int(plain[-1]) != groups - 1:
             raise module.wrong(f"has {groups} groups of {n_in} inputs, and no g_idx")
 
-        def make(
-            arrays: Mapping[str, Any], *, rows: tuple[int, int], swapped: bool
-        ) -> PackedIntegers:
-            from flexgen_jax.models.published_codes import PackedIntegers
-
-            return PackedIntegers(
-                n_in=n_in,
-                n_out=n_out,
-                rows=rows,
-                swapped=swapped,
-                words=arrays["qweight"],
-                scales=arrays["scales"],
-                zeros=arrays["qzeros"],
-                groups=arrays.get("g_idx"),
-                kind="gptq",
-                bits=bits,
-                zeros_less_one=self.zeros_less_one,
-            )
+        make = packed_integers(
+            module,
+            kind="gptq",
+            bits=bits,
+            words="qweight",
+            scales="scales",
+            zeros="qzeros",
+            groups="g_idx",
+            zeros_less_one=self.zeros_less_one,
+        )
 
         return Codes(tuple(fields), make)
 

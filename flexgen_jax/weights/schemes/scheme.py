@@ -14,6 +14,7 @@ from flexgen_jax.weights.tensor_file import Entry, SourceError
 
 if TYPE_CHECKING:
     from flexgen_jax.models.packed import Packed
+    from flexgen_jax.models.published_codes import PackedIntegers
 
 Shape = tuple[int, ...]
 FLOATS = ("float16", "bfloat16", "float32")
@@ -128,6 +129,40 @@ def _matches(pattern: str, module: str) -> bool:
         except re.error:
             return False
     return f".{pattern}." in f".{module}."
+
+
+def packed_integers(
+    module: Module,
+    *,
+    kind: str,
+    bits: int,
+    words: str,
+    scales: str,
+    zeros: str,
+    groups: str = "",
+    zeros_less_one: bool = False,
+) -> Make:
+    """What makes :class:`PackedIntegers` of ``module``: ``words`` and the like are the names of its
+    tensors, of which zeros and groups may be missing."""
+
+    def make(arrays: Mapping[str, Any], *, rows: tuple[int, int], swapped: bool) -> PackedIntegers:
+        from flexgen_jax.models.published_codes import PackedIntegers
+
+        return PackedIntegers(
+            n_in=module.n_in,
+            n_out=module.n_out,
+            rows=rows,
+            swapped=swapped,
+            words=arrays[words],
+            scales=arrays[scales],
+            zeros=arrays.get(zeros),
+            groups=arrays.get(groups),
+            kind=kind,
+            bits=bits,
+            zeros_less_one=zeros_less_one,
+        )
+
+    return make
 
 
 def number(said: Mapping[str, Any], name: str, default: int | None = None) -> int:
