@@ -16,15 +16,15 @@ from jaxtyping import Array, Float, Int
 
 from flexgen_jax.engine import sampling
 from flexgen_jax.models import attention, decoding
-from flexgen_jax.models.family import Config, Kind
+from flexgen_jax.models.family import Config, Kind, Routed
 from flexgen_jax.models.kv_cache import CacheFormat, KeptCache, LayerCache, in_ring
 from flexgen_jax.models.packed import Packed
 from flexgen_jax.models.pieces import rows_per_call
 from flexgen_jax.models.quantization import Quantized
 
 
-def _marker(hidden: Array) -> Array:
-    return hidden.reshape(-1)[0]
+def _marker(made: Array | Routed) -> Array:
+    return (made.hidden if isinstance(made, Routed) else made).reshape(-1)[0]
 
 
 @partial(jax.jit, static_argnames="config")
@@ -52,7 +52,7 @@ def prefill_layer(
     form: CacheFormat,
     keep: int | None = None,
     ring: tuple[int, int] | None = None,
-) -> tuple[Float[Array, "batch seq hidden"], KeptCache, Float[Array, ""]]:
+) -> tuple[Float[Array, "batch seq hidden"] | Routed, KeptCache, Float[Array, ""]]:
     """A decoder layer over whole prompts, a few rows at a time; their keys and values as well.
 
     Args:
@@ -63,7 +63,7 @@ def prefill_layer(
     batch, seq, _ = hidden.shape
     rows = rows_per_call(batch, seq)
 
-    def some_rows(part: tuple[Array, Array]) -> tuple[Array, KeptCache]:
+    def some_rows(part: tuple[Array, Array]) -> tuple[Array | Routed, KeptCache]:
         out, (k, v) = decoding.prefill_layer(params, *part, config, kind)
         cache = LayerCache(k, v)
         if ring is not None:
@@ -93,10 +93,10 @@ def decode_layer(
     config: Config,
     kind: Kind,
     form: CacheFormat,
-) -> tuple[Float[Array, "batch 1 hidden"], KeptCache, Float[Array, ""]]:
+) -> tuple[Float[Array, "batch 1 hidden"] | Routed, KeptCache, Float[Array, ""]]:
     """A decoder layer for one new token per row, and the token's key and value."""
-    hidden, new = decoding.decode_layer(params, hidden, cache, position, padding, config, kind)
-    return hidden, form.pack(new), _marker(hidden)
+    made, new = decoding.decode_layer(params, hidden, cache, position, padding, config, kind)
+    return made, form.pack(new), _marker(made)
 
 
 @partial(jax.jit, static_argnames=("config", "kind", "form"))
@@ -187,10 +187,10 @@ def decode_rest(
     *,
     config: Config,
     kind: Kind,
-) -> tuple[Float[Array, "batch 1 hidden"], Float[Array, ""]]:
+) -> tuple[Float[Array, "batch 1 hidden"] | Routed, Float[Array, ""]]:
     """The last part."""
-    hidden = decoding.decode_rest(params, hidden, attended, config, kind)
-    return hidden, _marker(hidden)
+    made = decoding.decode_rest(params, hidden, attended, config, kind)
+    return made, _marker(made)
 
 
 @partial(jax.jit, static_argnames="config")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from flexgen_jax.models.attention import attend_cached, attend_prompt
-from flexgen_jax.models.family import Config, Kind, Params
+from flexgen_jax.models.family import Config, Kind, Params, Routed
 from flexgen_jax.models.kv_cache import LayerCache, write_prompt, write_token
 from flexgen_jax.models.packed import Packed, dense
-from flexgen_jax.models.params import head_table, nest, param_records, unit_kinds
+from flexgen_jax.models.params import head_table, nest, param_records
 from flexgen_jax.models.pieces import positions_per_call
 from flexgen_jax.models.positions import positions
 from flexgen_jax.models.registry import family_of
@@ -97,7 +97,7 @@ def prefill_layer(
     config: Config,
     kind: Kind,
 ) -> tuple[
-    Float[Array, "batch seq hidden"],
+    Float[Array, "batch seq hidden"] | Routed,
     tuple[Float[Array, "batch kv_heads seq head_dim"], Float[Array, "batch kv_heads seq head_dim"]],
 ]:
     """One decoder layer over whole prompts; returns all positions' keys and values as well.
@@ -115,7 +115,7 @@ def prefill_layer(
             params, x, dataclasses.replace(at, index=index), config, kind
         )
 
-    def after(part: tuple[Array, Array]) -> Array:
+    def after(part: tuple[Array, Array]) -> Array | Routed:
         return family.after_attention(params, *part, config, kind)
 
     query, key, value = _in_pieces(before, (hidden, at.index), count, (1, 1), 2)
@@ -166,8 +166,8 @@ def decode_rest(
     attended: Float[Array, "batch heads 1 head_dim"],
     config: Config,
     kind: Kind,
-) -> Float[Array, "batch 1 hidden"]:
-    """What comes after attention in a decoder layer."""
+) -> Float[Array, "batch 1 hidden"] | Routed:
+    """What comes after attention in a decoder layer, but for its experts."""
     return family_of(config).after_attention(params, hidden, attended, config, kind)
 
 
@@ -179,7 +179,7 @@ def decode_layer(
     padding: Int[Array, "batch"],
     config: Config,
     kind: Kind,
-) -> tuple[Float[Array, "batch 1 hidden"], LayerCache]:
+) -> tuple[Float[Array, "batch 1 hidden"] | Routed, LayerCache]:
     """One decoder layer for one new token per sequence, whose index is ``position``.
 
     Returns:
@@ -208,9 +208,38 @@ def _head_of(params: Params, hidden: Array, config: Config) -> Array:
     return head(params.get("head", {}), params[unit][leaf], hidden, config)
 
 
-def _decoders(params: Params, config: Config) -> list[tuple[Params, Kind]]:
-    of_units = zip(config.units, unit_kinds(config), strict=True)
-    return [(params[unit], kind) for unit, kind in of_units if kind.role == "decoder"]
+class _Decoder(NamedTuple):
+    """A decoder layer; ``experts``: its experts' parameters, in order."""
+
+    params: Params
+    kind: Kind
+    experts: list[Params]
+
+
+def _decoders(params: Params, config: Config) -> list[_Decoder]:
+    found: list[_Decoder] = []
+    for unit in family_of(config).units(config):
+        if unit.kind.role == "decoder":
+            found.append(_Decoder(params[unit.name], unit.kind, []))
+        elif unit.kind.role == "experts":
+            found[-1].experts.extend(params[unit.name][f"expert_{n}"] for n in unit.experts)
+    return found
+
+
+def _mixed(made: Array | Routed, experts: list[Params], config: Config) -> Array:
+    """Hidden states with what every expert adds, which here sees all tokens.
+
+    What is added is summed up in float32, in the order of the experts.
+    """
+    if not isinstance(made, Routed):
+        return made
+    family, inputs = family_of(config), made.inputs.reshape(-1, made.inputs.shape[-1])
+    total = made.hidden.astype(jnp.float32)
+    for number, params in enumerate(experts):
+        gate = jnp.where(made.chosen == number, made.gates, 0.0).sum(axis=-1, keepdims=True)
+        out = family.expert(params, inputs, config).astype(jnp.float32)
+        total = total + gate * out.reshape(total.shape)
+    return total.astype(made.hidden.dtype)
 
 
 def _no_padding(tokens: Array) -> Array:
@@ -270,8 +299,9 @@ def forward(
     params = _arrays(params)
     padding = _no_padding(tokens) if padding is None else padding
     hidden = embed(params["embed"], tokens, 0, padding, config, _dtype_of(params))
-    for layer, kind in _decoders(params, config):
-        hidden, _ = prefill_layer(layer, hidden, padding, config, kind)
+    for layer, kind, experts in _decoders(params, config):
+        made, _ = prefill_layer(layer, hidden, padding, config, kind)
+        hidden = _mixed(made, experts, config)
     return _head_of(params, hidden, config)
 
 
@@ -295,8 +325,9 @@ def prefill(
     padding = _no_padding(tokens) if padding is None else padding
     hidden = embed(params["embed"], tokens, 0, padding, config)
     caches = []
-    for layer, kind in _decoders(params, config):
-        hidden, (k, v) = prefill_layer(layer, hidden, padding, config, kind)
+    for layer, kind, experts in _decoders(params, config):
+        made, (k, v) = prefill_layer(layer, hidden, padding, config, kind)
+        hidden = _mixed(made, experts, config)
         caches.append(write_prompt(k, v, cache_len))
     return _head_of(params, hidden[:, -1], config), tuple(caches)
 
@@ -316,7 +347,8 @@ def decode(
     position = jnp.asarray(position, jnp.int32)
     hidden = embed(params["embed"], token[:, None], position, padding, config, _dtype_of(params))
     updated = []
-    for (layer, kind), cache in zip(_decoders(params, config), caches, strict=True):
-        hidden, new = decode_layer(layer, hidden, cache, position, padding, config, kind)
+    for (layer, kind, experts), cache in zip(_decoders(params, config), caches, strict=True):
+        made, new = decode_layer(layer, hidden, cache, position, padding, config, kind)
+        hidden = _mixed(made, experts, config)
         updated.append(write_token(cache, *new, position))
     return _head_of(params, hidden[:, -1], config), tuple(updated)

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from jaxtyping import Array, Float, Int
 
     from flexgen_jax.models.packed import Packed
     from flexgen_jax.models.positions import Positions
@@ -72,23 +72,47 @@ class Kind(NamedTuple):
     """What makes layers alike: one program serves all units of a kind.
 
     Attributes:
-        role: ``embed``, ``decoder`` or ``head``.
+        role: ``embed``, ``decoder``, ``experts`` or ``head``.
         window: A position attends to so many, itself the last of them; None: to all before it.
         soft_cap: Attention scores ``s`` become ``cap * tanh(s / cap)``; None: they stay.
         variant: What else a family tells its layers apart by; its own business.
+        experts: Of a decoder layer: how many experts its tokens choose from, which are units of
+            their own behind it; 0: it has none. Of a unit of experts: how many it has.
     """
 
-    role: Literal["embed", "decoder", "head"]
+    role: Literal["embed", "decoder", "experts", "head"]
     window: int | None = None
     soft_cap: float | None = None
     variant: str = ""
+    experts: int = 0
 
 
 class Unit(NamedTuple):
-    """A layer that a schedule sees."""
+    """A layer that a schedule sees, or some of its experts.
+
+    Attributes:
+        experts: Which of its layer's experts it has.
+    """
 
     name: str
     kind: Kind
+    experts: tuple[int, ...] = ()
+
+
+class Routed(NamedTuple):
+    """What a decoder layer with experts makes: the experts add to it, each for those who chose it.
+
+    Attributes:
+        hidden: What their outputs are added to, times the gates: ``(batch, seq, hidden)``.
+        inputs: What they are given: ``(batch, seq, hidden)``.
+        gates: The weights of the chosen ones: ``(batch, seq, k)``, float32.
+        chosen: Which they are: ``(batch, seq, k)``, int32.
+    """
+
+    hidden: Float[Array, "batch seq hidden"]
+    inputs: Float[Array, "batch seq hidden"]
+    gates: Float[Array, "batch seq k"]
+    chosen: Int[Array, "batch seq k"]
 
 
 class Param(NamedTuple):
@@ -184,9 +208,25 @@ class Family(abc.ABC):
         return Kind("decoder")
 
     def units(self, config: Any) -> tuple[Unit, ...]:
-        """The layers that a schedule sees: ``embed``, ``layer_0`` ..., ``head``."""
-        layers = (Unit(f"layer_{i}", self.kind(config, i)) for i in range(config.num_hidden_layers))
-        return (Unit("embed", Kind("embed")), *layers, Unit("head", Kind("head")))
+        """The layers that a schedule sees: ``embed``, ``layer_0`` ..., ``head``.
+
+        The experts of ``layer_0`` follow it as ``layer_0_experts_0`` ...
+        """
+        found = [Unit("embed", Kind("embed"))]
+        for index in range(config.num_hidden_layers):
+            kind, name = self.kind(config, index), f"layer_{index}"
+            found.append(Unit(name, kind))
+            if kind.experts:
+                some = self.experts_per_unit(config)
+                for number, first in enumerate(range(0, kind.experts, some)):
+                    own = tuple(range(first, min(first + some, kind.experts)))
+                    few = Kind("experts", experts=len(own))
+                    found.append(Unit(f"{name}_experts_{number}", few, own))
+        return (*found, Unit("head", Kind("head")))
+
+    def experts_per_unit(self, config: Any) -> int:
+        """How many experts are loaded together: a divisor of their number, if it has one."""
+        raise NotImplementedError(f"{type(self).__name__} has no experts")
 
     @abc.abstractmethod
     def params(self, config: Any, unit: Unit) -> dict[str, Param]:
@@ -242,8 +282,21 @@ class Family(abc.ABC):
         attended: Float[Array, "batch heads seq head_dim"],
         config: Any,
         kind: Kind,
-    ) -> Float[Array, "batch seq hidden"]:
-        """The rest of a decoder layer: from the hidden states that it began with to the next."""
+    ) -> Float[Array, "batch seq hidden"] | Routed:
+        """The rest of a decoder layer: from the hidden states that it began with to the next.
+
+        Of a layer with experts: all but what they do.
+        """
+
+    def expert(
+        self, params: Params, inputs: Float[Array, "rows hidden"], config: Any
+    ) -> Float[Array, "rows hidden"]:
+        """One expert, of ``Routed.inputs`` of those that chose it, whatever their places.
+
+        Args:
+            params: Its own: ``expert_3.gate.kernel`` of a unit is ``params["gate"]["kernel"]``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no experts")
 
     @abc.abstractmethod
     def head(

@@ -21,11 +21,13 @@ FAMILIES = {
     "granite": "granite",
     "llama": "llama",
     "mistral": "mistral",
+    "mixtral": "mixtral",
     "olmo2": "olmo2",
     "opt": "opt",
     "phi3": "phi3",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "qwen3_moe": "qwen3_moe",
     "smollm3": "smollm3",
 }
 

@@ -21,6 +21,7 @@ from flexgen_jax.models.family import (
     Kind,
     Param,
     Params,
+    Routed,
     Source,
     Unit,
     bias,
@@ -352,7 +353,7 @@ class RotaryDecoder(Family):
         attended: Float[Array, "batch heads seq head_dim"],
         config: Any,
         kind: Kind,
-    ) -> Float[Array, "batch seq hidden"]:
+    ) -> Float[Array, "batch seq hidden"] | Routed:
         hidden = hidden + linear(params["out"], merge_heads(attended))
         x = self.normed(params, "mlp_norm", hidden, config)
         return hidden + gated_mlp(params, x, config.hidden_act)
