@@ -162,11 +162,14 @@ class Source(NamedTuple):
         transposed: The tensor is the parameter's transpose, as PyTorch's linear layers have it.
         rows: Of a fused tensor, the first and the last but one row that are this parameter; None:
             all of it.
+        expert: Of a tensor that has something of all experts, whose it is along the first axis;
+            None: it has no such axis.
     """
 
     key: str
     transposed: bool = False
     rows: tuple[int, int] | None = None
+    expert: int | None = None
 
 
 class Family(abc.ABC):
@@ -273,6 +276,11 @@ class Family(abc.ABC):
         Float[Array, "batch kv_heads seq head_dim"],
     ]:
         """The scaled query, the key and the value."""
+
+    def sinks(self, params: Params) -> Float[Array, " heads"] | None:
+        """Of a decoder layer: each head's score without a value, which takes a share of the
+        softmax; None: it has none."""
+        return None
 
     @abc.abstractmethod
     def after_attention(

@@ -136,8 +136,15 @@ def _shards(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
 def _published(stored: StoredModel, parts: list[tuple[str, Source]]) -> np.ndarray:
     """A tensor as the family's checkpoints have it."""
     found = []
-    for name, source in sorted(parts, key=lambda part: part[1].rows or (0, 0)):
+    for name, source in sorted(parts, key=_place):
         array = dense_array(stored.format, stored.config, stored.arrays, name)
         swapped = source.transposed != stored.format.transposes(stored.config, name)
         found.append(array.T if swapped else array)
+    if parts[0][1].expert is not None:
+        return np.stack(found)
     return np.ascontiguousarray(found[0] if len(found) == 1 else np.concatenate(found))
+
+
+def _place(part: tuple[str, Source]) -> tuple[int, int]:
+    source = part[1]
+    return source.expert or 0, (source.rows or (0, 0))[0]

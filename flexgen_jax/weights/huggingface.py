@@ -80,6 +80,13 @@ class _Located:
     codes: Codes | None = None
 
 
+class _Fused(NamedTuple):
+    """How many rows and experts a tensor has, as far as parameters say."""
+
+    rows: int
+    experts: int
+
+
 class Place(NamedTuple):
     """Where a parameter lies, and what lies there.
 
@@ -169,7 +176,8 @@ class HuggingFaceModel:
             return
         file = self._file(at.file)
         whole = file.array(at.source.key)
-        part = whole if at.source.rows is None else whole[slice(*at.source.rows)]
+        part = whole if at.source.expert is None else whole[at.source.expert]
+        part = part if at.source.rows is None else part[slice(*at.source.rows)]
         blocks = transposed_blocks if at.source.transposed != transposed else blocks_of
         yield from finite(blocks(part, dtype), f"{at.file}: the tensor {at.source.key}")
         del whole, part
@@ -258,11 +266,15 @@ class HuggingFaceModel:
         return CodesPlace(at.module, at.codes, self._rows(name, at), found, self._lies_swapped(at))
 
     def _place(self, at: _Located) -> Place:
-        entry = self._entries[at.source.key][1]
-        first, last = at.source.rows or (0, entry.shape[0] if entry.shape else 1)
-        row = math.prod(entry.shape[1:]) * entry.dtype.itemsize
-        shape = (last - first, *entry.shape[1:])
-        return Place(at.file, entry.offset + first * row, shape, entry.dtype, at.source.transposed)
+        entry, offset = self._entries[at.source.key][1], 0
+        shape = entry.shape
+        if at.source.expert is not None:
+            shape = shape[1:]
+            offset = at.source.expert * math.prod(shape) * entry.dtype.itemsize
+        first, last = at.source.rows or (0, shape[0] if shape else 1)
+        offset += first * math.prod(shape[1:]) * entry.dtype.itemsize
+        shape = (last - first, *shape[1:])
+        return Place(at.file, entry.offset + offset, shape, entry.dtype, at.source.transposed)
 
     def _file(self, path: Path) -> WeightFile:
         if self._open_file is None or self._open_path != path:
@@ -342,7 +354,7 @@ class HuggingFaceModel:
         shape = param_records(self.config)[name].shape
         n_in, n_out = shape if source.transposed else shape[::-1]
         if source.rows is not None:
-            n_out = self._fused[source.key]
+            n_out = self._fused[source.key].rows
 
         def read(tensor: str) -> np.ndarray:
             key = f"{module}.{tensor}"
@@ -354,9 +366,11 @@ class HuggingFaceModel:
 
     def _check(self, path: Path, entry: Entry, source: Source, record: Param) -> None:
         expected = record.shape[::-1] if source.transposed else record.shape
-        if source.rows is not None:
-            rows = self._fused[source.key]
-            expected = (rows, *expected[1:])
+        fused = self._fused.get(source.key)
+        if source.rows is not None and fused is not None:
+            expected = (fused.rows, *expected[1:])
+        if source.expert is not None and fused is not None:
+            expected = (fused.experts, *expected)
         if entry.shape != expected:
             raise SourceError(
                 f"{path}: tensor {source.key} has shape {list(entry.shape)}, expected "
@@ -370,14 +384,17 @@ class HuggingFaceModel:
             )
 
     @functools.cached_property
-    def _fused(self) -> dict[str, int]:
-        """Rows of the tensors that several parameters are parts of."""
-        found: dict[str, int] = {}
+    def _fused(self) -> dict[str, _Fused]:
+        """The tensors that several parameters are parts of."""
+        found: dict[str, _Fused] = {}
         family = family_of(self.config)
         for name in param_records(self.config):
             source = family.source(self.config, name)
-            if source.rows is not None:
-                found[source.key] = max(found.get(source.key, 0), source.rows[1])
+            if source.rows is not None or source.expert is not None:
+                rows, experts = found.get(source.key, (0, 0))
+                last = 0 if source.rows is None else source.rows[1]
+                number = 0 if source.expert is None else source.expert + 1
+                found[source.key] = _Fused(max(rows, last), max(experts, number))
         return found
 
     def _untie_if_different(self, names: Naming, entries: dict[str, tuple[Path, Entry]]) -> None:
