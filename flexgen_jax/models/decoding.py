@@ -119,7 +119,15 @@ def prefill_layer(
         return family.after_attention(params, *part, config, kind)
 
     query, key, value = _in_pieces(before, (hidden, at.index), count, (1, 1), 2)
-    attended = attend_prompt(query, key, value, padding, window=kind.window, soft_cap=kind.soft_cap)
+    attended = attend_prompt(
+        query,
+        key,
+        value,
+        padding,
+        window=kind.window,
+        soft_cap=kind.soft_cap,
+        sinks=family.sinks(params),
+    )
     return _in_pieces(after, (hidden, attended), count, (1, 2), 1), (key, value)
 
 
@@ -188,7 +196,14 @@ def decode_layer(
     """
     query, new = decode_qkv(params, hidden, position, padding, config, kind)
     attended = attend_cached(
-        query, cache, new, position, padding, window=kind.window, soft_cap=kind.soft_cap
+        query,
+        cache,
+        new,
+        position,
+        padding,
+        window=kind.window,
+        soft_cap=kind.soft_cap,
+        sinks=family_of(config).sinks(params),
     )
     return decode_rest(params, hidden, attended, config, kind), new
 
