@@ -48,17 +48,10 @@ class Glm4(RotaryDecoder):
     }
 
     def fields(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        said = values.get("rope_parameters")
-        inner = said.get("partial_rotary_factor") if isinstance(said, Mapping) else None
-        partial = values["partial_rotary_factor"] if inner is None else inner
-        return super().fields({**values, "partial_rotary_factor": partial})
+        return super().fields({**values, "partial_rotary_factor": partial_factor(values)})
 
     def read_rope(self, values: Mapping[str, Any], head_dim: int) -> Rope:
-        partial = values["partial_rotary_factor"]
-        if not isinstance(partial, (int, float)) or not 0 < partial <= 1:
-            raise ConfigError(f"partial_rotary_factor must be above 0, at most 1; got {partial!r}")
-        positions = values["max_position_embeddings"]
-        return read_rope(values, dim=int(head_dim * partial), max_positions=positions)
+        return read_partial_rope(values, head_dim)
 
     def biased(self, config: Any, module: str) -> bool:
         return config.attention_bias and module in ("q", "k", "v")
@@ -96,6 +89,26 @@ class Glm4(RotaryDecoder):
         x = self.normed(params, "mlp_norm", hidden, config)
         x = gated_mlp(params, x, config.hidden_act)
         return hidden + self.normed(params, "mlp_post_norm", x, config)
+
+
+def partial_factor(values: Mapping[str, Any]) -> Any:
+    """The share of a head that positions turn, as transformers 4 or 5 has it."""
+    said = values.get("rope_parameters")
+    inner = said.get("partial_rotary_factor") if isinstance(said, Mapping) else None
+    return values["partial_rotary_factor"] if inner is None else inner
+
+
+def read_partial_rope(values: Mapping[str, Any], head_dim: int) -> Rope:
+    """Of ``partial_rotary_factor``, a field of ``values``.
+
+    Raises:
+        ConfigError: no share, or as :func:`read_rope`.
+    """
+    partial = values["partial_rotary_factor"]
+    if not isinstance(partial, (int, float)) or not 0 < partial <= 1:
+        raise ConfigError(f"partial_rotary_factor must be above 0, at most 1; got {partial!r}")
+    positions = values["max_position_embeddings"]
+    return read_rope(values, dim=int(head_dim * partial), max_positions=positions)
 
 
 def _halves(x: Array, dim: int) -> Array:

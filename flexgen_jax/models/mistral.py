@@ -7,7 +7,7 @@ from typing import Any
 
 from flexgen_jax.models.family import ConfigError
 from flexgen_jax.models.rope import Rope
-from flexgen_jax.models.rotary import SLIDING, RotaryConfig, RotaryDecoder
+from flexgen_jax.models.rotary import SLIDING, RotaryConfig, RotaryDecoder, all_windows
 
 
 class Mistral(RotaryDecoder):
@@ -27,8 +27,7 @@ class Mistral(RotaryDecoder):
             return ()
         if any(kind != SLIDING for kind in said):
             raise ConfigError("layer_types of this family are not read: all its layers are alike")
-        count = values["num_hidden_layers"]
-        return (SLIDING,) * count if isinstance(count, int) and 0 < count < 100_000 else ()
+        return all_windows(values)
 
     def write(self, config: RotaryConfig) -> dict[str, Any]:
         values = super().write(config)

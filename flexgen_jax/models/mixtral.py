@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flexgen_jax.models.rope import Rope
+from flexgen_jax.models.rotary import all_windows
 from flexgen_jax.models.sparse import SparseConfig, SparseDecoder
 
 
@@ -19,10 +20,14 @@ class Mixtral(SparseDecoder):
         "num_key_value_heads": 8,
         "max_position_embeddings": 4096 * 32,
         "rms_norm_eps": 1e-5,
-        "num_local_experts": 8,
+        "num_experts": 8,
         "num_experts_per_tok": 2,
     }
-    router = "block_sparse_moe.gate"
+    names = {  # noqa: RUF012 # read only
+        "num_experts": "num_local_experts",
+        "moe_intermediate_size": "intermediate_size",
+    }
+    sparse_modules = {"router": "block_sparse_moe.gate"}  # noqa: RUF012 # read only
     expert_modules = {  # noqa: RUF012 # read only
         "gate": "block_sparse_moe.experts.{}.w1",
         "up": "block_sparse_moe.experts.{}.w3",
@@ -30,22 +35,15 @@ class Mixtral(SparseDecoder):
     }
 
     def fields(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        said = {
-            "num_experts": values["num_local_experts"],
-            "moe_intermediate_size": values.get("intermediate_size"),
-        }
-        return super().fields({**values, **said, "norm_topk_prob": True})
+        return super().fields({**values, "norm_topk_prob": True})
 
     def layer_types(self, values: Mapping[str, Any]) -> tuple[str, ...]:
-        if values.get("sliding_window") is None:
-            return ()
-        return ("sliding_attention",) * values["num_hidden_layers"]
+        return all_windows(values)
 
     def write(self, config: Any) -> dict[str, Any]:
         values = super().write(config)
-        for name in ("moe_intermediate_size", "norm_topk_prob", "dense_layers", "layer_types"):
-            values.pop(name, None)
-        values["num_local_experts"] = values.pop("num_experts")
+        del values["norm_topk_prob"]
+        values.pop("layer_types", None)
         return values
 
 

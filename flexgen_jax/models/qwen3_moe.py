@@ -7,11 +7,10 @@ from typing import Any
 
 from jaxtyping import Array
 
-from flexgen_jax.models.family import ConfigError, Params
-from flexgen_jax.models.qwen2 import windows_above
+from flexgen_jax.models.family import Params
 from flexgen_jax.models.rope import Rope
-from flexgen_jax.models.rotary import MODULES
-from flexgen_jax.models.sparse import SparseConfig, SparseDecoder
+from flexgen_jax.models.rotary import MODULES, all_windows
+from flexgen_jax.models.sparse import SparseConfig, SparseDecoder, dense_by_step
 
 
 class Qwen3Moe(SparseDecoder):
@@ -36,20 +35,16 @@ class Qwen3Moe(SparseDecoder):
     }
 
     def layer_types(self, values: Mapping[str, Any]) -> tuple[str, ...]:
-        return super().layer_types(values) or windows_above(values)
+        return all_windows(values) if values.get("use_sliding_window") else ()
 
     def dense_layers(self, values: Mapping[str, Any]) -> tuple[int, ...]:
-        dense, every = values.get("mlp_only_layers") or (), values.get("decoder_sparse_step", 1)
-        if not isinstance(every, int) or every < 1:
-            raise ConfigError(f"decoder_sparse_step must be a positive integer, got {every!r}")
-        layers = range(values["num_hidden_layers"])
-        return tuple(i for i in layers if i in dense or (i + 1) % every)
+        return dense_by_step(values)
 
     def write(self, config: Any) -> dict[str, Any]:
-        values = super().write(config)
-        values["mlp_only_layers"] = values.pop("dense_layers")
+        values = {k: v for k, v in super().write(config).items() if k != "layer_types"}
         return {
             **values,
+            "mlp_only_layers": list(config.dense_layers),
             "decoder_sparse_step": 1,
             "use_sliding_window": config.sliding_window is not None,
         }

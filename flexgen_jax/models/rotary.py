@@ -368,6 +368,14 @@ class RotaryDecoder(Family):
         return logits(table, self.normed(params, "norm", hidden, config))
 
 
+def all_windows(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Layer types where ``sliding_window`` alone gives every layer a window."""
+    count = values["num_hidden_layers"]
+    if values.get("sliding_window") is None or type(count) is not int:
+        return ()
+    return (SLIDING,) * min(count, 1025)  # more are refused
+
+
 def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
     """A value of ``config.json`` for a field that is a number or a flag."""
     kind = str(field.type).removesuffix(" | None")

@@ -33,6 +33,9 @@ from flexgen_jax.models.rotary import RotaryConfig, RotaryDecoder
 _UNIT_ELEMENTS = 40_000_000
 _UNIT_EXPERTS = 16
 
+# Of all layers: each is a few records, and tens of thousands are what there is.
+_MOST_EXPERTS = 1 << 17
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SparseConfig(RotaryConfig):
@@ -55,8 +58,11 @@ class SparseConfig(RotaryConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         positive(self, "num_experts", "num_experts_per_tok", "moe_intermediate_size")
-        if self.num_experts > 4096:
-            raise ConfigError(f"num_experts {self.num_experts} is more than any model has (4096)")
+        if self.num_experts > 4096 or self.num_experts * self.num_hidden_layers > _MOST_EXPERTS:
+            raise ConfigError(
+                f"num_experts {self.num_experts} in each of {self.num_hidden_layers} layers is "
+                "more than any model has"
+            )
         if self.num_experts_per_tok > self.num_experts:
             raise ConfigError(
                 f"num_experts_per_tok ({self.num_experts_per_tok}) exceeds num_experts "
@@ -68,28 +74,46 @@ class SparseDecoder(RotaryDecoder):
     """Layers whose MLP is many, of which each token takes a few.
 
     Attributes:
-        router: Hugging Face's name of the router.
+        names: Our names of fields -> those in ``config.json``, where they are others.
+        sparse_modules: Our names of what a layer with experts has beside attention -> Hugging
+            Face's: ``router``, and of an expert that all tokens take ``shared.gate`` and the like.
         expert_modules: Our names of an expert's modules -> Hugging Face's, with the expert's number
             in them.
     """
 
     config_class: ClassVar[type[SparseConfig]] = SparseConfig
-    router: ClassVar[str] = "mlp.gate"
+    names: ClassVar[Mapping[str, str]] = {}
+    sparse_modules: ClassVar[Mapping[str, str]] = {"router": "mlp.gate"}
     expert_modules: ClassVar[Mapping[str, str]] = {
         "gate": "mlp.experts.{}.gate_proj",
         "up": "mlp.experts.{}.up_proj",
         "down": "mlp.experts.{}.down_proj",
     }
 
+    def read(self, values: Mapping[str, Any]) -> RotaryConfig:
+        said = dict(values)
+        # transformers 5 calls their number so, whatever the family.
+        for ours, theirs in (("num_experts", "num_local_experts"), *self.names.items()):
+            if said.get(theirs) is not None:
+                said[ours] = said[theirs]
+        return super().read(said)
+
     def fields(self, values: Mapping[str, Any]) -> dict[str, Any]:
         for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
             if values.get(name) is None:
-                raise ConfigError(f"there is no {name}")
+                raise ConfigError(f"there is no {self.names.get(name, name)}")
         return {**super().fields(values), "dense_layers": self.dense_layers(values)}
 
     def dense_layers(self, values: Mapping[str, Any]) -> tuple[int, ...]:
         """Layers without experts, as ``config.json`` has them."""
         return ()
+
+    def write(self, config: Any) -> dict[str, Any]:
+        values = super().write(config)
+        del values["dense_layers"]
+        for ours, theirs in self.names.items():
+            values[theirs] = values.pop(ours)
+        return values
 
     def is_sparse(self, config: Any, index: int) -> bool:
         """Whether a layer has experts."""
@@ -118,31 +142,26 @@ class SparseDecoder(RotaryDecoder):
         if unit.kind.role == "decoder" and unit.kind.experts:
             dense = ("gate.", "up.", "down.")
             found = {k: v for k, v in found.items() if not k.startswith(dense)}
-            found |= self.router_params(config)
+            found |= self.sparse_params(config)
         return found
 
-    def router_params(self, config: Any) -> dict[str, Param]:
-        """What tokens choose with; few and decisive, so never in codes."""
+    def sparse_params(self, config: Any) -> dict[str, Param]:
+        """Of a layer with experts: what tokens choose with, few and decisive, so never in codes."""
         return {"router.kernel": Param((config.hidden_size, config.num_experts), "matrix")}
 
     def expert_params(self, config: Any) -> dict[str, Param]:
         """Of one expert, ``module.leaf`` -> record."""
-        hidden, ffn = config.hidden_size, config.moe_intermediate_size
-        return {
-            "gate.kernel": matrix(hidden, ffn),
-            "up.kernel": matrix(hidden, ffn),
-            "down.kernel": matrix(ffn, hidden),
-        }
+        return gated_params("", config.hidden_size, config.moe_intermediate_size)
 
     def source(self, config: Any, name: str) -> Source:
-        unit, module, *rest = name.split(".")
+        unit, _, rest = name.partition(".")
+        module, _, leaf = rest.rpartition(".")
         layer, experts, _ = unit.removeprefix("layer_").partition("_experts_")
         if experts:
-            part, leaf = rest
-            where = self.expert_modules[part].format(module.removeprefix("expert_"))
-        elif module == "router":
-            (leaf,) = rest
-            where = self.router
+            number, _, part = module.removeprefix("expert_").partition(".")
+            where = self.expert_modules[part].format(number)
+        elif module in self.sparse_modules:
+            where = self.sparse_modules[module]
         else:
             return super().source(config, name)
         kind = "bias" if leaf == "bias" else "weight"
@@ -163,7 +182,13 @@ class SparseDecoder(RotaryDecoder):
         hidden = hidden + linear(params["out"], merge_heads(attended))
         x = self.normed(params, "mlp_norm", hidden, config)
         gates, chosen = self.choose(params, x, config)
-        return Routed(hidden, x, gates, chosen)
+        return Routed(hidden + self.shared(params, x, config), x, gates, chosen)
+
+    def shared(
+        self, params: Params, x: Float[Array, "batch seq hidden"], config: Any
+    ) -> Float[Array, "batch seq hidden"] | float:
+        """What is added for all tokens, whatever they chose."""
+        return 0.0
 
     def choose(
         self, params: Params, x: Float[Array, "batch seq hidden"], config: Any
@@ -179,3 +204,29 @@ class SparseDecoder(RotaryDecoder):
         self, params: Params, inputs: Float[Array, "rows hidden"], config: Any
     ) -> Float[Array, "rows hidden"]:
         return gated_mlp(params, inputs[None], config.hidden_act)[0]
+
+
+def gated_params(prefix: str, hidden: int, ffn: int) -> dict[str, Param]:
+    """Of a gated MLP, whose names begin with ``prefix``."""
+    return {
+        f"{prefix}gate.kernel": matrix(hidden, ffn),
+        f"{prefix}up.kernel": matrix(hidden, ffn),
+        f"{prefix}down.kernel": matrix(ffn, hidden),
+    }
+
+
+def dense_by_step(values: Mapping[str, Any]) -> tuple[int, ...]:
+    """Layers without experts by ``mlp_only_layers`` and ``decoder_sparse_step``.
+
+    Raises:
+        ConfigError: not a list of layers, or no step.
+    """
+    dense, every = values.get("mlp_only_layers") or [], values.get("decoder_sparse_step", 1)
+    layers = values["num_hidden_layers"]
+    if not isinstance(dense, (list, tuple)) or not all(type(i) is int for i in dense):
+        raise ConfigError(f"mlp_only_layers must be a list of layers, got {dense!r}")
+    if type(every) is not int or every < 1:
+        raise ConfigError(f"decoder_sparse_step must be a positive integer, got {every!r}")
+    if type(layers) is not int:
+        return ()  # is refused
+    return tuple(i for i in range(min(layers, 1024)) if i in dense or (i + 1) % every)

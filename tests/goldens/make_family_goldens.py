@@ -174,6 +174,90 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "partial_rotary_factor": 0.5,
         "attention_bias": True,
     },
+    "mixtral": {
+        "model_type": "mixtral",
+        "intermediate_size": 24,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "sliding_window": 24,
+    },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 3,
+        "head_dim": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 12,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [0],
+        "rope_theta": 1000.0,
+        **TIED,
+    },
+    "qwen3_moe_step": {
+        "model_type": "qwen3_moe",
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 2,
+        "use_sliding_window": True,
+        "sliding_window": 20,
+        **TIED,
+    },
+    "olmoe": {
+        "model_type": "olmoe",
+        "intermediate_size": 12,
+        "num_experts": 8,
+        "num_experts_per_tok": 4,
+        "norm_topk_prob": False,
+        "clip_qkv": 1.5,
+        **TIED,
+    },
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        "num_hidden_layers": 3,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+        "shared_expert_intermediate_size": 20,
+        "mlp_only_layers": [1],
+    },
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        "head_dim": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 12,
+        "rope_theta": 10000.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "glm4_moe": {
+        "model_type": "glm4_moe",
+        "head_dim": 16,
+        "num_hidden_layers": 3,
+        "partial_rotary_factor": 0.5,
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 12,
+        "first_k_dense_replace": 1,
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+    },
 }
 # How many end tokens config.json and generation_config.json name; the latter's are obeyed.
 ENDS: dict[str, tuple[int, int]] = {"llama3": (3, 3), "qwen3": (1, 2), "phi3": (1, 3)}
@@ -207,20 +291,29 @@ def make_model(name: str, seed: int) -> transformers.PreTrainedModel:
     model.generation_config = transformers.GenerationConfig(pad_token_id=PAD)
     # Tied embeddings that are scaled up would only ever repeat their token.
     embedded = 0.1 if model.config.model_type.startswith("gemma") else NOISE
+    # What is clamped is to meet its limit.
+    experts = 4 * NOISE if model.config.model_type == "gpt_oss" else NOISE
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter, tensor in model.named_parameters():
+        for parameter, tensor in [*model.named_parameters(), *corrections(model)]:
             noise = torch.randn(tensor.shape, generator=generator)
             if "norm" in parameter:
                 noise = 1 + 0.2 * noise
-            elif tensor.ndim == 1:
+            elif tensor.ndim == 1 or "bias" in parameter:
                 noise = 0.2 * noise
             elif "embed_tokens" in parameter:
                 noise = embedded * noise
+            elif parameter.endswith("experts.gate_up_proj"):
+                noise = experts * noise
             else:
                 noise = NOISE * noise
             tensor.copy_(noise.bfloat16())
     return model
+
+
+def corrections(model: transformers.PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
+    """What is added to the scores of experts before some are chosen: no parameter, but saved."""
+    return [(name, x) for name, x in model.named_buffers() if name.endswith("correction_bias")]
 
 
 def load_model(folder: Path) -> transformers.PreTrainedModel:
