@@ -21,6 +21,9 @@ from flexgen_jax.models.kv_cache import CacheFormat, KeptCache, LayerCache, in_r
 from flexgen_jax.models.packed import Packed
 from flexgen_jax.models.pieces import rows_per_call
 from flexgen_jax.models.quantization import Quantized
+from flexgen_jax.models.registry import family_of
+
+Sinks = Float[Array, "heads"] | None
 
 
 def _marker(made: Array | Routed) -> Array:
@@ -109,13 +112,13 @@ def decode_qkv(
     config: Config,
     kind: Kind,
     form: CacheFormat,
-) -> tuple[Float[Array, "batch heads 1 head_dim"], LayerCache, KeptCache]:
+) -> tuple[Float[Array, "batch heads 1 head_dim"], LayerCache, KeptCache, Sinks]:
     """The first part of a decoder layer taken apart: the query, and the token's key and value.
 
-    The latter twice: as they are attended to, and as they are kept.
+    The latter twice: as they are attended to, and as they are kept. And the layer's sinks.
     """
     query, new = decoding.decode_qkv(params, hidden, position, padding, config, kind)
-    return query, new, form.pack(new)
+    return query, new, form.pack(new), family_of(config).sinks(params)
 
 
 @partial(jax.jit, static_argnames="kind")
@@ -125,12 +128,20 @@ def attend_cached(
     new: LayerCache,
     position: Int[Array, ""],
     padding: Int[Array, "batch"],
+    sinks: Sinks = None,
     *,
     kind: Kind,
 ) -> Float[Array, "batch heads 1 head_dim"]:
     """The second part, next to the cache: it runs where its arguments lie."""
     return attention.attend_cached(
-        query, cache, new, position, padding, window=kind.window, soft_cap=kind.soft_cap
+        query,
+        cache,
+        new,
+        position,
+        padding,
+        window=kind.window,
+        soft_cap=kind.soft_cap,
+        sinks=sinks,
     )
 
 
@@ -141,13 +152,14 @@ def select_cached(
     new: LayerCache,
     position: Int[Array, ""],
     padding: Int[Array, "batch"],
+    sinks: Sinks = None,
     *,
     kind: Kind,
     sparsity: float,
 ) -> attention.Selection:
     """Of sparse attention, the part before the values: it runs where the keys lie."""
     return attention.select_cached(
-        query, key, new, position, padding, sparsity, soft_cap=kind.soft_cap
+        query, key, new, position, padding, sparsity, soft_cap=kind.soft_cap, sinks=sinks
     )
 
 

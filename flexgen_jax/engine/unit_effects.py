@@ -259,7 +259,7 @@ class DecoderEffects(UnitEffects):
         selection: only the values of the selected positions are fetched.
         """
         config, form, host = self._config, self._cells.form, self._cells.host
-        query, new, kept = kernels.decode_qkv(
+        query, new, kept, sinks = kernels.decode_qkv(
             weights.params,
             hidden,
             position,
@@ -270,14 +270,14 @@ class DecoderEffects(UnitEffects):
         )
         padding = state.padding_on(host if cell.hosted else device)
         if cell.hosted:
-            query, new, kept = jax.device_put((query, new, kept), host)
+            query, new, kept, sinks = jax.device_put((query, new, kept, sinks), host)
         if cell.values is None:
             cache = LayerCache(*cached)
-            attended = kernels.attend_cached(query, cache, new, position, padding, kind=kind)
+            attended = kernels.attend_cached(query, cache, new, position, padding, sinks, kind=kind)
         else:
             (key,) = cached
             chosen = kernels.select_cached(
-                query, key, new, position, padding, kind=kind, sparsity=self._sparsity
+                query, key, new, position, padding, sinks, kind=kind, sparsity=self._sparsity
             )
             taken = cell.store.take(cell.values, chosen.positions)
             (value,) = form.unflatten(taken, config.head_dim)

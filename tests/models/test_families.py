@@ -15,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flexgen_jax.engine import kernels
 from flexgen_jax.models import decoding, pieces
 from flexgen_jax.models.family import ConfigError, eos_token_ids
+from flexgen_jax.models.kv_cache import CacheFormat
 from flexgen_jax.models.params import matmul_flops, nest, param_records, param_shapes, unit_kinds
 from flexgen_jax.models.registry import (
     FAMILIES,
@@ -66,6 +68,33 @@ def test_logits_after_unequal_prompts_are_those_of_transformers(variant):
     with np.load(GOLDENS / "logits.npz") as logits:
         theirs = logits[variant]
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * np.abs(theirs).max())
+
+
+def test_sinks_and_windows_count_for_each_new_token():
+    """All at once, and taken apart as where attention is computed elsewhere."""
+    config, params = loaded("gpt_oss")
+    tokens, padding = map(jnp.asarray, padded([PROMPTS[-1], PROMPTS[-2]]))
+    whole = np.asarray(forward(params, tokens, config, padding))
+    _, caches = decoding.prefill(
+        params, tokens[:, :-1], config, cache_len=tokens.shape[1], padding=padding
+    )
+    last = jnp.int32(tokens.shape[1] - 1)
+    step, _ = decoding.decode(params, tokens[:, -1], caches, last, config, padding=padding)
+    np.testing.assert_allclose(step, whole[:, -1], rtol=1e-4, atol=1e-3)
+
+    hidden = jnp.asarray(whole[:, -1:, : config.hidden_size])
+    for layer in range(2):
+        where = {"config": config, "kind": family_of(config).kind(config, layer)}
+        own, form = params[f"layer_{layer}"], CacheFormat()
+        query, new, _, sinks = kernels.decode_qkv(own, hidden, last, padding, form=form, **where)
+        attended = kernels.attend_cached(
+            query, caches[layer], new, last, padding, sinks, kind=where["kind"]
+        )
+        parts, _ = kernels.decode_rest(own, hidden, attended, **where)
+        once, *_ = kernels.decode_layer(
+            own, hidden, caches[layer], last, padding, form=form, **where
+        )
+        np.testing.assert_allclose(parts.hidden, once.hidden, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("variant", ["gemma3", "phi3_long", "olmo2"])
