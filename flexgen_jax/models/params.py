@@ -80,7 +80,10 @@ def head_table(config: Config) -> str:
 
 @functools.lru_cache(maxsize=16)
 def matmul_flops(config: Config) -> tuple[float, ...]:
-    """Per unit, of one position: two for each element of a matrix that it is multiplied with."""
+    """Per unit, of one position: two for each element of a matrix that it is multiplied with.
+
+    Of a unit of experts, of one position that chose one of them: its experts are alike.
+    """
     records = param_records(config)
 
     def multiplied(name: str, unit: Unit) -> bool:
@@ -94,6 +97,7 @@ def matmul_flops(config: Config) -> tuple[float, ...]:
             for name in unit_names(config, unit.name)
             if multiplied(name, unit)
         )
+        / (unit.kind.experts if unit.kind.role == "experts" else 1)
         for unit in _units(config).values()
     )
 

@@ -239,6 +239,44 @@ def test_bad_values_are_named(values, message):
         read_config({**LLAMA, **values})
 
 
+MIXTRAL = {**LLAMA, "model_type": "mixtral"}
+QWEN_MOE = {**LLAMA, "model_type": "qwen3_moe"}
+GLM_MOE = {**LLAMA, "model_type": "glm4_moe"}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({**MIXTRAL, "num_local_experts": 0}, "num_experts must be a positive integer, got 0"),
+        ({**MIXTRAL, "num_local_experts": 10**6}, "1000000 in each of 2 layers is more than any"),
+        ({**MIXTRAL, "num_hidden_layers": 10**9}, "1000000000 is more than any model has"),
+        ({**MIXTRAL, "num_experts_per_tok": 9}, r"num_experts_per_tok \(9\) exceeds .* \(8\)"),
+        ({**MIXTRAL, "num_experts_per_tok": None}, "there is no num_experts_per_tok"),
+        ({**QWEN_MOE, "num_experts": "8"}, "num_experts must be a positive integer, got '8'"),
+        ({**QWEN_MOE, "moe_intermediate_size": -1}, "moe_intermediate_size must be a positive"),
+        ({**QWEN_MOE, "norm_topk_prob": "no"}, "norm_topk_prob must be true or false, got 'no'"),
+        ({**QWEN_MOE, "mlp_only_layers": 1}, "mlp_only_layers must be a list of layers, got 1"),
+        ({**QWEN_MOE, "decoder_sparse_step": 0}, "decoder_sparse_step must be a positive"),
+        ({**QWEN_MOE, "num_hidden_layers": 10**9}, "1000000000 is more than any model has"),
+        ({**LLAMA, "model_type": "olmoe", "clip_qkv": 0}, "clip_qkv must be a positive number"),
+        (
+            {**LLAMA, "model_type": "qwen2_moe", "shared_expert_intermediate_size": 0},
+            "shared_expert_intermediate_size must be a positive integer",
+        ),
+        ({**LLAMA, "model_type": "gpt_oss", "swiglu_limit": "7"}, "swiglu_limit must be a number"),
+        ({**GLM_MOE, "n_group": 3}, r"n_routed_experts \(128\) must be a multiple of n_group"),
+        ({**GLM_MOE, "topk_group": 2}, r"topk_group \(2\) exceeds n_group \(1\)"),
+        ({**GLM_MOE, "n_group": 64}, "exceeds the 2 experts of topk_group groups"),
+        ({**GLM_MOE, "n_group": 128}, "groups of 1 expert"),
+        ({**GLM_MOE, "first_k_dense_replace": -1}, "first_k_dense_replace must be a number of"),
+    ],
+    ids=str,
+)
+def test_bad_values_of_experts_are_named(values, message):
+    with pytest.raises(ConfigError, match=message):
+        read_config(values)
+
+
 @pytest.mark.parametrize(
     ("config", "generation", "ids"),
     [
@@ -308,6 +346,19 @@ def test_products_count_once_for_each_element():
     assert flops[0] == 0
     assert set(flops[1:-1]) == {2.0 * layer}
     assert flops[-1] == 2.0 * 32 * config.vocab_size
+
+
+def test_products_of_experts_count_for_one_of_them():
+    config = load_config(GOLDENS / "qwen2_moe")
+    units = family_of(config).units(config)
+    found = dict(zip((unit.name for unit in units), matmul_flops(config), strict=True))
+    attention = 2 * 32 * 32 + 2 * 32 * 16
+    shared = 3 * 32 * config.shared_expert_intermediate_size + 32
+    assert found["layer_0"] == 2.0 * (attention + shared + 32 * config.num_experts)
+    assert found["layer_1"] == 2.0 * (attention + 3 * 32 * config.intermediate_size)
+    of_experts = {flops for name, flops in found.items() if "experts" in name}
+    assert of_experts == {2.0 * 3 * 32 * config.moe_intermediate_size}
+    assert sum(len(unit.experts) for unit in units) == 2 * config.num_experts
 
 
 def test_layers_are_of_the_kinds_that_their_config_says():
