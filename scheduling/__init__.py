@@ -19,8 +19,10 @@ from scheduling.limits import Limits
 from scheduling.ops import (
     Barrier,
     Compute,
+    ComputeExperts,
     FreeWeights,
     LoadCache,
+    LoadChosen,
     LoadHidden,
     LoadWeights,
     Op,
@@ -39,21 +41,24 @@ from scheduling.sizes import Link, Sizes
 from scheduling.timeline import Span, Timeline, compare, to_perfetto, write_trace
 from scheduling.transforms import Cut, first_n, remaining, serialize, serialized
 from scheduling.validate import validate
-from scheduling.workload import Workload
+from scheduling.workload import Experts, Workload
 
 __all__ = [
     "SCHEDULES",
     "Barrier",
     "Cell",
     "Compute",
+    "ComputeExperts",
     "CostModel",
     "Cut",
+    "Experts",
     "FreeWeights",
     "Hardware",
     "Issue",
     "Limits",
     "Link",
     "LoadCache",
+    "LoadChosen",
     "LoadHidden",
     "LoadWeights",
     "Need",

@@ -28,7 +28,8 @@ def alike(workload: Workload) -> dict[tuple[int, int | None], int]:
         stage = workload.stage_of(layer)
         edge = layer if layer in (0, last) or layer in sizes.borders else -1
         window = sizes.windows.get(layer)
-        kind = sizes.matmul_flops[layer], sizes.dense[layer], edge, stage, window
+        experts = workload.has_experts(layer), workload.gives_hidden(layer)
+        kind = sizes.matmul_flops[layer], sizes.dense[layer], edge, stage, window, experts
         reads = sizes.reads[layer] if sizes.reads else 0
         weights = *by_tier.items(), kind, reads
         counts[layers.setdefault(weights, layer), None] += 1

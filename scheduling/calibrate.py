@@ -17,7 +17,7 @@ import numpy as np
 
 from scheduling.cost_model import CostModel
 from scheduling.hardware import Hardware
-from scheduling.ops import Compute, LoadWeights, Op
+from scheduling.ops import Compute, ComputeExperts, LoadChosen, LoadWeights, Op
 from scheduling.simulate import simulate
 from scheduling.timeline import Span, Timeline
 from scheduling.workload import Workload
@@ -80,10 +80,10 @@ def observations(
     seconds: dict[_Key, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     fresh: set[int] = set()
     for op in ops:
-        if isinstance(op, LoadWeights):
+        if isinstance(op, (LoadWeights, LoadChosen)):
             fresh.add(op.layer)
-        unpack = isinstance(op, Compute) and op.layer in fresh
-        if isinstance(op, Compute):
+        unpack = isinstance(op, (Compute, ComputeExperts)) and op.layer in fresh
+        if isinstance(op, (Compute, ComputeExperts)):
             fresh.discard(op.layer)
         for term in costs.terms(op, unpack=unpack):
             step, layer = getattr(op, "step", 0), getattr(op, "layer", 0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from scheduling.alike import alike
@@ -19,8 +19,10 @@ from scheduling.hardware import Hardware
 from scheduling.ops import (
     Barrier,
     Compute,
+    ComputeExperts,
     FreeWeights,
     LoadCache,
+    LoadChosen,
     LoadWeights,
     Op,
     StoreCache,
@@ -107,6 +109,8 @@ class CostModel:
             return []
         if isinstance(op, Compute):
             return self._compute(op, unpack)
+        if isinstance(op, ComputeExperts):
+            return self._experts(op, unpack)
         kind = "cache" if isinstance(op, (LoadCache, StoreCache)) else "hidden"
         found = []
         for link, nbytes in self.sizes.moved(op).items():
@@ -166,6 +170,20 @@ class CostModel:
             found.append(Term("dequantize", where, unpacked / h.dequantize))
         return found
 
+    def _experts(self, op: ComputeExperts, unpack: bool) -> list[Term]:
+        h, sizes = self.hardware, self.sizes
+        assert sizes.experts is not None
+        tokens, found = sizes.tokens(op), [Term("overhead", DEVICE, self.hardware.overhead)]
+        for count, tile in zip(tokens, sizes.experts.tiles, strict=True):
+            if count:
+                rows = sizes.experts.units[op.layer] * sizes.experts.rows(count, tile)
+                flops = rows * sizes.matmul_flops[op.layer]
+                found.append(Term(f"matmul@{tile}", DEVICE, flops / h.matmul_rate(tile)))
+        if unpack and sizes.dense[op.layer]:
+            nbytes = sizes.touched(op) * sizes.dense[op.layer]
+            found.append(Term("dequantize", DEVICE, nbytes / h.dequantize))
+        return found if sum(tokens) else []
+
     def lower_bound(self) -> dict[str, float]:
         """Seconds that any schedule of the workload needs of each resource; the largest bounds it.
 
@@ -180,8 +198,12 @@ class CostModel:
                 total[resource] = total.get(resource, 0.0) + times * seconds
 
         kept: dict[tuple[int, str], list[float]] = {}
-        steps = w.num_steps - min(w.first_step(b) for b in range(w.num_batches))
+        first = min(w.first_step(b) for b in range(w.num_batches))
+        steps = w.num_steps - first
         for layer in range(w.num_layers):
+            if w.has_experts(layer):
+                self._add_experts(layer, first, add)
+                continue
             load = self.pieces(LoadWeights(0, layer))
             add(load, steps)
             for resource, seconds in load:
@@ -190,7 +212,7 @@ class CostModel:
             spared = sum(sorted(each, reverse=True)[: w.weight_slots])
             total[resource] -= (steps - 1) * spared
         for (layer, of), count in alike(w).items():
-            if of is None:
+            if of is None or w.has_experts(layer):
                 continue
             for step in range(w.first_step(of), sizes.batches[of].num_steps):
                 add(self.pieces(Compute(step, layer, of)), count)
@@ -199,6 +221,27 @@ class CostModel:
                     if step:
                         add(self.pieces(LoadCache(step, layer, of)), count)
         return total
+
+    def _add_experts(
+        self, layer: int, first: int, add: Callable[[tuple[Piece, ...]], None]
+    ) -> None:
+        """Of a unit of experts what every schedule loads and computes, step by step."""
+        batches = range(self.workload.num_batches)
+        for step in range(first, self.workload.num_steps):
+            there = tuple(b for b in batches if self.workload.first_step(b) <= step)
+            tokens = self.sizes.tokens(LoadChosen(step, layer, there))
+            key = *tokens, self.sizes.matmul_flops[layer], *self.sizes.weights[layer].items()
+            if key not in self._of_experts:
+                ops: tuple[Op, ...] = (
+                    LoadChosen(step, layer, there),
+                    ComputeExperts(step, layer, there),
+                )
+                self._of_experts[key] = tuple(piece for op in ops for piece in self.pieces(op))
+            add(self._of_experts[key])
+
+    @functools.cached_property
+    def _of_experts(self) -> dict[object, tuple[Piece, ...]]:
+        return {}
 
 
 _LATENCIES = {Link.DISK_TO_HOST: "disk_read_latency", Link.HOST_TO_DISK: "disk_write_latency"}

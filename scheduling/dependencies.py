@@ -24,10 +24,13 @@ from itertools import islice
 from typing import Any
 
 from scheduling.ops import (
+    OF_BATCHES,
     Barrier,
     Compute,
+    ComputeExperts,
     FreeWeights,
     LoadCache,
+    LoadChosen,
     LoadHidden,
     LoadWeights,
     Op,
@@ -51,12 +54,14 @@ class Stream(enum.Enum):
 
 _STREAMS: dict[type, Stream] = {
     LoadWeights: Stream.LOAD_WEIGHTS,
+    LoadChosen: Stream.LOAD_WEIGHTS,
     FreeWeights: Stream.COMPUTE,
     LoadCache: Stream.LOAD_CACHE,
     StoreCache: Stream.STORE_CACHE,
     LoadHidden: Stream.LOAD_HIDDEN,
     StoreHidden: Stream.STORE_HIDDEN,
     Compute: Stream.COMPUTE,
+    ComputeExperts: Stream.COMPUTE,
     Barrier: Stream.COMPUTE,
 }
 
@@ -76,7 +81,9 @@ def wait_reason(op: type, needed: type, *, crosses: bool = False) -> str:
     """
     if Barrier in (op, needed):
         return "barrier"
-    if needed in (FreeWeights, Compute):
+    if op is LoadChosen and needed in (Compute, ComputeExperts):
+        return "router"
+    if needed in (FreeWeights, Compute, ComputeExperts):
         return "compute" if op in (StoreCache, StoreHidden) else "slot"
     if op is Compute and needed in (StoreCache, StoreHidden):
         return "stores"
@@ -85,6 +92,7 @@ def wait_reason(op: type, needed: type, *, crosses: bool = False) -> str:
 
 _WHAT: dict[type, str] = {
     LoadWeights: "weights",
+    LoadChosen: "weights",
     LoadCache: "cache",
     StoreCache: "cache",
     LoadHidden: "hidden",
@@ -108,7 +116,8 @@ _Key = tuple[type, int, int, int]
 def needs(op: Op, workload: Workload) -> tuple[Need, ...]:
     """What must be done before ``op`` starts, beside a free slot and its place in its stream.
 
-    Weights are known by their layer alone: batches at different steps may share one load. A
+    Weights are known by their layer alone: batches at different steps may share one load. What a
+    layer's experts have computed of a batch counts as a Compute of the batch, one a unit. A
     FreeWeights waits for every Compute that used its load, too; ``bind`` knows which those are.
     """
     return tuple(map(_need_of, _keys(op, workload)))
@@ -142,6 +151,12 @@ def _keys(op: Any, workload: Workload) -> tuple[_Key, ...]:
         return ((StoreCache, op.step - 1, op.layer, op.batch),)
     if kind is FreeWeights:
         return ((Weights, 0, op.layer, 0),)
+    if kind is ComputeExperts:
+        before = ((Compute, op.step, op.layer - 1, batch) for batch in op.batches)
+        return ((Weights, 0, op.layer, 0), *before)
+    if kind is LoadChosen:
+        router = workload.router_of(op.layer)
+        return tuple((Compute, op.step, router, batch) for batch in op.batches)
     return ()
 
 
@@ -292,7 +307,7 @@ class _Binder:
                     raise self._unmet(op, key)
                 found.append(need)
             slot, crosses = None, False
-            if kind is LoadWeights:
+            if kind is LoadWeights or kind is LoadChosen:
                 slot = self._load(op, found)
             elif kind is FreeWeights:
                 slot = self._free(op, found)
@@ -302,6 +317,9 @@ class _Binder:
                     found.extend(since[number].values())
                     if number in barrier and number != stage:
                         found.append(barrier[number])
+            elif kind is ComputeExperts:
+                found = list(dict.fromkeys(found))  # of a layer's second unit all need the first
+                self._remember_experts(op)
             else:
                 if kind is Compute:
                     self._compute(op, found)
@@ -410,8 +428,13 @@ class _Binder:
             raise self._outside(op, "step", w.num_steps)
         if kind is LoadWeights:
             return
+        if kind in OF_BATCHES:
+            self._check_experts(op)
+            return
         if not 0 <= op.batch < w.num_batches:
             raise self._outside(op, "batch", w.num_batches)
+        if w.experts is not None:
+            self._check_beside_experts(op)
         if kind is LoadCache or kind is StoreCache:
             if not w.has_cache(layer):
                 raise self._error(op, f"layer {layer} keeps no cache; leave the op out")
@@ -429,6 +452,45 @@ class _Binder:
             else:
                 reason = f"is late: {this}, which it is for, came before it; issue it before that"
             raise self._error(op, reason)
+
+    def _check_experts(self, op: Any) -> None:
+        w, kind = self.workload, type(op)
+        if not w.has_experts(op.layer):
+            raise self._error(op, f"layer {op.layer} has no experts; use LoadWeights and Compute")
+        if not op.batches or len(set(op.batches)) < len(op.batches):
+            raise self._error(op, "batches must be different numbers, one at least")
+        router = op.step * w.num_layers + w.router_of(op.layer)
+        for batch in op.batches:
+            if not 0 <= batch < w.num_batches:
+                raise self._outside(op, "batches", w.num_batches)
+            reached, place = self.reached[batch], self._place(op)
+            if reached >= place:
+                raise self._error(op, f"is late: batch {batch} is through with that layer")
+            wanted = router if kind is LoadChosen else place - 1
+            if reached < wanted:
+                step, layer = divmod(wanted, w.num_layers)
+                missing: Op = Compute(step, layer, batch)
+                if w.has_experts(layer):
+                    missing = ComputeExperts(step, layer, op.batches)
+                raise self._error(
+                    op,
+                    f"needs {missing} before it, which has not come; issue that earlier or this "
+                    "later",
+                    missing,
+                )
+
+    def _check_beside_experts(self, op: Any) -> None:
+        """What a batch's own ops may not be in a model with experts."""
+        w, kind = self.workload, type(op)
+        if w.has_experts(op.layer) and kind is not StoreHidden:
+            raise self._error(
+                op, f"layer {op.layer} is a unit of experts: ComputeExperts is all there is to do"
+            )
+        if kind is StoreHidden and not w.gives_hidden(op.layer):
+            raise self._error(
+                op,
+                f"layer {op.layer} leaves hidden states to the experts behind it: drop this",
+            )
 
     def _place(self, op: Any) -> int:
         return op.step * self.workload.num_layers + op.layer
@@ -449,6 +511,13 @@ class _Binder:
                 latest.pop((StoreHidden, step, layer - 1, batch), None)
             else:
                 latest.pop((StoreHidden, step - 1, layers - 1, batch), None)
+
+    def _remember_experts(self, op: Any) -> None:
+        self.reader[op.layer] = self.index
+        for batch in op.batches:
+            self.latest[Compute, op.step, op.layer, batch] = self.index
+            self.latest.pop((Compute, op.step - 1, op.layer, batch), None)
+            self.reached[batch] = self._place(op)
 
     def _unmet(self, op: Any, key: _Key) -> ScheduleError:
         if isinstance(op, StoreCache) and self._place(op) <= self.reached[op.batch]:

@@ -13,7 +13,9 @@ from scheduling.dependencies import Stream, stream_of
 from scheduling.hardware import Hardware
 from scheduling.ops import (
     Compute,
+    ComputeExperts,
     LoadCache,
+    LoadChosen,
     LoadHidden,
     LoadWeights,
     Op,
@@ -73,7 +75,9 @@ def estimate(
     spans = simulate(schedule(short), short, hardware).spans
     seconds = [0.0, 0.0]
     before, phase = 0.0, 0
-    for end, step in sorted((s.end, s.step or 0) for s in spans if s.op == "Compute"):
+    for end, step in sorted(
+        (s.end, s.step or 0) for s in spans if s.op in ("Compute", "ComputeExperts")
+    ):
         phase = int(step > 0)
         seconds[phase] += end - before
         before = end
@@ -124,6 +128,13 @@ def lanes(workload: Workload, hardware: Hardware) -> dict[str, tuple[Seconds, Se
     groups = len(workload.groups())
     for (layer, number), count in alike(model).items():
         for step in (0, 1) if steps else (0,):
+            if workload.has_experts(layer):
+                if number is None:
+                    _add_experts(model, layer, step, count * (steps if step else 1), add)
+                elif workload.gives_hidden(layer):
+                    times = sizes.batches[number].num_steps - 1 if step else 1
+                    add("hidden", StoreHidden(step, layer, number), count * times)
+                continue
             if number is None:
                 loads = count * groups * (steps if step else 1)
                 add("weights", LoadWeights(step, layer), loads)
@@ -141,7 +152,8 @@ def lanes(workload: Workload, hardware: Hardware) -> dict[str, tuple[Seconds, Se
             times = count * (own_steps if step else 1)
             add("compute", Compute(step, layer, number), times)
             add("hidden", LoadHidden(step, layer, number), times)
-            add("hidden", StoreHidden(step, layer, number), times)
+            if workload.gives_hidden(layer):
+                add("hidden", StoreHidden(step, layer, number), times)
             if (layer, number) in sizes.cache:
                 if step:
                     add("cache", LoadCache(step, layer, number), times)
@@ -153,6 +165,16 @@ def lanes(workload: Workload, hardware: Hardware) -> dict[str, tuple[Seconds, Se
             for name in phase:
                 phase[name] *= times_as_long
     return found
+
+
+def _add_experts(w: Workload, layer: int, step: int, times: int, add: Callable[..., None]) -> None:
+    """A unit of experts, for each group of batches."""
+    for group in w.groups():
+        batches = tuple(group)
+        chosen = w.waits_for_choice(step, batches)
+        load = LoadChosen(step, layer, batches) if chosen else LoadWeights(step, layer)
+        add("weights", load, times)
+        add("compute", ComputeExperts(step, layer, batches), times, unpack=True)
 
 
 def one_after_the_other(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -71,6 +72,35 @@ class Compute(Cell):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class LoadChosen:
+    """``slot = weights[layer]``, of the experts that any token of ``batches`` has chosen"""
+
+    step: int
+    layer: int
+    batches: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return _of_batches(self)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ComputeExperts:
+    """``device_hidden[batches] += experts(weights, those tokens of batches that chose them)``"""
+
+    step: int
+    layer: int
+    batches: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return _of_batches(self)
+
+
+def _of_batches(op: LoadChosen | ComputeExperts) -> str:
+    batches = ", ".join(map(str, op.batches))
+    return f"{type(op).__name__}(step={op.step}, layer={op.layer}, batches=[{batches}])"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Barrier:
     """wait until everything above is done, or everything of one stage"""
 
@@ -88,10 +118,13 @@ Op = (
     | LoadHidden
     | StoreHidden
     | Compute
+    | LoadChosen
+    | ComputeExperts
     | Barrier
 )
+OF_BATCHES = (LoadChosen, ComputeExperts)
 
-_KINDS = {
+_KINDS: dict[str, tuple[Any, tuple[str, ...]]] = {
     kind.__name__: (kind, fields)
     for kind, fields in (
         (LoadWeights, ("step", "layer")),
@@ -101,11 +134,14 @@ _KINDS = {
         (LoadHidden, ("step", "layer", "batch")),
         (StoreHidden, ("step", "layer", "batch")),
         (Compute, ("step", "layer", "batch")),
+        (LoadChosen, ("step", "layer", "batches")),
+        (ComputeExperts, ("step", "layer", "batches")),
         (Barrier, ("stage",)),
     )
 }
 _CALL = re.compile(r"(\w+)\s*\((.*)\)")
-_FIELD = re.compile(r"(\w+)\s*=\s*(-?[0-9]+)")
+_FIELD = re.compile(r"(\w+)\s*=\s*(-?[0-9]+|\[[0-9, ]*\])")
+_COMMA = re.compile(r",(?![^\[]*\])")  # not within brackets
 
 
 def parse_op(text: str) -> Op:
@@ -118,15 +154,28 @@ def parse_op(text: str) -> Op:
     if call is None or call[1] not in _KINDS:
         raise ValueError(f"expected an op ({', '.join(_KINDS)}) with its fields, got {text!r}")
     kind, fields = _KINDS[call[1]]
-    parts = call[2].split(",") if call[2].strip() else []
+    parts = _COMMA.split(call[2]) if call[2].strip() else []
     found = [_FIELD.fullmatch(part.strip()) for part in parts]
-    values = {field[1]: int(field[2]) for field in found if field is not None}
+    values = {field[1]: _value(field[2]) for field in found if field is not None}
     optional = kind is Barrier and not parts
-    if len(values) != len(parts) or (tuple(values) != fields and not optional):
-        wanted = f"{call[1]}({', '.join(f'{name}=<number>' for name in fields)})"
+    lists = [name for name, value in values.items() if isinstance(value, tuple)]
+    if (
+        len(values) != len(parts)
+        or (tuple(values) != fields and not optional)
+        or lists != [name for name in fields if name == "batches"]
+    ):
+        forms = (f"{n}={'[<numbers>]' if n == 'batches' else '<number>'}" for n in fields)
+        wanted = f"{call[1]}({', '.join(forms)})"
         either = "Barrier() or " if kind is Barrier else ""
         raise ValueError(f"expected {either}{wanted}, got {text!r}")
-    return kind(**values)
+    made: Op = kind(**values)
+    return made
+
+
+def _value(text: str) -> int | tuple[int, ...]:
+    if not text.startswith("["):
+        return int(text)
+    return tuple(int(number) for number in text[1:-1].split(",") if number.strip())
 
 
 def format_schedule(ops: Iterable[Op]) -> str:

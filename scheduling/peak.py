@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
-from scheduling.ops import Compute, Op
+from scheduling.ops import Compute, ComputeExperts, Op
 from scheduling.policy import Tier
 from scheduling.sizes import Sizes
 from scheduling.workload import Workload
@@ -44,6 +44,9 @@ def peak_nbytes(
     peak = {phase: dict(held) for phase in PHASES}
     waiting: list[tuple[_Place, int] | None] = [None] * w.num_batches  # hidden states
     for op in ops:
+        if isinstance(op, ComputeExperts) and w.gives_hidden(op.layer):
+            device = _place(w, w.stage_of(op.layer), Tier.DEVICE, shared)
+            held[device] -= sum(_routed(sizes, batch, op.step) for batch in op.batches)
         if not isinstance(op, Compute) or op.step >= sizes.batches[op.batch].num_steps:
             continue
         number, batch, stage = op.batch, sizes.batches[op.batch], w.stage_of(op.layer)
@@ -69,6 +72,8 @@ def peak_nbytes(
             held[where] += cell.position_nbytes * (after - before)
             held[host] += sizes.buffered(cell) if op.step == 0 else 0
             freed = cell.position_nbytes * after if last else 0
+        if not w.gives_hidden(op.layer):
+            held[_place(w, stage, Tier.DEVICE, shared)] += _routed(sizes, number, op.step)
         for place, nbytes in held.items():
             if nbytes > highest.get(place, 0):
                 highest[place] = nbytes
@@ -81,6 +86,12 @@ def peak_nbytes(
             held[gone[0]] -= gone[1]
             waiting[number] = None
     return {phase: _fullest(places) for phase, places in peak.items()}
+
+
+def _routed(sizes: Sizes, number: int, step: int) -> int:
+    """Bytes of what a batch leaves on the device for experts."""
+    batch = sizes.batches[number]
+    return batch.routed_nbytes * batch.positions(step) if step < batch.num_steps else 0
 
 
 # A device or a host, by its tier and number.
@@ -119,6 +130,8 @@ def room_nbytes(workload: Workload, *, shared: bool) -> dict[Tier, int]:
         for batch in sizes.batches:
             hidden = batch.largest_hidden_nbytes
             room[_place(w, stage, batch.hidden_tier, shared)] += hidden
+            positions = max(batch.prompt_len, batch.longest_prompt)
+            room[device] += batch.routed_nbytes * positions
     for (layer, number), cell in sizes.cache.items():
         stage = w.stage_of(layer)
         nbytes = cell.position_nbytes * cell.kept(sizes.batches[number].capacity)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 from scheduling.dependencies import ScheduleError
 from scheduling.ops import (
     Barrier,
     Compute,
+    ComputeExperts,
     FreeWeights,
     LoadCache,
+    LoadChosen,
     LoadHidden,
     LoadWeights,
     Op,
@@ -44,15 +46,39 @@ def passes(w: Workload, rounds: int) -> Iterator[tuple[int, int, range]]:
 def zigzag(w: Workload) -> Iterator[Op]:
     """FlexGen's block schedule (paper, algorithm 1): one weight load serves all batches.
 
-    Over several stages, all of a group's.
+    Over several stages, all of a group's. Experts are loaded once it is known which were chosen,
+    where many are not; meanwhile comes the next layer.
     """
-    for step, layer, batches in passes(w, w.num_steps):
-        yield LoadWeights(step, layer)
-        for batch in batches:
-            yield from _load(w, step, layer, batch)
-            yield Compute(step, layer, batch)
-            yield from _store(w, step, layer, batch)
-        yield FreeWeights(layer)
+    ahead = None
+    for (step, layer, batches), following in _with_next(w, passes(w, w.num_steps)):
+        cells = [(step, batch) for batch in batches]
+        if w.has_experts(layer):
+            yield from _experts(w, layer, cells)
+            continue
+        if (step, layer) != ahead:
+            yield LoadWeights(step, layer)
+        if w.weight_slots > 2 and not w.gives_hidden(layer) and w.waits_for_choice(step, batches):
+            ahead = following
+            if following is not None:
+                yield LoadWeights(*following)
+        yield from _layer(w, layer, cells)
+
+
+def _with_next(
+    w: Workload, visits: Iterator[tuple[int, int, range]]
+) -> Iterator[tuple[tuple[int, int, range], tuple[int, int] | None]]:
+    """Each visit with the step and layer of the next one that is not of experts.
+
+    None: there is none, or it is on another stage.
+    """
+    held: list[tuple[int, int, range]] = []
+    for visit in visits:
+        if not w.has_experts(visit[1]) and held:
+            alone = w.num_stages == 1
+            yield from ((one, visit[:2] if alone else None) for one in held)
+            held.clear()
+        held.append(visit)
+    yield from ((one, None) for one in held)
 
 
 def row_by_row(w: Workload) -> Iterator[Op]:
@@ -63,11 +89,11 @@ def row_by_row(w: Workload) -> Iterator[Op]:
     for batch in range(w.num_batches):
         for step in range(w.num_steps):
             for layer in range(w.num_layers):
-                yield LoadWeights(step, layer)
-                yield from _load(w, step, layer, batch)
-                yield Compute(step, layer, batch)
-                yield from _store(w, step, layer, batch)
-                yield FreeWeights(layer)
+                if w.has_experts(layer):
+                    yield from _experts(w, layer, [(step, batch)])
+                else:
+                    yield LoadWeights(step, layer)
+                    yield from _layer(w, layer, [(step, batch)])
 
 
 def lock_step(w: Workload) -> Iterator[Op]:
@@ -82,6 +108,10 @@ def lock_step(w: Workload) -> Iterator[Op]:
         raise ScheduleError(
             "lock_step loads one layer ahead: it needs weight_slots of at least 2, "
             f"and this workload has {w.weight_slots}; raise it, or use zigzag"
+        )
+    if w.experts is not None:
+        raise ScheduleError(
+            "lock_step waits after each batch, and experts compute all batches at once; use zigzag"
         )
     passes = w.num_steps * w.num_layers
     last = passes * w.num_batches - 1
@@ -134,14 +164,39 @@ def diagonal(w: Workload) -> Iterator[Op]:
     for turn, layer, batches in passes(w, (w.num_batches - 1) * gap + w.num_steps):
         # Old batches first: what they leave makes room.
         active = [b for b in batches if 0 <= turn - b * gap < w.num_steps]
-        if active:
-            yield LoadWeights(turn - active[0] * gap, layer)
-            for batch in active:
-                step = turn - batch * gap
-                yield from _load(w, step, layer, batch)
-                yield Compute(step, layer, batch)
-                yield from _store(w, step, layer, batch)
-            yield FreeWeights(layer)
+        cells = [(turn - batch * gap, batch) for batch in active]
+        if active and w.has_experts(layer):
+            yield from _experts(w, layer, cells)
+        elif active:
+            yield LoadWeights(cells[0][0], layer)
+            yield from _layer(w, layer, cells)
+
+
+def _layer(w: Workload, layer: int, cells: Iterable[tuple[int, int]]) -> Iterator[Op]:
+    """A layer that is loaded, over some (step, batch)."""
+    for step, batch in cells:
+        yield from _load(w, step, layer, batch)
+        yield Compute(step, layer, batch)
+        yield from _store(w, step, layer, batch)
+    yield FreeWeights(layer)
+
+
+def _experts(w: Workload, layer: int, cells: Sequence[tuple[int, int]]) -> Iterator[Op]:
+    """A unit of experts, over some (step, batch)."""
+    at: dict[int, list[int]] = {}
+    for step, batch in cells:
+        at.setdefault(step, []).append(batch)
+    step, batches = next(iter(at.items()))
+    if len(at) == 1 and w.waits_for_choice(step, batches):
+        yield LoadChosen(step, layer, tuple(batches))
+    else:
+        yield LoadWeights(step, layer)
+    for step, batches in at.items():
+        yield ComputeExperts(step, layer, tuple(batches))
+    if w.gives_hidden(layer):
+        for step, batch in cells:
+            yield StoreHidden(step, layer, batch)
+    yield FreeWeights(layer)
 
 
 def _load(w: Workload, step: int, layer: int, batch: int) -> Iterator[Op]:
@@ -150,7 +205,8 @@ def _load(w: Workload, step: int, layer: int, batch: int) -> Iterator[Op]:
 
 
 def _store(w: Workload, step: int, layer: int, batch: int) -> Iterator[Op]:
-    yield StoreHidden(step, layer, batch)
+    if w.gives_hidden(layer):
+        yield StoreHidden(step, layer, batch)
     yield from _store_cache(w, step, layer, batch)
 
 

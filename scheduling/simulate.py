@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from scheduling.cost_model import CostModel, Piece
 from scheduling.dependencies import Issue, Stream, bind, wait_reason
 from scheduling.hardware import Hardware
-from scheduling.ops import Compute, FreeWeights, LoadWeights, Op
+from scheduling.ops import Compute, ComputeExperts, FreeWeights, LoadChosen, LoadWeights, Op
 from scheduling.timeline import Span, Timeline
 from scheduling.workload import Workload
 
@@ -146,9 +146,9 @@ class _Simulation:
     def _pieces(self, op: Op) -> tuple[Piece, ...]:
         if isinstance(op, FreeWeights):
             return ()
-        if isinstance(op, LoadWeights):
+        if isinstance(op, (LoadWeights, LoadChosen)):
             self._fresh.add(op.layer)
-        unpack = isinstance(op, Compute) and op.layer in self._fresh
+        unpack = isinstance(op, (Compute, ComputeExperts)) and op.layer in self._fresh
         if unpack:
             self._fresh.discard(op.layer)  # type: ignore[union-attr] # a Compute has a layer
         return self._costs.pieces(op, unpack=unpack)

@@ -10,11 +10,14 @@ import bisect
 import dataclasses
 import enum
 import functools
+import math
 from collections.abc import Iterable, Mapping
 
 from scheduling.ops import (
     Compute,
+    ComputeExperts,
     LoadCache,
+    LoadChosen,
     LoadHidden,
     LoadWeights,
     Op,
@@ -65,6 +68,48 @@ class CacheCell:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertSizes:
+    """Of a model with experts.
+
+    Attributes:
+        units: Layer -> how many experts it is a unit of.
+        count: Of a layer, in all its units.
+        chosen: How many of them a token chooses.
+        tiles: Rows that an expert multiplies with at a time: of decode steps, and of prompts.
+    """
+
+    units: Mapping[int, int]
+    count: int
+    chosen: int
+    tiles: tuple[int, int]
+
+    def touched(self, tokens: float) -> float:
+        """The share of the experts that any of ``tokens`` chooses, if all are alike."""
+        return touched(self.chosen, self.count, tokens)
+
+    def rows(self, tokens: float, tile: int) -> float:
+        """Rows that an expert multiplies with, if ``tokens`` choose: whole tiles, on average."""
+        mean = tokens * self.chosen / self.count
+        if mean > 64 * tile:
+            return mean + tile / 2
+        # Tiles of a Poisson number: one for each multiple of ``tile`` that it exceeds.
+        tiles, below, each = 0.0, 0.0, math.exp(-mean) if mean < 700 else 0.0
+        if each == 0.0:
+            return mean + tile / 2
+        for number in range(math.ceil(mean + 12 * math.sqrt(mean) + 12)):
+            if number % tile == 0:
+                tiles += 1.0 - below - each
+            below += each
+            each *= mean / (number + 1)
+        return tiles * tile
+
+
+def touched(chosen: int, count: int, tokens: float) -> float:
+    """The share of ``count`` experts that any of ``tokens`` chooses, each so many of them."""
+    return 1.0 - (1.0 - chosen / count) ** tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchSizes:
     """One batch of a block.
 
@@ -76,6 +121,7 @@ class BatchSizes:
         hidden_tier: Where its hidden states lie between layers.
         hidden_nbytes: Of one position of all its rows.
         workspace: Bytes that computing it takes beside what is kept, at most.
+        routed_nbytes: Of one position of all its rows, what waits for experts on the device.
         stride: Decode steps that one stands for: itself, but in estimates.
         begun: (step, positions) where it begins anew, with other prompts in all its rows.
         joined: (step, rows, positions of each) where newcomers' prompts are computed beside the
@@ -94,6 +140,7 @@ class BatchSizes:
     hidden_tier: Tier
     hidden_nbytes: int
     workspace: int = 0
+    routed_nbytes: int = 0
     stride: float = 1.0
     begun: tuple[tuple[int, int], ...] = ()
     joined: tuple[tuple[int, int, int], ...] = ()
@@ -175,6 +222,8 @@ class Sizes:
         reads: Per layer, how many accesses of the disk a load is; empty: none.
         borders: Layers whose hidden states the next stage takes: whether on another host.
         windows: Layer -> positions that each position of it attends to; no entry: all before it.
+        experts: Of a model that has some; ``matmul_flops`` of their layers are of one expert and a
+            position that chose it.
     """
 
     weights: tuple[Mapping[Tier, int], ...]
@@ -188,11 +237,33 @@ class Sizes:
     reads: tuple[int, ...] = ()
     borders: Mapping[int, bool] = dataclasses.field(default_factory=dict)
     windows: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    experts: ExpertSizes | None = None
+
+    def tokens(self, op: LoadChosen | ComputeExperts) -> tuple[float, float]:
+        """Positions that choose: those that ``op``'s batches decode, and those of prompts."""
+        decoded = prompts = 0.0
+        for batch in (self.batches[number] for number in op.batches):
+            if op.step >= batch.num_steps:
+                continue
+            come, length = batch.newcomers(op.step)
+            prompts += come * length
+            if batch.begins(op.step):
+                prompts += batch.rows * batch.positions(op.step)
+            else:
+                decoded += batch.rows
+        return decoded, prompts
+
+    def touched(self, op: LoadChosen | ComputeExperts) -> float:
+        """The share of a unit's experts that is computed with."""
+        assert self.experts is not None
+        return self.experts.touched(sum(self.tokens(op)))
 
     def accesses(self, op: Op) -> int:
         """How often ``op`` accesses the disk: a cell is one file."""
         if isinstance(op, LoadWeights):
             return self.reads[op.layer] if self.reads else 0
+        if isinstance(op, LoadChosen):
+            return round(self.touched(op) * self.reads[op.layer]) if self.reads else 0
         moved = self.moved(op)
         return int(Link.DISK_TO_HOST in moved or Link.HOST_TO_DISK in moved)
 
@@ -201,6 +272,10 @@ class Sizes:
         match op:
             case LoadWeights():
                 return _inward(self.weights[op.layer])
+            case LoadChosen():
+                share = self.touched(op)
+                moved = _inward(self.weights[op.layer])
+                return _links({link: round(share * nbytes) for link, nbytes in moved.items()})
             case LoadCache() if op.step and (op.layer, op.batch) in self.cache:
                 cell, batch = self.cache[op.layer, op.batch], self.batches[op.batch]
                 filled = cell.kept(batch.cached(op.step))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -10,7 +11,9 @@ from scheduling.ops import (
     Barrier,
     Cell,
     Compute,
+    ComputeExperts,
     FreeWeights,
+    LoadChosen,
     LoadWeights,
     Op,
     StoreCache,
@@ -64,7 +67,17 @@ def _only(ops: Iterable[Op], kept: Callable[[int, int], bool]) -> Iterator[Op]:
     held: list[Op | None] = []  # from the first load on of which it is not known yet
     undecided: dict[int, int] = {}  # its layer -> its place among them
     for op in ops:
-        if isinstance(op, LoadWeights):
+        if isinstance(op, (LoadChosen, ComputeExperts)):
+            there = tuple(batch for batch in op.batches if kept(op.step, batch))
+            if there and len(there) < len(op.batches):
+                op = dataclasses.replace(op, batches=there)  # of fewer batches
+            if isinstance(op, LoadChosen):
+                undecided[op.layer] = len(held)
+            elif not there:
+                continue
+            else:
+                undecided.pop(op.layer, None)
+        elif isinstance(op, LoadWeights):
             undecided[op.layer] = len(held)
         elif isinstance(op, FreeWeights):
             place = undecided.pop(op.layer, None)
@@ -112,7 +125,7 @@ class Cut:
         ops = iter(self._ops)
         any_begun = False
         for op in ops:
-            if not isinstance(op, (LoadWeights, FreeWeights, Barrier)) and self._begins(op):
+            if isinstance(op, Cell) and self._begins(op):
                 between = not self._inside and not self._unstored
                 if any_begun and (between or op.step > max(self._begun)) and self._due():
                     yield from self._rest(ops)

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from scheduling.dependencies import ScheduleError, bind
-from scheduling.ops import Compute, FreeWeights, LoadWeights, Op, StoreHidden
+from scheduling.ops import (
+    Compute,
+    ComputeExperts,
+    FreeWeights,
+    LoadChosen,
+    LoadWeights,
+    Op,
+    StoreHidden,
+)
 from scheduling.workload import Workload
 
 __all__ = ["ScheduleError", "validate"]
@@ -26,7 +34,7 @@ def validate(ops: Iterable[Op], workload: Workload) -> None:
     w = workload
     # A batch's computations come in one order: bind sees to it.
     reached = [w.first_step(b) * w.num_layers for b in range(w.num_batches)]
-    held: dict[int, LoadWeights] = {}
+    held: dict[int, LoadWeights | LoadChosen] = {}
     stored = {b for b in range(w.num_batches) if w.first_step(b) == w.num_steps}
     count = 0
     for issue in bind(ops, workload):
@@ -34,17 +42,24 @@ def validate(ops: Iterable[Op], workload: Workload) -> None:
         match issue.op:
             case Compute(_, _, batch):
                 reached[batch] += 1
+            case ComputeExperts(_, _, batches):
+                for batch in batches:
+                    reached[batch] += 1
             case StoreHidden(step, layer, batch) if layer == w.num_layers - 1:
                 if step == w.num_steps - 1:
                     stored.add(batch)
-            case LoadWeights(_, layer):
+            case LoadWeights(_, layer) | LoadChosen(_, layer):
                 held[layer] = issue.op
             case FreeWeights(layer):
                 del held[layer]
     total = w.num_steps * w.num_layers
     least = min(reached)
     if least < total:
-        missing: Op = Compute(*divmod(least, w.num_layers), reached.index(least))
+        step, layer = divmod(least, w.num_layers)
+        behind = tuple(batch for batch in range(w.num_batches) if reached[batch] == least)
+        missing: Op = Compute(step, layer, behind[0])
+        if w.has_experts(layer):
+            missing = ComputeExperts(step, layer, behind)
         lacking = total * w.num_batches - sum(reached)
         raise _ends(
             count, missing, f" ({lacking} of {total * w.num_batches} computations are missing)"

@@ -4,11 +4,36 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+from collections.abc import Sequence
 from itertools import pairwise
 
-from scheduling.sizes import Sizes
+from scheduling.sizes import Sizes, touched
 
-_NOT_NUMBERS = ("cached_layers", "done", "stages", "hosts", "sizes", "life")
+_NOT_NUMBERS = ("cached_layers", "done", "stages", "hosts", "sizes", "life", "experts")
+# Of the experts of a unit so many are to be chosen for it to be loaded before that is known.
+_MOST_OF_THEM = 0.9
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """Layers whose tokens choose what computes them.
+
+    A layer with experts is followed by units of them, which are loaded and freed like layers and
+    computed over all batches that have come so far.
+
+    Attributes:
+        layers: The units of experts, by number.
+        count: Experts of a layer, in all its units.
+        chosen: How many of them a token chooses.
+    """
+
+    layers: frozenset[int]
+    count: int
+    chosen: int
+
+    def touched(self, tokens: float) -> float:
+        """The share of a layer's experts that any of ``tokens`` chooses, if all are alike."""
+        return touched(self.chosen, self.count, tokens)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +58,7 @@ class Workload:
             over the weights; as many as there are batches, at most.
         hosts: Of each stage, the number of the machine that it is on; empty: all on one.
         life: Steps that a row takes at most, where rows come and go; None: all.
+        experts: Of a model that has some.
         sizes: What its ops move, for cost models; two workloads are equal without them.
     """
 
@@ -51,6 +77,7 @@ class Workload:
     num_groups: int = 1
     hosts: tuple[int, ...] = ()
     life: int | None = None
+    experts: Experts | None = None
     sizes: Sizes | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -68,6 +95,7 @@ class Workload:
                 f"done must have {self.num_batches} numbers in 0..{self.num_steps}, got {self.done}"
             )
         self._check_stages()
+        self._check_experts()
         if self.cached_layers is None:
             return
         try:
@@ -98,6 +126,19 @@ class Workload:
             len(self.hosts) == len(starts) and all(type(n) is int and n >= 0 for n in self.hosts)
         ):
             raise ValueError(f"hosts must be {len(starts)} numbers from 0 on, got {self.hosts}")
+
+    def _check_experts(self) -> None:
+        if self.experts is None:
+            return
+        wrong = sorted(n for n in self.experts.layers if not 1 < n < self.num_layers - 1)
+        if wrong or not self.experts.layers:
+            raise ValueError(
+                f"experts must be layers behind another and before the last of {self.num_layers}, "
+                f"got {wrong or 'none'}"
+            )
+        apart = sorted(set(self.stages) & self.experts.layers)
+        if apart:
+            raise ValueError(f"a stage must not begin with experts, as {apart} would")
 
     @property
     def num_stages(self) -> int:
@@ -143,5 +184,26 @@ class Workload:
     def has_cache(self, layer: int) -> bool:
         """Whether ``layer`` keeps a KV cache."""
         if self.cached_layers is None:
-            return 0 < layer < self.num_layers - 1
+            return 0 < layer < self.num_layers - 1 and not self.has_experts(layer)
         return layer in self.cached_layers
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether ``layer`` is a unit of experts."""
+        return self.experts is not None and layer in self.experts.layers
+
+    def gives_hidden(self, layer: int) -> bool:
+        """Whether the hidden states are whole behind ``layer``: else its experts come next."""
+        return not self.has_experts(layer + 1)
+
+    def router_of(self, layer: int) -> int:
+        """The layer whose experts ``layer`` is a unit of."""
+        while self.has_experts(layer):
+            layer -= 1
+        return layer
+
+    def waits_for_choice(self, step: int, batches: Sequence[int]) -> bool:
+        """Whether to load experts once it is known which: many will not be chosen."""
+        if self.experts is None:
+            return False
+        tokens = len(batches) * self.device_batch_size * (1 if step else self.prompt_len)
+        return self.experts.touched(tokens) < _MOST_OF_THEM

@@ -6,8 +6,11 @@ from scheduling import (
     SCHEDULES,
     Barrier,
     Compute,
+    ComputeExperts,
+    Experts,
     FreeWeights,
     LoadCache,
+    LoadChosen,
     LoadHidden,
     LoadWeights,
     StoreCache,
@@ -23,6 +26,10 @@ ops = st.one_of(
     *(
         st.builds(kind, numbers, numbers, numbers)
         for kind in (LoadCache, StoreCache, LoadHidden, StoreHidden, Compute)
+    ),
+    *(
+        st.builds(kind, numbers, numbers, st.lists(numbers).map(tuple))
+        for kind in (LoadChosen, ComputeExperts)
     ),
     st.builds(Barrier, st.none() | numbers),
 )
@@ -52,6 +59,37 @@ def workloads(draw):
     )
 
 
+@st.composite
+def sparse_workloads(draw):
+    """Small ones of models with experts, of few or many tokens."""
+    units = draw(st.lists(st.integers(0, 3), min_size=1, max_size=3).filter(any))
+    layers, routers, at = set(), [], 1
+    for count in units:
+        routers.append(at)
+        layers |= set(range(at + 1, at + 1 + count))
+        at += 1 + count
+    borders = draw(st.frozensets(st.sampled_from(routers), max_size=2))
+    stages = 0, *sorted(borders)
+    return Workload(
+        num_steps=draw(st.integers(1, 4)),
+        num_layers=at + 1,
+        num_batches=draw(st.integers(1, 4)),
+        weight_slots=draw(st.integers(2, 4)),
+        store_slots=draw(st.integers(1, 4)),
+        device_batch_size=draw(st.sampled_from([1, 64])),
+        stages=stages,
+        num_groups=draw(st.integers(1, 5)),
+        hosts=draw(st.just(()) | st.just(tuple(range(len(stages))))),
+        experts=Experts(frozenset(layers), count=16, chosen=2),
+    )
+
+
+sparse_schedules = st.sampled_from(
+    [
+        *(schedule for name, schedule in SCHEDULES.items() if name != "lock_step"),
+        *(serialized(schedule) for name, schedule in SCHEDULES.items() if name != "lock_step"),
+    ]
+)
 schedules = st.sampled_from(
     [*SCHEDULES.values(), *(serialized(schedule) for schedule in SCHEDULES.values())]
 )
