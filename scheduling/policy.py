@@ -64,6 +64,7 @@ class Policy:
         device_batch_size: Requests that one kernel launch sees.
         num_device_batches: Such batches in a block; they share each pass over the weights.
         weights: Where weights lie. ``cache``: the KV cache. ``hidden``: activations between layers.
+        experts: Where the experts of a sparse model lie; None: where the other weights do.
         overlap: Load and store while computing.
         host_attention: Compute attention next to the cache on the host.
         weight_bits: 4 or 8: group-wise quantised weights. ``cache_bits``: the cache likewise.
@@ -86,6 +87,7 @@ class Policy:
     weights: Split = Split()
     cache: Split = Split()
     hidden: Split = Split()
+    experts: Split | None = None
     overlap: bool = True
     host_attention: bool = False
     weight_bits: int | None = None
@@ -104,7 +106,9 @@ class Policy:
             if not _is_int(value) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
             object.__setattr__(self, name, int(value))  # NumPy's integers are no JSON
-        for name in ("weights", "cache", "hidden"):
+        for name in ("weights", "cache", "hidden", "experts"):
+            if name == "experts" and self.experts is None:
+                continue
             if not isinstance(getattr(self, name), Split):
                 raise ValueError(
                     f"{name} must be a Split(device=, host=, disk=), got {getattr(self, name)!r}"
@@ -179,8 +183,8 @@ class Policy:
             ValueError: an unknown field, by name, or a value out of range.
         """
         given = dict(_known(cls, values))
-        for name in ("weights", "cache", "hidden"):
-            if name in given:
+        for name in ("weights", "cache", "hidden", "experts"):
+            if given.get(name) is not None:
                 given[name] = Split(**_known(Split, given[name]))
         return cls(**given)
 

@@ -42,6 +42,11 @@ class Joining:
     batch: Batch
     rows: np.ndarray
 
+    def valid(self) -> np.ndarray:
+        """(rows, positions) bool: what is a token of a newcomer's prompt."""
+        columns = np.arange(self.batch.prompt_len)
+        return (columns >= self.batch.padding()[:, None]) & (self.rows >= 0)[:, None]
+
 
 @dataclasses.dataclass(frozen=True)
 class Step:
@@ -298,6 +303,14 @@ class BatchState:
             first = self.now.column + 1 - self.now.prompt_len if self.now.fresh else 0
             self._padding[device] = jax.device_put(self.starts - np.int32(first), device)
         return self._padding[device]
+
+    def valid(self) -> np.ndarray:
+        """(rows, positions) bool: what of the step's positions is somebody's token."""
+        first = self.now.column + 1 - self.tokens.shape[1]
+        columns = np.arange(first, self.now.column + 1)
+        there = np.asarray([row is not None for row in self.rows])
+        found: np.ndarray = (columns >= self.starts[:, None]) & there[:, None]
+        return found
 
     @property
     def steps(self) -> np.ndarray:

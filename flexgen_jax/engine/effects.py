@@ -23,21 +23,24 @@ from flexgen_jax.engine.pipeline import Rings, Stage, fullest
 from flexgen_jax.engine.unit_effects import (
     DecoderEffects,
     EmbeddingEffects,
+    ExpertEffects,
     HeadEffects,
     Markers,
     UnitEffects,
 )
 from flexgen_jax.engine.unpacking import Dense
 from flexgen_jax.engine.waiting import Waiting
-from flexgen_jax.models.params import unit_kinds
+from flexgen_jax.models.params import unit_experts, unit_kinds
 from flexgen_jax.planning.blocks import Block, fit_into_less
 from flexgen_jax.requests.generated import Generated
 from scheduling.dependencies import Issue
 from scheduling.ops import (
     Barrier,
     Compute,
+    ComputeExperts,
     FreeWeights,
     LoadCache,
+    LoadChosen,
     LoadHidden,
     LoadWeights,
     Op,
@@ -147,6 +150,9 @@ class BlockEffects:
         self._dense = {stage: Dense(stores.dtype) for stage in stages}
         kinds = unit_kinds(config)
         about = config, self.cells, workload
+        self._experts = ExpertEffects(
+            *about, kinds=kinds, units=unit_experts(config), dtype=stores.dtype
+        )
         by_role: dict[str, UnitEffects] = {
             "embed": EmbeddingEffects(*about),
             "decoder": DecoderEffects(
@@ -154,7 +160,9 @@ class BlockEffects:
                 kinds=kinds,
                 sparsity=stores.policy.attention_sparsity,
                 dense=self._dense,
+                experts=self._experts,
             ),
+            "experts": self._experts,
             "head": HeadEffects(*about, on_logits=watch.on_logits),
         }
         self._units = [by_role[kind.role] for kind in kinds]
@@ -173,6 +181,7 @@ class BlockEffects:
         shared = any(stage.device.platform == "cpu" for stage in self._stages.values())
         held = fullest([self._held(*item) for item in self._stages.items()], shared=shared)
         held[Tier.HOST] += self._stores.buffered_nbytes
+        held[Tier.DEVICE] += self._experts.nbytes
         for tier, nbytes in held.items():
             self.peak_bytes[tier] = max(self.peak_bytes[tier], nbytes)
 
@@ -194,9 +203,9 @@ class BlockEffects:
         stage = self._stages.get(self._stage_of[op.layer])
         if stage is None:
             return True
-        if isinstance(op, (LoadWeights, FreeWeights)):
+        if isinstance(op, (LoadWeights, LoadChosen, FreeWeights)):
             return stage.weights.resident(op.layer) is not None
-        if isinstance(op, Compute):
+        if isinstance(op, (Compute, ComputeExperts)):
             return False
         cell = self.cells.of(op)
         if cell is None:
@@ -210,14 +219,20 @@ class BlockEffects:
             return True
         if isinstance(op, LoadWeights):
             return not self._finished
+        if isinstance(op, (LoadChosen, ComputeExperts)):
+            return any(self._goes_on(self._states[batch], op.step) for batch in op.batches)
         state = self._states[op.batch]
         now = state.now
-        if state.left or (state.paused and op.step > now.number):
+        if not self._goes_on(state, op.step):
             return False
         if isinstance(op, LoadCache):
             # Nobody reads what the last step has left, nor what was there before a beginning.
             return not (now.last if op.step > now.number else now.fresh)
         return True
+
+    @staticmethod
+    def _goes_on(state: BatchState, step: int) -> bool:
+        return not (state.left or (state.paused and step > state.now.number))
 
     def finished(self) -> bool:
         """Whether all batches have left or pause."""
@@ -226,7 +241,9 @@ class BlockEffects:
     def make_room(self, issue: Issue) -> None:
         """Waits for what ``issue`` needs beside its predecessors: a slot, or a result."""
         match issue.op:
-            case LoadWeights():
+            case LoadWeights() | LoadChosen():
+                if isinstance(issue.op, LoadChosen):
+                    self._experts.chosen(issue.op)  # known when the router has run
                 slot = self._weight_slot(issue)
                 slot.begin(self._stages[issue.stage].weights.slot_nbytes(issue.op.layer))
             case LoadCache() | LoadHidden():
@@ -251,9 +268,10 @@ class BlockEffects:
         """Does it; a computation is dispatched, and what tells when it has run is returned."""
         op = issue.op
         match op:
-            case LoadWeights():
-                weights = self._stages[issue.stage].weights
-                self._loaded[op.layer].append(weights.load(op.layer, self._weight_slot(issue)))
+            case LoadWeights() | LoadChosen():
+                weights, slot = self._stages[issue.stage].weights, self._weight_slot(issue)
+                only = self._experts.chosen(op) if isinstance(op, LoadChosen) else None
+                self._loaded[op.layer].append(weights.load(op.layer, slot, only))
             case FreeWeights():
                 readers = self._readers.pop(op.layer, [])
                 if self._loaded[op.layer]:
@@ -277,6 +295,8 @@ class BlockEffects:
                         raise
             case Compute():
                 return self._compute(op)
+            case ComputeExperts():
+                return self._compute_experts(op)
             case Barrier():
                 # Dispatched is not computed: a barrier means computed.
                 markers = self._last_markers
@@ -316,10 +336,22 @@ class BlockEffects:
         self._last_markers[number] = markers
         return markers
 
+    def _compute_experts(self, op: ComputeExperts) -> Markers:
+        number = self._stage_of[op.layer]
+        stage = self._stages[number]
+        weights = stage.weights.resident(op.layer) or self._loaded[op.layer][0]
+        markers = self._experts.compute_experts(op, self._states, stage, weights)
+        if self._loaded[op.layer]:
+            self._readers[op.layer].extend(markers)
+        self._last_markers[number] = markers or self._last_markers.get(number, [])
+        return markers
+
     def computed(self, op: Op) -> None:
         """The results of ``op`` are there."""
-        if self._watch.on_prefill is not None and isinstance(op, Compute) and op.step == 0:
-            self._prefilled += 1
+        if self._watch.on_prefill is None or not isinstance(op, (Compute, ComputeExperts)):
+            return
+        if op.step == 0:
+            self._prefilled += 1 if isinstance(op, Compute) else len(op.batches)
             self._watch.on_prefill(self._prefilled, self._to_prefill)
 
     def _border(self, batch: int, state: BatchState) -> bool:
@@ -391,6 +423,7 @@ class BlockEffects:
         self._loaded.clear()
         self._readers.clear()
         self.cells.forget()
+        self._experts.forget()
 
     @property
     def gathering(self) -> bool:

@@ -237,6 +237,69 @@ def put_last(
     return whole.at[places].set(prompts[:, -1:], mode="drop")
 
 
+@partial(jax.jit, donate_argnums=(0, 1))
+def into_pool(
+    total: Float[Array, "capacity hidden"],
+    inputs: Float[Array, "capacity hidden"],
+    hidden: Float[Array, "batch seq hidden"],
+    more: Float[Array, "batch seq hidden"],
+    start: Int[Array, ""],
+) -> tuple[Float[Array, "capacity hidden"], Float[Array, "capacity hidden"]]:
+    """Puts tokens into a pool, from row ``start`` on: what experts add to, and are given."""
+    width = hidden.shape[-1]
+
+    def put(pool: Array, tokens: Array) -> Array:
+        rows = tokens.reshape(-1, width).astype(pool.dtype)
+        return jax.lax.dynamic_update_slice(pool, rows, (start, jnp.zeros_like(start)))
+
+    return put(total, hidden), put(inputs, more)
+
+
+@partial(jax.jit, static_argnames="config", donate_argnums=0)
+def add_experts(
+    total: Float[Array, "capacity hidden"],
+    inputs: Float[Array, "capacity hidden"],
+    rows: Int[Array, "tiles tile"],
+    gates: Float[Array, "tiles tile"],
+    bounds: Int[Array, "bounds"],
+    params: tuple[Any, ...],
+    *,
+    config: Config,
+) -> tuple[Float[Array, "capacity hidden"], Float[Array, ""]]:
+    """``total`` with what some experts make of ``inputs``, tile by tile, times the gates.
+
+    Args:
+        rows: Of the pool; beyond it: nobody.
+        bounds: The first tile of each of the experts, and the one behind the last one's.
+        params: Of each of the experts.
+    """
+    family = family_of(config)
+    for number, expert in enumerate(params):
+
+        def tile(index: Array, total: Array, expert: Any = expert) -> Array:
+            at = rows[index]
+            given = inputs.at[at].get(mode="fill", fill_value=0)
+            made = family.expert(expert, given, config).astype(jnp.float32)
+            return total.at[at].add(gates[index][:, None] * made, mode="drop")
+
+        total = jax.lax.fori_loop(bounds[number], bounds[number + 1], tile, total)
+    return total, total.reshape(-1)[0]
+
+
+@partial(jax.jit, static_argnames=("shape", "dtype"))
+def out_of_pool(
+    total: Float[Array, "capacity hidden"],
+    start: Int[Array, ""],
+    *,
+    shape: tuple[int, ...],
+    dtype: str,
+) -> Float[Array, "batch seq hidden"]:
+    """The tokens from row ``start`` on, as hidden states of ``shape``."""
+    count = shape[0] * shape[1]
+    rows = jax.lax.dynamic_slice(total, (start, jnp.zeros_like(start)), (count, shape[2]))
+    return rows.reshape(shape).astype(dtype)
+
+
 @partial(jax.jit, static_argnames=("config", "k"))
 def score(
     params: Any,
@@ -268,6 +331,9 @@ def compilations() -> int:
         head,
         put_last,
         put_rows,
+        into_pool,
+        add_experts,
+        out_of_pool,
         score,
     )
     return sum(f._cache_size() for f in functions)

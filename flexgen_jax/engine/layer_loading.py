@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -82,11 +82,13 @@ class LayerLoader:
         self._disk = disk
         # Per layer and tier, which tensors: fixed for the whole run.
         self._parts: dict[int, list[tuple[Store, tuple[str, ...]]]] = {}
+        self._expert_of: dict[str, int] = {}
         for layer in layers:
             unit = self.config.units[layer]
             names = self.format.order(self.config, loaded_names(self.config, unit))
             by_tier = {t: tuple(n for n in names if tier_of[n] is t) for t in Tier}
             self._parts[layer] = [(stores[t], group) for t, group in by_tier.items() if group]
+            self._expert_of |= self._experts_of(layer, names)
         no_slot = Slot(0)  # what is resident takes no transient room
         self._resident = {
             layer: self._assemble(
@@ -153,12 +155,25 @@ class LayerLoader:
         """Bytes of slot memory that loading ``layer`` may take."""
         return sum(store.slot_nbytes(names) for store, names in self._parts[layer])
 
-    def load(self, layer: int, slot: Slot) -> LayerWeights:
-        """All tensors of ``layer`` on the device, ready."""
+    def load(self, layer: int, slot: Slot, experts: Container[int] | None = None) -> LayerWeights:
+        """The tensors of ``layer`` on the device, ready.
+
+        Args:
+            experts: Of a unit of experts: which of them; None: all tensors.
+        """
         flat: dict[str, jax.Array] = {}
         for store, names in self._parts[layer]:
+            if experts is not None:
+                names = tuple(name for name in names if self._expert_of[name] in experts)
             flat.update(store.load(names, slot))
         return self._assemble(layer, flat)
+
+    def _experts_of(self, layer: int, names: Sequence[str]) -> dict[str, int]:
+        """Stored name -> expert, of a unit of experts."""
+        if unit_kinds(self.config)[layer].role != "experts":
+            return {}
+        modules = {name: name.split(".")[1] for name in names}
+        return {name: int(module.removeprefix("expert_")) for name, module in modules.items()}
 
     def _assemble(self, layer: int, arrays: dict[str, jax.Array]) -> LayerWeights:
         unit = self.config.units[layer]

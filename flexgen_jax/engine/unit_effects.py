@@ -7,6 +7,7 @@ Knows no order.
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,11 +18,20 @@ from flexgen_jax.engine.batch_state import BatchState
 from flexgen_jax.engine.block_cells import BlockCell, BlockCells, Kept, Leaving
 from flexgen_jax.engine.layer_loading import LayerWeights
 from flexgen_jax.engine.pipeline import Stage
+from flexgen_jax.engine.routing import Pool, Waiting, waiting
 from flexgen_jax.engine.sampling import sample
 from flexgen_jax.engine.unpacking import Dense
-from flexgen_jax.models.family import Config, Kind
+from flexgen_jax.models.family import Config, Kind, Routed
 from flexgen_jax.models.kv_cache import KeptCache, LayerCache
-from scheduling.ops import Compute, LoadCache, LoadHidden, StoreCache, StoreHidden
+from scheduling.ops import (
+    Compute,
+    ComputeExperts,
+    LoadCache,
+    LoadChosen,
+    LoadHidden,
+    StoreCache,
+    StoreHidden,
+)
 from scheduling.workload import Workload
 
 Markers = list[jax.Array]
@@ -109,6 +119,7 @@ class DecoderEffects(UnitEffects):
         kinds: Of each layer.
         sparsity: The share of the positions that are attended to.
         dense: Stage -> where what is kept in codes becomes arrays.
+        experts: Takes what layers with experts make.
     """
 
     def __init__(
@@ -120,15 +131,17 @@ class DecoderEffects(UnitEffects):
         kinds: tuple[Kind, ...],
         sparsity: float,
         dense: dict[int, Dense],
+        experts: ExpertEffects,
     ) -> None:
         super().__init__(config, cells, workload)
         self._kinds, self._sparsity, self._dense = kinds, sparsity, dense
+        self._experts = experts
 
     def compute(
         self, op: Compute, state: BatchState, stage: Stage, weights: LayerWeights
     ) -> Markers:
         step, layer, number = op.step, op.layer, op.batch
-        hidden, *joined = self._cells.taken(LoadHidden(step, layer, number))
+        given, *joined = self._cells.taken(LoadHidden(step, layer, number))
         cell, now = self._cells.cache.get((layer, number)), state.now
         if now.fresh:
             self._cells.drop(LoadCache(step, layer, number))
@@ -136,7 +149,7 @@ class DecoderEffects(UnitEffects):
             length, ring = now.column + 1, None
             if cell is not None and cell.room.ring:
                 ring = cell.capacity(now.capacity), length
-            hidden, new, marker = self._prefill(layer, padding, weights, hidden, ring=ring)
+            made, new, marker = self._prefill(layer, padding, weights, given, ring=ring)
             kept = Kept(_leaves(new), length, now.capacity)
             if ring is None:
                 self._sum_values(cell, new, padding)
@@ -144,10 +157,9 @@ class DecoderEffects(UnitEffects):
                 self._sum_values(cell, new, state.starts, np.int32(length))
         else:
             assert cell is not None
-            hidden, new, marker = self._decode(op, state, stage, weights, hidden, cell)
+            made, new, marker = self._decode(op, state, stage, weights, given, cell)
             kept = Kept(_leaves(new), capacity=now.capacity if now.resized else None)
-        found: tuple[jax.Array, ...] = (hidden,)
-        markers = [marker]
+        found, markers = [made], [marker]
         if now.joining is not None:
             assert cell is not None
             padding = jax.device_put(now.joining.batch.padding(), stage.device)
@@ -155,13 +167,18 @@ class DecoderEffects(UnitEffects):
             out, theirs, marker = self._prefill(layer, padding, weights, joined[0], keep=keep)
             self._sum_values(cell, theirs, padding, rows=now.joining.rows)
             kept = kept._replace(joined=_leaves(theirs), rows=now.joining.rows)
-            found = (hidden, out)
+            found.append(out)
             markers.append(marker)
         if not now.last:
             self._output(StoreCache(step, layer, number), kept, state)
         elif cell is not None and not now.fresh and state.over:
             self._cells.discard(cell)  # nobody reads it any more
-        self._output(StoreHidden(step, layer, number), found, state)
+        routed = [one for one in found if isinstance(one, Routed)]
+        if routed:
+            self._experts.wait(layer, number, routed, state)
+        else:
+            hidden = tuple(one for one in found if not isinstance(one, Routed))
+            self._output(StoreHidden(step, layer, number), hidden, state)
         return markers
 
     def _prefill(
@@ -173,7 +190,7 @@ class DecoderEffects(UnitEffects):
         *,
         keep: int | None = None,
         ring: tuple[int, int] | None = None,
-    ) -> tuple[jax.Array, KeptCache, jax.Array]:
+    ) -> tuple[jax.Array | Routed, KeptCache, jax.Array]:
         """See :func:`kernels.prefill_layer`; no program is made for what changes nothing."""
         seq = hidden.shape[1]
         if keep is not None and keep >= seq:
@@ -221,7 +238,7 @@ class DecoderEffects(UnitEffects):
         weights: LayerWeights,
         hidden: jax.Array,
         cell: BlockCell,
-    ) -> tuple[jax.Array, KeptCache, jax.Array]:
+    ) -> tuple[jax.Array | Routed, KeptCache, jax.Array]:
         form, kind = self._cells.form, self._kinds[op.layer]
         arrays = self._cells.taken(LoadCache(op.step, op.layer, op.batch))
         dense = self._dense[self._stage_of[op.layer]]
@@ -252,7 +269,7 @@ class DecoderEffects(UnitEffects):
         cached: tuple[jax.Array, ...],
         position: np.int32,
         kind: Kind,
-    ) -> tuple[jax.Array, KeptCache, jax.Array]:
+    ) -> tuple[jax.Array | Routed, KeptCache, jax.Array]:
         """Where attention is computed on the host, or attends to a selection.
 
         On the host: the query goes there and the result comes back; the cache never moves. To a
@@ -290,6 +307,111 @@ class DecoderEffects(UnitEffects):
             weights.params, hidden, attended, config=config, kind=kind
         )
         return hidden, kept, marker
+
+
+class ExpertEffects(UnitEffects):
+    """Of units of experts, over the tokens of all batches that have come.
+
+    Args:
+        kinds: Of each layer.
+        units: Layer -> which experts it is a unit of.
+        dtype: Of hidden states.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        cells: BlockCells,
+        workload: Workload,
+        *,
+        kinds: tuple[Kind, ...],
+        units: Mapping[int, tuple[int, ...]],
+        dtype: Any,
+    ) -> None:
+        super().__init__(config, cells, workload)
+        self._workload, self._kinds, self._units, self._dtype = workload, kinds, units, dtype
+        self._waiting: dict[tuple[int, int], list[Waiting]] = {}
+        # Of the batches that go through a layer's experts together, by the sizes of tiles.
+        self._pools: dict[tuple[int, tuple[int, ...]], dict[int, Pool]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Of the device's memory, for all that waits."""
+        pieces = [piece for several in list(self._waiting.values()) for piece in several]
+        pools = [pool for several in list(self._pools.values()) for pool in several.values()]
+        return sum(piece.nbytes for piece in pieces) + sum(pool.nbytes for pool in pools)
+
+    def wait(self, layer: int, batch: int, made: Sequence[Routed], state: BatchState) -> None:
+        """Keeps what layer ``layer`` has made of a batch, and of those who join it."""
+        experts, now = self._kinds[layer].experts, state.now
+        valid = [state.valid(), *([] if now.joining is None else [now.joining.valid()])]
+        self._waiting[layer, batch] = [
+            waiting(routed, of_tokens, experts, joins=number > 0)
+            for number, (routed, of_tokens) in enumerate(zip(made, valid, strict=True))
+        ]
+
+    def chosen(self, op: LoadChosen) -> list[int]:
+        """Which experts of a unit are to be loaded; waits for the router."""
+        router = self._workload.router_of(op.layer)
+        pieces = [p for b in op.batches for p in self._waiting.get((router, b), ())]
+        units = self._units[op.layer]
+        return [number for number in units if any(number in p.experts for p in pieces)]
+
+    def compute_experts(
+        self, op: ComputeExperts, states: Sequence[BatchState], stage: Stage, weights: LayerWeights
+    ) -> Markers:
+        """Dispatches the computation, as :meth:`compute`."""
+        router, experts = self._workload.router_of(op.layer), self._units[op.layer]
+        there = tuple(b for b in op.batches if (router, b) in self._waiting)
+        pools = self._pooled(router, there)
+        markers = []
+        for pool in pools.values():
+            if used := pool.chose(experts):
+                only = {f"expert_{number}": weights.params[f"expert_{number}"] for number in used}
+                dense = stage.weights.dense(LayerWeights(only, None)).params
+                params = {number: dense[f"expert_{number}"] for number in used}
+                markers.append(pool.add(params, experts, self._config))
+        if self._workload.gives_hidden(op.layer):
+            self._finish(op, router, there, pools, states)
+        return markers
+
+    def _pooled(self, router: int, batches: tuple[int, ...]) -> dict[int, Pool]:
+        key = router, batches
+        if key not in self._pools:
+            by_tile: dict[int, list[Waiting]] = {}
+            for piece in (p for b in batches for p in self._waiting[router, b]):
+                by_tile.setdefault(piece.tile, []).append(piece)
+            experts = self._kinds[router].experts
+            self._pools[key] = {tile: Pool(some, experts) for tile, some in by_tile.items()}
+            for piece in (p for some in by_tile.values() for p in some):
+                piece.release()
+        return self._pools[key]
+
+    def _finish(
+        self,
+        op: ComputeExperts,
+        router: int,
+        batches: tuple[int, ...],
+        pools: Mapping[int, Pool],
+        states: Sequence[BatchState],
+    ) -> None:
+        """Hands on the hidden states of each batch."""
+        made = {tile: iter(pool.taken(self._dtype)) for tile, pool in pools.items()}
+        del self._pools[router, batches]
+        for batch in batches:
+            pieces = self._waiting.pop((router, batch))
+            found = tuple(next(made[piece.tile]) for piece in pieces)
+            self._output(StoreHidden(op.step, op.layer, batch), found, states[batch])
+
+    def forget(self) -> None:
+        """Drops what waits."""
+        self._waiting.clear()
+        self._pools.clear()
+
+    def compute(
+        self, op: Compute, state: BatchState, stage: Stage, weights: LayerWeights
+    ) -> Markers:
+        raise AssertionError("experts compute several batches at once")
 
 
 class HeadEffects(UnitEffects):

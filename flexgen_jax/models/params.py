@@ -32,7 +32,20 @@ def unit_kinds(config: Config) -> tuple[Kind, ...]:
     return tuple(unit.kind for unit in _units(config).values())
 
 
-@functools.lru_cache(maxsize=1024)
+def unit_experts(config: Config) -> dict[int, tuple[int, ...]]:
+    """Unit of experts, by its number -> which of its layer's experts it has."""
+    units = enumerate(_units(config).values())
+    return {number: unit.experts for number, unit in units if unit.experts}
+
+
+def expert_numbers(config: Config) -> tuple[int, int] | None:
+    """How many experts a layer has, and how many of them a token chooses; None: there are none."""
+    kinds = (unit.kind for unit in _units(config).values() if unit.kind.role == "decoder")
+    count = max(kind.experts for kind in kinds)
+    return (count, config.num_experts_per_tok) if count else None
+
+
+@functools.lru_cache(maxsize=1 << 16)  # a large model with experts has 12,000 units
 def unit_records(config: Config, unit: str) -> dict[str, Param]:
     """Flat name -> record of what ``unit`` owns; a shared parameter has one owner."""
     own = family_of(config).params(config, _units(config)[unit])
@@ -56,14 +69,14 @@ def param_shapes(config: Config) -> Shapes:
     return {name: record.shape for name, record in param_records(config).items()}
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=1 << 16)  # a large model with experts has 12,000 units
 def unit_names(config: Config, unit: str) -> tuple[str, ...]:
     """Flat names of what ``unit`` needs to compute, what it borrows included."""
     own = tuple(unit_records(config, unit))
     return own + family_of(config).borrows(config, _units(config)[unit])
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=1 << 16)  # a large model with experts has 12,000 units
 def loaded_names(config: Config, unit: str) -> tuple[str, ...]:
     """Flat names of what a load of ``unit`` brings: of the token table the embedding needs rows."""
     names = unit_names(config, unit)

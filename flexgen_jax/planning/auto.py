@@ -29,8 +29,8 @@ from scheduling.limits import Limits
 from scheduling.policy import Policy
 from scheduling.schedules import Schedule
 from scheduling.search import CHOICES, Blocks, Found, search
-from scheduling.sizes import BatchSizes
-from scheduling.workload import Workload
+from scheduling.sizes import BatchSizes, ExpertSizes
+from scheduling.workload import Experts, Workload
 from storage.disk import DiskContext
 from storage.memory import available_memory
 
@@ -107,8 +107,12 @@ class Model:
             hosts=self.hosts,
         )
         workload = block.workload(len(self.config.units), self.slots)
+        if sizes.experts is not None and "weight_slots" not in self.slots:
+            # One for the next layer, which is loaded before this one's experts are known.
+            workload = dataclasses.replace(workload, weight_slots=3)
         return dataclasses.replace(
             workload,
+            experts=_experts(sizes.experts),
             stages=stage_starts(self.config, policy.num_stages),
             num_groups=policy.groups,
             hosts=self.hosts,
@@ -186,6 +190,10 @@ class Model:
             sizes = dataclasses.replace(workload.sizes, batches=batches)
             found.append(dataclasses.replace(workload, num_steps=steps, sizes=sizes))
         return found
+
+
+def _experts(sizes: ExpertSizes | None) -> Experts | None:
+    return None if sizes is None else Experts(frozenset(sizes.units), sizes.count, sizes.chosen)
 
 
 class _Forecast:
@@ -363,6 +371,7 @@ class Auto:
             fixed["weight_bits"] = model.stored.bits  # codes cannot be undone
         if placed is not None:
             fixed |= {"weights": placed.weights, "weight_bits": placed.weight_bits}
+            fixed |= {"experts": placed.experts}
         return search(
             model.blocks_of(job, lengths),
             hardware,

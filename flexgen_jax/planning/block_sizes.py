@@ -12,9 +12,11 @@ import jax.numpy as jnp
 from flexgen_jax.models.attention import prompt_workspace_nbytes
 from flexgen_jax.models.family import Config
 from flexgen_jax.models.params import (
+    expert_numbers,
     loaded_names,
     matmul_flops,
     param_shapes,
+    unit_experts,
     unit_kinds,
     unit_records,
 )
@@ -29,10 +31,11 @@ from flexgen_jax.planning.cell_layout import (
     place_cache,
     place_hidden,
 )
+from flexgen_jax.planning.expert_tiles import DECODE_TILE, PROMPT_TILE
 from flexgen_jax.planning.stage_layout import layers_of, stage_starts
 from scheduling.placement import Placement
 from scheduling.policy import Policy, Tier
-from scheduling.sizes import BatchSizes, CacheCell, Sizes
+from scheduling.sizes import BatchSizes, CacheCell, ExpertSizes, Sizes
 from storage.disk import DiskContext
 
 if TYPE_CHECKING:
@@ -72,6 +75,7 @@ def block_sizes(
                 hidden_tier=hidden[hidden_name(number)],
                 hidden_nbytes=batch.rows * config.hidden_size * itemsize,
                 workspace=_workspace(batch, config, itemsize),
+                routed_nbytes=_routed_nbytes(batch, config, itemsize),
                 longest_prompt=batch.longest_prompt,
             )
             for number, batch in enumerate(block.batches)
@@ -92,7 +96,28 @@ def block_sizes(
             for layer, kind in enumerate(unit_kinds(config))
             if kind.window is not None
         },
+        experts=_experts(config),
     )
+
+
+def _experts(config: Config) -> ExpertSizes | None:
+    numbers = expert_numbers(config)
+    if numbers is None:
+        return None
+    units = {layer: len(own) for layer, own in unit_experts(config).items()}
+    return ExpertSizes(
+        units=units, count=numbers[0], chosen=numbers[1], tiles=(DECODE_TILE, PROMPT_TILE)
+    )
+
+
+def _routed_nbytes(batch: Batch, config: Config, itemsize: int) -> int:
+    """Of one position of all rows: hidden states and inputs, and both again in the pool.
+
+    There the sum is kept in float32.
+    """
+    if expert_numbers(config) is None:
+        return 0
+    return batch.rows * config.hidden_size * (3 * itemsize + 4)
 
 
 def _workspace(batch: Batch, config: Config, itemsize: int) -> int:

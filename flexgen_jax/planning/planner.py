@@ -28,7 +28,7 @@ from flexgen_jax.requests.request import Request
 from scheduling.calibrate import Observation, observations
 from scheduling.cost_model import CostModel, bound
 from scheduling.hardware import Hardware
-from scheduling.ops import Cell, Op
+from scheduling.ops import Cell, ComputeExperts, LoadChosen, Op
 from scheduling.placement import Placement
 from scheduling.policy import Policy
 from scheduling.schedules import SCHEDULES, Schedule
@@ -42,7 +42,7 @@ from scheduling.workload import Workload
 # Of a long block; what comes after them is alike.
 _MOST_PASSES, _OBSERVED_PASSES = 1024, 256
 # Fields of the policy that placing the weights fixes.
-_IN_PLACE = ("weights", "weight_bits", "num_stages")
+_IN_PLACE = ("weights", "experts", "weight_bits", "num_stages")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +217,11 @@ def _of_those_who_are_there(ops: Iterable[Op], run: Workload) -> Iterator[Op]:
     sizes = run.sizes
     assert sizes is not None
     for op in ops:
-        if not isinstance(op, Cell) or op.step < sizes.batches[op.batch].num_steps:
+        if isinstance(op, (LoadChosen, ComputeExperts)):
+            there = tuple(b for b in op.batches if op.step < sizes.batches[b].num_steps)
+            if there:
+                yield dataclasses.replace(op, batches=there)
+        elif not isinstance(op, Cell) or op.step < sizes.batches[op.batch].num_steps:
             yield op
 
 
@@ -239,6 +243,7 @@ def run_of(batches: Sequence[BatchPlay], whole: Workload) -> Workload:
             of_batch,
             rows=len(batch.rows),
             hidden_nbytes=round(share * of_batch.hidden_nbytes),
+            routed_nbytes=round(share * of_batch.routed_nbytes),
             prompt_len=batch.prompt_len if batch.cached is None else batch.cached,
             num_steps=batch.num_steps,
             begun=tuple(batch.begun),
