@@ -18,6 +18,7 @@ import errno
 import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, Literal, get_args
 
 import jax
@@ -25,6 +26,7 @@ import numpy as np
 
 from storage.array_file import ArrayFile, Stamp
 from storage.checksums import TensorChecksum, is_finite, tensor_checksum
+from storage.descriptors import Descriptors
 from storage.memory import ALIGNMENT, available_memory, populate, resident_fraction, round_up
 from storage.slots import Slot
 from storage.store import StorageError
@@ -36,6 +38,9 @@ _FEW_BYTES = 1 << 18
 # What the system reads around a page that is missing: rows cost this much each.
 _PAGES_A_ROW = 16
 _PIECE = 4 << 20
+_MOST_MAPPED = 30_000
+_OF_SMALL = 0.25  # of what the page cache may take
+_SMALL_READ, _AT_A_TIME = 4 << 20, 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +53,7 @@ class DiskContext:
         direct_nbytes: Bytes of one direct read call.
         cache_share: Share of available memory that ``auto`` lets the page cache take.
         small_nbytes: Tensors below this are always mapped: reading them is all latency, and the
-            page cache keeps the few bytes anyway.
+            page cache keeps the few bytes anyway. Unless they are many, as those of experts are.
         chunk_positions: Tokens that the KV cache on disk is written by; as many as are not written
             yet wait in host memory.
         verify: Whether a tensor that has a checksum is held against it when it is first read.
@@ -75,15 +80,15 @@ class DiskContext:
 class _OpenTensor:
     """One array file with its handles held open: opening costs as much as a small read."""
 
-    def __init__(self, name: str, file: ArrayFile, verify: bool) -> None:
+    def __init__(self, name: str, file: ArrayFile, verify: bool, descriptors: Descriptors) -> None:
         self.name = name
         self.file = file
+        self._descriptors = descriptors
         self.start = file.offset or 0
         # Bytes before the tensor in the page that it begins in.
         self.lead = self.start % mmap.PAGESIZE
         self._unverified = verify and (file.checksum is not None or file.finite)
-        self._descriptor: int | None = None
-        self._cached: int | None = None
+        self._direct = getattr(os, "O_DIRECT", 0)
         self._region: mmap.mmap | None = None
         self._view: np.ndarray | None = None
         self._populated = False
@@ -152,40 +157,38 @@ class _OpenTensor:
             if cached:
                 self._read_cached(block.data)
             else:
-                self._read_calls(block.data, call_nbytes, getattr(os, "O_DIRECT", 0))
+                self._read_calls(block.data, call_nbytes)
         except OSError as error:
-            if error.errno != errno.EINVAL:
+            if error.errno != errno.EINVAL or cached or not self._direct:
                 raise
-            self._close_descriptor()  # not every file system has direct I/O
-            self._read_calls(block.data, call_nbytes, 0)
+            self._direct = 0  # not every file system has direct I/O
+            self._read_calls(block.data, call_nbytes)
         if self.lead and not cached:  # JAX takes over what is aligned only
             ctypes.memmove(block.ctypes.data, block.ctypes.data + self.lead, self.file.nbytes)
         self._check_unchanged()
         self._check_content(block[: self.file.nbytes])
 
-    def _read_calls(self, target: memoryview, call_nbytes: int, flags: int) -> None:
-        if self._descriptor is None:
-            self._descriptor = os.open(self.file.chunk, os.O_RDONLY | os.O_CLOEXEC | flags)
+    def _read_calls(self, target: memoryview, call_nbytes: int) -> None:
         position, wanted, first = 0, self.lead + self.file.nbytes, self.start - self.lead
         whole = round_up(wanted)
-        while position < wanted:
-            into = target[position : min(whole, position + call_nbytes)]
-            got = os.preadv(self._descriptor, [into], first + position)
-            position += got
-            # A direct read stops at the file's end, which need not be a page's end.
-            if got == 0 or (got % mmap.PAGESIZE and position < wanted):
-                raise self._short(first + position)
+        with self._descriptors.opened(self.file.chunk, os.O_RDONLY | self._direct) as descriptor:
+            while position < wanted:
+                into = target[position : min(whole, position + call_nbytes)]
+                got = os.preadv(descriptor, [into], first + position)
+                position += got
+                # A direct read stops at the file's end, which need not be a page's end.
+                if got == 0 or (got % mmap.PAGESIZE and position < wanted):
+                    raise self._short(first + position)
 
     def _read_cached(self, target: memoryview) -> None:
-        if self._cached is None:
-            self._cached = os.open(self.file.chunk, os.O_RDONLY | os.O_CLOEXEC)
         position = 0
-        while position < self.file.nbytes:
-            into = target[position : self.file.nbytes]
-            got = os.preadv(self._cached, [into], self.start + position)
-            position += got
-            if got == 0:
-                raise self._short(self.start + position)
+        with self._descriptors.opened(self.file.chunk, os.O_RDONLY) as descriptor:
+            while position < self.file.nbytes:
+                into = target[position : self.file.nbytes]
+                got = os.preadv(descriptor, [into], self.start + position)
+                position += got
+                if got == 0:
+                    raise self._short(self.start + position)
 
     def read_tensorstore(self, block: np.ndarray) -> None:
         import tensorstore as ts
@@ -281,13 +284,6 @@ class _OpenTensor:
     def close(self) -> None:
         self._region = self._view = self._alias = None
         self._tensorstore = None
-        self._close_descriptor()
-
-    def _close_descriptor(self) -> None:
-        for descriptor in (self._descriptor, self._cached):
-            if descriptor is not None:
-                os.close(descriptor)
-        self._descriptor = self._cached = None
 
 
 class DiskStore:
@@ -302,9 +298,18 @@ class DiskStore:
         self._context = context or DiskContext()
         self._device = device or jax.local_devices()[0]
         verify = self._context.verify
-        self._tensors = {name: _OpenTensor(name, file, verify) for name, file in files.items()}
-        total = sum(file.nbytes for file in files.values())
-        self._fits = total <= self._context.cache_share * available_memory()
+        self._descriptors = Descriptors()
+        self._tensors = {
+            name: _OpenTensor(name, file, verify, self._descriptors) for name, file in files.items()
+        }
+        sizes = [file.nbytes for file in files.values()]
+        spare = self._context.cache_share * available_memory()
+        # A system maps some 65,000 regions of a process.
+        self._few = len(sizes) <= _MOST_MAPPED
+        self._fits = sum(sizes) <= spare and self._few
+        small = [nbytes for nbytes in sizes if nbytes < self._context.small_nbytes]
+        self._small_fit = sum(small) <= _OF_SMALL * spare and self._few
+        self._readers: ThreadPoolExecutor | None = None
         self._aliases = self._device.platform == "cpu"
         self.bytes_read = 0
 
@@ -317,12 +322,22 @@ class DiskStore:
 
     def load(self, names: Sequence[str], slot: Slot) -> dict[str, jax.Array]:
         views: dict[str, Any] = {}
+        reads: list[tuple[_OpenTensor, np.ndarray]] = []
         for name in names:
             tensor = self._tensors[name]
+            self.bytes_read += tensor.file.nbytes
             try:
-                views[name] = self._read(tensor, slot)
+                mapped = self._mapped(tensor)
+                if mapped:
+                    aliased = self._aliases and self._aliasable(tensor.file)
+                    views[name] = tensor.alias(self._device) if aliased else tensor.mapped()
+                    continue
             except OSError as error:
                 raise _failed(tensor, error) from error
+            block = slot.take(_pages(tensor))
+            reads.append((tensor, block))
+            views[name] = tensor.typed(block)
+        self._read_all(reads)
         # The consumer's result, not this transfer, tells when the slot may be refilled; waiting
         # here makes the copy to an accelerator count as loading, which it is.
         moved = {n: v for n, v in views.items() if not isinstance(v, jax.Array)}
@@ -357,7 +372,7 @@ class DiskStore:
         mode = self._context.mode
         if not file.raw or mode == "tensorstore":
             return False
-        if file.nbytes < self._context.small_nbytes:
+        if file.nbytes < self._context.small_nbytes and self._small_fit:
             return True
         return self._aliasable(file) and (mode == "mapped" or (mode == "auto" and self._fits))
 
@@ -365,25 +380,35 @@ class DiskStore:
         """Whether the device takes the mapping as it lies, or copies what it gets anyway."""
         return not self._aliases or (file.offset or 0) % ALIGNMENT == 0
 
-    def _read(self, tensor: _OpenTensor, slot: Slot) -> np.ndarray | jax.Array:
-        file = tensor.file
-        self.bytes_read += file.nbytes
-        if self._mapped(tensor):
-            if self._aliases and self._aliasable(file):
-                return tensor.alias(self._device)
-            return tensor.mapped()
-        block = slot.take(_pages(tensor))
-        mode = self._context.mode
-        if not file.raw or (mode == "tensorstore" and file.offset is None):
-            tensor.read_tensorstore(block)
-        else:
-            tensor.read_direct(block, self._context.direct_nbytes, cached=self._is_cached(tensor))
-        return tensor.typed(block)
+    def _read_all(self, reads: Sequence[tuple[_OpenTensor, np.ndarray]]) -> None:
+        """Small ones several at a time: a disk answers them as quickly as one."""
+        if len(reads) > 1 and sum(block.nbytes for _, block in reads) < len(reads) * _SMALL_READ:
+            if self._readers is None:
+                self._readers = ThreadPoolExecutor(_AT_A_TIME, "flexgen-read")
+            # All have ended when this returns or raises: no thread writes into a slot later.
+            futures = [self._readers.submit(self._read, *one) for one in reads]
+            wait(futures)
+            for future in futures:
+                future.result()
+            return
+        for one in reads:
+            self._read(*one)
+
+    def _read(self, tensor: _OpenTensor, block: np.ndarray) -> None:
+        mode, file = self._context.mode, tensor.file
+        try:
+            if not file.raw or (mode == "tensorstore" and file.offset is None):
+                tensor.read_tensorstore(block)
+            else:
+                cached = self._is_cached(tensor)
+                tensor.read_direct(block, self._context.direct_nbytes, cached=cached)
+        except OSError as error:
+            raise _failed(tensor, error) from error
 
     def _is_cached(self, tensor: _OpenTensor) -> bool:
         """Whether to read through the page cache what lies there or may, and cannot be mapped."""
         mode = self._context.mode
-        if mode != "auto" or self._aliasable(tensor.file):
+        if mode != "auto" or self._aliasable(tensor.file) or not self._few:
             return mode == "mapped"
         return self._fits or resident_fraction(tensor.mapping()) >= RESIDENT
 
@@ -391,12 +416,16 @@ class DiskStore:
         if self._always_mapped(tensor.file):
             return True
         cacheable = tensor.file.raw and self._context.mode == "auto"
-        cacheable = cacheable and self._aliasable(tensor.file)
+        cacheable = cacheable and self._few and self._aliasable(tensor.file)
         return cacheable and resident_fraction(tensor.mapping()) >= RESIDENT
 
     def close(self) -> None:
+        if self._readers is not None:
+            self._readers.shutdown()
+            self._readers = None
         for tensor in self._tensors.values():
             tensor.close()
+        self._descriptors.close()
 
 
 def _pages(tensor: _OpenTensor) -> int:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -83,12 +84,10 @@ def content_of(store):
     model = open_store(store)
     # Both ways of reading, whichever the file is chosen for.
     for mode in ("direct", "mapped"):
-        disk = DiskStore(model.arrays, DiskContext(mode=mode, small_nbytes=0))
-        slot = Slot()
-        names = tuple(model.arrays)
-        slot.begin(disk.slot_nbytes(names))
-        arrays = {n: np.asarray(a).tobytes() for n, a in disk.load(names, slot).items()}
-        disk.close()
+        names, slot = tuple(model.arrays), Slot()
+        with closing(DiskStore(model.arrays, DiskContext(mode=mode, small_nbytes=0))) as disk:
+            slot.begin(disk.slot_nbytes(names))
+            arrays = {n: np.asarray(a).tobytes() for n, a in disk.load(names, slot).items()}
     beside = {n: (store / n).read_bytes() for n in BESIDE if (store / n).exists()}
     return model.config, model.format, arrays, beside
 
@@ -113,13 +112,11 @@ def test_a_bit_of_a_shard(tmp_path):
 
     def content():
         opened = open_model(model)
-        disk = DiskStore(opened.arrays, DiskContext(mode="direct", small_nbytes=0))
-        slot = Slot()
-        slot.begin(disk.slot_nbytes(tuple(opened.arrays)))
-        arrays = {
-            n: np.asarray(a).tobytes() for n, a in disk.load(tuple(opened.arrays), slot).items()
-        }
-        disk.close()
+        names, slot = tuple(opened.arrays), Slot()
+        context = DiskContext(mode="direct", small_nbytes=0)
+        with closing(DiskStore(opened.arrays, context)) as disk:
+            slot.begin(disk.slot_nbytes(names))
+            arrays = {n: np.asarray(a).tobytes() for n, a in disk.load(names, slot).items()}
         return dataclasses.replace(opened.config, eos_token_id=None), arrays
 
     expected, reported, hit = content(), 0, set()

@@ -78,7 +78,7 @@ __all__ = [
 ]
 
 DUMMY_SCALE = 0.02  # the standard deviation OPT is initialised with
-_DUMMY_VERSION = 1  # raise it when the same seed gives other numbers
+_DUMMY_VERSION = 2  # raise it when the same seed gives other numbers
 _DUMMY_BLOCK = 1 << 20  # elements
 _COPY_NBYTES = 1 << 22
 GROUP_SIZE = 64
@@ -173,10 +173,21 @@ def convert_dummy(
     identity = f"dummy {_DUMMY_VERSION} {DUMMY_SCALE} {seed} ".encode() + text
     source = Source(f"dummy:{name}", hashlib.sha256(identity).hexdigest())
     records, computed = param_records(config), dtype_of(form.dtype)
+    entries = form.entries(config)
+    plain = form.pieces(config, lambda name: _dummy_blocks(name, records[name], computed, seed))
+
+    def blocks(stored: str) -> Iterator[np.ndarray]:
+        field, shape = stored.rpartition(".")[2], entries[stored].shape
+        if form.bits is None or field not in ("codes", "affine"):
+            return plain(stored)
+        if field == "codes":
+            return _dummy_codes(stored, math.prod(shape), seed)
+        return iter([_dummy_affine(shape, form.bits)])
+
     return write_store(
         Path(store),
         _manifest(config, form, source, text),
-        form.pieces(config, lambda name: _dummy_blocks(name, records[name], computed, seed)),
+        blocks,
         order=form.order(config, tuple(records)),
         files={"config.json": text + b"\n"},
         progress=progress,
@@ -588,13 +599,35 @@ def _dummy_blocks(name: str, record: Param, dtype: np.dtype, seed: int) -> Itera
     if record.role in ("norm", "bias"):
         yield np.full(count, record.init, dtype)
         return
-    digest = hashlib.sha256(name.encode()).digest()
-    bits = np.random.SFC64(np.random.SeedSequence([seed, int.from_bytes(digest[:16], "little")]))
+    bits = _random_bits(name, seed)
     # Four times faster than drawing normal numbers: 16 random bits choose one of 65,536 quantiles.
     quantiles = _normal_quantiles().astype(dtype)
     for start in range(0, count, _DUMMY_BLOCK):
         index = bits.random_raw(_DUMMY_BLOCK // 4).astype("<u8", copy=False).view("<u2")
         yield np.take(quantiles, index[: count - start], mode="clip")
+
+
+def _dummy_codes(name: str, count: int, seed: int) -> Iterator[np.ndarray]:
+    """Any codes are weights: quantising takes a hundred times as long as drawing them."""
+    bits = _random_bits(name, seed)
+    for start in range(0, count, 8 * _DUMMY_BLOCK):
+        drawn = bits.random_raw(_DUMMY_BLOCK).astype("<u8", copy=False).view(np.uint8)
+        yield drawn[: count - start]
+
+
+def _dummy_affine(shape: tuple[int, ...], bits: int) -> np.ndarray:
+    """Scales and zeros with which evenly spread codes have a standard deviation of the dummies'."""
+    width = DUMMY_SCALE * 12**0.5
+    groups = shape[-1] // 2
+    affine = np.full(shape, -width / 2, dtype_of("bfloat16"))
+    affine[..., :groups] = width / (2**bits - 1)
+    return affine
+
+
+def _random_bits(name: str, seed: int) -> np.random.SFC64:
+    """Of a tensor."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return np.random.SFC64(np.random.SeedSequence([seed, int.from_bytes(digest[:16], "little")]))
 
 
 @cache

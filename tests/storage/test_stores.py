@@ -11,6 +11,7 @@ import pytest
 
 import storage.disk
 from storage.array_file import create_array, describe_array
+from storage.descriptors import Descriptors
 from storage.device import DeviceStore
 from storage.disk import DiskContext, DiskStore
 from storage.host import HostStore
@@ -255,3 +256,54 @@ class TestDiskFaults:
 def test_a_context_is_checked(options, words):
     with pytest.raises(ValueError, match=words):
         DiskContext(**options)
+
+
+def test_many_small_tensors_are_read_with_few_open_files(tmp_path):
+    """Several at a time, and each what it is."""
+    rng = np.random.default_rng(0)
+    arrays = {f"t{n}": rng.integers(0, 255, 5000 + n, np.uint8) for n in range(40)}
+    files = {}
+    for name, array in arrays.items():
+        with create_array(tmp_path / name, array.shape, array.dtype) as writer:
+            writer.append(array)
+        files[name] = writer.file
+    before = len(os.listdir("/proc/self/fd"))
+    disk = DiskStore(files, DiskContext(mode="direct", small_nbytes=0))
+    slot = Slot()
+    for _ in range(2):
+        slot.begin(disk.slot_nbytes(list(files)))
+        found = disk.load(list(files), slot)
+        assert all(np.array_equal(found[name], array) for name, array in arrays.items())
+    disk.close()
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+def test_files_that_were_not_read_for_longest_are_closed(tmp_path):
+    paths = [tmp_path / str(n) for n in range(5)]
+    for path in paths:
+        path.write_text(path.name)
+    descriptors = Descriptors(most=2)
+    for path in (*paths, paths[0]):
+        with descriptors.opened(path, os.O_RDONLY) as descriptor:
+            assert os.pread(descriptor, 1, 0) == path.name.encode()
+        assert len(descriptors) <= 2
+    with descriptors.opened(paths[0], os.O_RDONLY) as first:
+        for path in paths[1:]:
+            with descriptors.opened(path, os.O_RDONLY):
+                pass
+        assert os.pread(first, 1, 0) == b"0"  # it is being read: it stays open
+    descriptors.close()
+    assert len(descriptors) == 0
+
+
+def test_small_tensors_are_mapped_unless_they_are_many(tmp_path, monkeypatch):
+    files = {}
+    for n in range(4):
+        with create_array(tmp_path / str(n), (4096,), np.dtype(np.uint8)) as writer:
+            writer.append(np.zeros(4096, np.uint8))
+        files[str(n)] = writer.file
+    for spare, slots in ((1 << 30, 0), (4096, 4 * 4096)):
+        monkeypatch.setattr("storage.disk.available_memory", lambda spare=spare: spare)
+        disk = DiskStore(files, DiskContext(mode="auto"))
+        assert disk.slot_nbytes(list(files)) == slots
+        disk.close()

@@ -10,6 +10,7 @@ from flexgen_jax.models.opt import OPTConfig
 from flexgen_jax.models.params import flatten
 from flexgen_jax.models.quantization import Quantized, dequantize, quantize
 from flexgen_jax.weights.checkpoint import (
+    DUMMY_SCALE,
     SourceError,
     StoreError,
     convert,
@@ -65,7 +66,7 @@ def test_bytes_of_the_presets(name):
     assert 0.28 < sizes[1] / sizes[0] < 0.30
 
 
-def test_from_a_store_from_a_model_and_dummies_alike(tmp_path, tiny, model):
+def test_from_a_store_and_from_a_model_alike(tmp_path, tiny, model):
     (model / "tokenizer.json").write_text("of the model")
     plain = convert(model, tmp_path / "plain")
     direct = convert(model, tmp_path / "direct", weight_bits=4)
@@ -74,9 +75,20 @@ def test_from_a_store_from_a_model_and_dummies_alike(tmp_path, tiny, model):
     assert first.keys() == second.keys()
     assert all(np.array_equal(first[n], second[n]) for n in first)
     assert (again / "tokenizer.json").read_text() == "of the model"
-    made = convert_dummy(tiny.config, tmp_path / "dummy", weight_bits=4)
-    dense = tiny.read(convert_dummy(tiny.config, tmp_path / "dense"))
-    same(tiny.read(made), expected(dense, 4, 64))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_dummies_in_codes_are_spread_as_dummies_are(tmp_path, tiny, bits):
+    made = tiny.read(convert_dummy(tiny.config, tmp_path / "dummy", weight_bits=bits))
+    again = tiny.read(convert_dummy(tiny.config, tmp_path / "again", weight_bits=bits))
+    same(made, again)
+    other = tiny.read(convert_dummy(tiny.config, tmp_path / "other", weight_bits=bits, seed=1))
+    codes, affine = "layer_0.fc1.kernel.codes", "layer_0.fc1.kernel.affine"
+    assert not np.array_equal(made[codes], other[codes])
+    q = Quantized(made[codes], made[affine], bits, tiny.config.ffn_dim)
+    dense = np.asarray(dequantize(q))
+    assert abs(dense.mean()) < 0.1 * DUMMY_SCALE
+    assert 0.8 * DUMMY_SCALE < dense.std() < 1.2 * DUMMY_SCALE
 
 
 def test_an_interrupted_conversion_goes_on(tmp_path, tiny, model):
