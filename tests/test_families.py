@@ -29,7 +29,7 @@ THOROUGH = (
     "granite",
     "smollm3",
 )
-# Those with experts.
+# Those with experts, of which one stands for all in the ways to compute them.
 SPARSE = (
     "mixtral",
     "qwen3_moe",
