@@ -19,7 +19,10 @@ from storage.json_text import read_json
 
 def codes_names(name: str, module: str, tensors: Iterable[str]) -> dict[str, str]:
     """What the tensors of ``module``, of which parameter ``name`` is one, are called here."""
-    place = f"{name.partition('.')[0]}.{module.rpartition('.')[2]}"
+    unit, _, rest = name.partition(".")
+    expert = rest.partition(".")[0]
+    unit = f"{unit}.{expert}" if expert.startswith("expert_") else unit
+    place = f"{unit}.{module.rpartition('.')[2]}"
     return {tensor: f"{place}.{tensor}" for tensor in tensors}
 
 
@@ -69,15 +72,11 @@ def planned_format(path: Path, config: Config, dtype: str) -> WeightFormat | Non
 def _planned_leaf(scheme: Scheme, config: Config, name: str) -> Leaf | None:
     family, record = family_of(config), param_records(config)[name]
     source = family.source(config, name)
-    module = source.key.removesuffix(".weight")
-    if (
-        name == TOKEN_TABLE
-        or record.role not in ("matrix", "table")
-        or module == source.key
-        or not scheme.covers(module)
-    ):
+    lies = scheme.lies(source)
+    if name == TOKEN_TABLE or not record.quantized or lies is None or not scheme.covers(lies[0]):
         return None
-    n_in, n_out = record.shape if source.transposed else record.shape[::-1]
+    module, transposed = lies
+    n_in, n_out = record.shape if transposed else record.shape[::-1]
     if source.rows is not None:
         n_out = _fused_rows(config, source.key)
     planned = scheme.planned(n_in, n_out)

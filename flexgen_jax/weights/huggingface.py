@@ -10,7 +10,6 @@ Knows nothing of the weight store itself.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import math
 import os
@@ -70,7 +69,8 @@ SCHEME_FIELDS = ("quantization_config", "compression_config")
 class _Located:
     """Where a parameter lies: file, place in it, and what of which tensor.
 
-    ``codes``: How, if it is in codes; it then lies in several tensors of ``module``.
+    ``codes``: How, if it is in codes; it then lies in several tensors of ``module``, whose
+    (n_out, n_in) is the parameter's transpose if ``transposed``.
     """
 
     file: Path
@@ -78,6 +78,7 @@ class _Located:
     source: Source
     module: str = ""
     codes: Codes | None = None
+    transposed: bool = False
 
 
 class _Fused(NamedTuple):
@@ -192,12 +193,13 @@ class HuggingFaceModel:
         from flexgen_jax.models.packed import dense_jit
 
         assert at.codes is not None
-        keys = {tensor: f"{at.module}.{tensor}" for tensor in at.codes.tensors}
+        keys = {tensor: self._tensor(at.module, tensor) for tensor in at.codes.tensors}
         swapped = self._lies_swapped(at) != transposed
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
             # Copies: another of the files may be opened for the next one.
+            expert = slice(None) if at.source.expert is None else at.source.expert
             arrays = {
-                tensor: jax.numpy.array(self._file(self._entries[key][0]).array(key))
+                tensor: jax.numpy.array(self._file(self._entries[key][0]).array(key)[expert])
                 for tensor, key in keys.items()
             }
             leaf = at.codes.make(arrays, rows=self._rows(name, at), swapped=False)
@@ -208,11 +210,16 @@ class HuggingFaceModel:
     def _lies_swapped(self, at: _Located) -> bool:
         """Whether the transpose of a parameter in codes lies there."""
         assert self.scheme is not None
-        return at.source.transposed != (self.scheme.layout == "in_out")
+        return at.transposed != (self.scheme.layout == "in_out")
+
+    def _tensor(self, module: str, tensor: str) -> str:
+        """The key of a tensor of a module in codes."""
+        assert self.scheme is not None
+        return f"{module}{self.scheme.joint}{tensor}"
 
     def _rows(self, name: str, at: _Located) -> tuple[int, int]:
         shape = param_records(self.config)[name].shape
-        return at.source.rows or (0, shape[1] if at.source.transposed else shape[0])
+        return at.source.rows or (0, shape[1] if at.transposed else shape[0])
 
     def fingerprint(self) -> str:
         """Changes when the weights, the config or the tokenizer do, without reading the weights."""
@@ -260,21 +267,19 @@ class HuggingFaceModel:
         assert at.codes is not None
         found = {}
         for tensor in at.codes.tensors:
-            path, entry = self._entries[f"{at.module}.{tensor}"]
+            path, entry = self._entries[self._tensor(at.module, tensor)]
+            shape, offset = _of_expert(entry, at.source.expert)
             # What is one number lies in one row here.
-            found[tensor] = Place(path, entry.offset, entry.shape or (1,), entry.dtype, False)
+            found[tensor] = Place(path, offset, shape or (1,), entry.dtype, False)
         return CodesPlace(at.module, at.codes, self._rows(name, at), found, self._lies_swapped(at))
 
     def _place(self, at: _Located) -> Place:
-        entry, offset = self._entries[at.source.key][1], 0
-        shape = entry.shape
-        if at.source.expert is not None:
-            shape = shape[1:]
-            offset = at.source.expert * math.prod(shape) * entry.dtype.itemsize
+        entry = self._entries[at.source.key][1]
+        shape, offset = _of_expert(entry, at.source.expert)
         first, last = at.source.rows or (0, shape[0] if shape else 1)
         offset += first * math.prod(shape[1:]) * entry.dtype.itemsize
         shape = (last - first, *shape[1:])
-        return Place(at.file, entry.offset + offset, shape, entry.dtype, at.source.transposed)
+        return Place(at.file, offset, shape, entry.dtype, at.source.transposed)
 
     def _file(self, path: Path) -> WeightFile:
         if self._open_file is None or self._open_path != path:
@@ -297,29 +302,33 @@ class HuggingFaceModel:
                 )
         self._entries = entries
         names = naming(self.config, entries)
+        self._fused = _fused(names.source(name) for name in param_records(self.config))
         tied = self.config.tie_word_embeddings and names.head.key in entries
         if tied:
             self._untie_if_different(names, entries)
         located: dict[str, _Located] = {}
         missing: list[str] = []
         coded: dict[str, Codes] = {}
-        modules = {} if self.scheme is None else _modules(entries)
+        modules = {} if self.scheme is None else _modules(entries, self.scheme.joint)
         for name, record in param_records(self.config).items():
             source = names.source(name)
             if name == TOKEN_TABLE and source.key not in entries and tied:
                 source = names.head  # saved once, under its other name
-            module = source.key.removesuffix(".weight")
+            lies = None if self.scheme is None else self.scheme.lies(source)
             if (
                 self.scheme is not None
+                and lies is not None
                 and name != TOKEN_TABLE
-                and module != source.key
-                and self.scheme.holds(modules.get(module, {}))
+                and self.scheme.holds(modules.get(lies[0], {}))
             ):
+                module, transposed = lies
+                shape = record.shape if transposed else record.shape[::-1]
                 if module not in coded:
-                    coded[module] = self._codes(name, source, module, modules[module])
+                    coded[module] = self._codes(source, module, shape, modules[module])
                 codes = coded[module]
-                path, entry = entries[f"{module}.{codes.tensors[0]}"]
-                located[name] = _Located(path, entry.offset, source, module, codes)
+                path, entry = entries[self._tensor(module, codes.tensors[0])]
+                offset = _of_expert(entry, source.expert)[1]
+                located[name] = _Located(path, offset, source, module, codes, transposed)
                 continue
             if source.key not in entries:
                 missing.append(source.key)
@@ -327,6 +336,7 @@ class HuggingFaceModel:
             path, entry = entries[source.key]
             self._check(path, entry, source, record)
             located[name] = _Located(path, entry.offset, source)
+        missing = list(dict.fromkeys(missing))  # of one tensor several parameters may be parts
         if missing:
             raise SourceError(
                 f"{listed_in}: the tensor {missing[0]}{_more(missing)} is missing, which "
@@ -335,7 +345,8 @@ class HuggingFaceModel:
         used = {at.source.key for at in located.values()} | {names.head.key}
         for module, codes in coded.items():
             assert self.scheme is not None
-            used |= {f"{module}.{tensor}" for tensor in (*codes.tensors, *self.scheme.unused)}
+            tensors = (*codes.tensors, *self.scheme.unused)
+            used |= {self._tensor(module, tensor) for tensor in tensors}
         # Of matrices that stay as they are, and of the cache's values and keys.
         if self.scheme is not None:
             last = self.scheme.unused | {"k_scale", "v_scale"}
@@ -350,27 +361,29 @@ class HuggingFaceModel:
             )
         return located
 
-    def _codes(self, name: str, source: Source, module: str, tensors: Mapping[str, Entry]) -> Codes:
-        shape = param_records(self.config)[name].shape
-        n_in, n_out = shape if source.transposed else shape[::-1]
+    def _codes(
+        self, source: Source, module: str, shape: tuple[int, ...], tensors: Mapping[str, Entry]
+    ) -> Codes:
+        """``shape``: (n_in, n_out) of the parameter, which may be a part of the module."""
+        n_in, n_out = shape
         if source.rows is not None:
             n_out = self._fused[source.key].rows
+        experts = None if source.expert is None else self._fused[source.key].experts
 
         def read(tensor: str) -> np.ndarray:
-            key = f"{module}.{tensor}"
+            key = self._tensor(module, tensor)
             return self._file(self._entries[key][0]).array(key)
 
-        where = str(self._entries[f"{module}.{next(iter(tensors))}"][0])
+        where = str(self._entries[self._tensor(module, next(iter(tensors)))][0])
         assert self.scheme is not None
-        return self.scheme.codes(Module(module, n_in, n_out, tensors, read, where))
+        return self.scheme.codes(Module(module, n_in, n_out, tensors, read, where, experts))
 
     def _check(self, path: Path, entry: Entry, source: Source, record: Param) -> None:
         expected = record.shape[::-1] if source.transposed else record.shape
-        fused = self._fused.get(source.key)
-        if source.rows is not None and fused is not None:
-            expected = (fused.rows, *expected[1:])
-        if source.expert is not None and fused is not None:
-            expected = (fused.experts, *expected)
+        if source.rows is not None:
+            expected = (self._fused[source.key].rows, *expected[1:])
+        if source.expert is not None:
+            expected = (self._fused[source.key].experts, *expected)
         if entry.shape != expected:
             raise SourceError(
                 f"{path}: tensor {source.key} has shape {list(entry.shape)}, expected "
@@ -382,20 +395,6 @@ class HuggingFaceModel:
                 f"{path}: tensor {source.key} has dtype {entry.dtype}, which is not a dtype of "
                 "weights: of codes, quantization_config in config.json says how they are meant"
             )
-
-    @functools.cached_property
-    def _fused(self) -> dict[str, _Fused]:
-        """The tensors that several parameters are parts of."""
-        found: dict[str, _Fused] = {}
-        family = family_of(self.config)
-        for name in param_records(self.config):
-            source = family.source(self.config, name)
-            if source.rows is not None or source.expert is not None:
-                rows, experts = found.get(source.key, (0, 0))
-                last = 0 if source.rows is None else source.rows[1]
-                number = 0 if source.expert is None else source.expert + 1
-                found[source.key] = _Fused(max(rows, last), max(experts, number))
-        return found
 
     def _untie_if_different(self, names: Naming, entries: dict[str, tuple[Path, Entry]]) -> None:
         """A head of its own counts, whatever the config says, if it differs: transformers' rule."""
@@ -438,13 +437,33 @@ def read_scheme(path: Path) -> Scheme | None:
         raise SourceError(f"{file}: {error}") from error
 
 
-def _modules(entries: Mapping[str, tuple[Path, Entry]]) -> dict[str, dict[str, Entry]]:
+def _fused(sources: Iterable[Source]) -> dict[str, _Fused]:
+    """Of the tensors that several parameters are parts of, by their keys."""
+    found: dict[str, _Fused] = {}
+    for source in sources:
+        if source.rows is not None or source.expert is not None:
+            rows, experts = found.get(source.key, (0, 0))
+            last = 0 if source.rows is None else source.rows[1]
+            number = 0 if source.expert is None else source.expert + 1
+            found[source.key] = _Fused(max(rows, last), max(experts, number))
+    return found
+
+
+def _of_expert(entry: Entry, expert: int | None) -> tuple[tuple[int, ...], int]:
+    """The shape and offset of an expert's part of a tensor; None: of all of it."""
+    if expert is None:
+        return entry.shape, entry.offset
+    shape = entry.shape[1:]
+    return shape, entry.offset + expert * math.prod(shape) * entry.dtype.itemsize
+
+
+def _modules(entries: Mapping[str, tuple[Path, Entry]], joint: str) -> dict[str, dict[str, Entry]]:
     """Module -> its tensors by what follows its name: ``weight``, ``weight.absmax``."""
     found: dict[str, dict[str, Entry]] = {}
     for key, (_, entry) in entries.items():
         module, weight, rest = key.partition(".weight.")
         if not weight:
-            module, _, rest = key.rpartition(".")
+            module, _, rest = key.rpartition(joint)
         found.setdefault(module, {})[f"weight.{rest}" if weight else rest] = entry
     return found
 

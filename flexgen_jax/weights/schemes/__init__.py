@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flexgen_jax.weights.schemes import awq, bitsandbytes, compressed_tensors, fp8, gptq
+from flexgen_jax.weights.schemes import awq, bitsandbytes, compressed_tensors, fp8, gptq, mxfp4
 from flexgen_jax.weights.schemes.scheme import Codes, Module, Scheme
 from flexgen_jax.weights.tensor_file import SourceError
 
@@ -18,6 +18,7 @@ _METHODS = {
     "fbgemm_fp8": fp8.read,
     "compressed-tensors": compressed_tensors.read,
     "bitsandbytes": bitsandbytes.read,
+    "mxfp4": mxfp4.read,
 }
 
 

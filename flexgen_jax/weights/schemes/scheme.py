@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
+from flexgen_jax.models.family import Source
 from flexgen_jax.weights.tensor_file import Entry, SourceError
 
 if TYPE_CHECKING:
@@ -51,8 +52,9 @@ class Module:
 
     Attributes:
         name: In the checkpoint. ``where``: Its file, for people.
-        tensors: What there is of it, by what follows the name and a dot.
+        tensors: What there is of it, by what follows the name.
         read: One of these, whole.
+        experts: The tensors have so many along a first axis; None: no such axis.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Module:
     tensors: Mapping[str, Entry]
     read: Callable[[str], np.ndarray]
     where: str
+    experts: int | None = None
 
     def wrong(self, what: str) -> SourceError:
         """To be raised."""
@@ -94,12 +97,20 @@ class Scheme(abc.ABC):
         skipped: Modules that are not, by name or, behind ``re:``, by a pattern.
         layout: Which way the codes lie.
         unused: Tensors of a module that nobody needs here.
+        joint: What stands between a module's name and a tensor's.
     """
 
     name: str
     skipped: tuple[str, ...] = ()
     layout: Literal["in_out", "out_in"] = "out_in"
     unused: ClassVar[frozenset[str]] = frozenset()
+    joint: ClassVar[str] = "."
+
+    def lies(self, source: Source) -> tuple[str, bool] | None:
+        """What a checkpoint calls the module whose floats lie at ``source``, and whether a
+        parameter's transpose is its (n_out, n_in); None: that is never in codes."""
+        module = source.key.removesuffix(".weight")
+        return None if module == source.key else (module, source.transposed)
 
     @abc.abstractmethod
     def holds(self, tensors: Mapping[str, Entry]) -> bool:
