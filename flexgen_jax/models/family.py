@@ -127,12 +127,14 @@ class Param(NamedTuple):
         init: Standard deviation of a matrix or table as it is initialised; the constant value of a
             norm or bias.
         quantized: Stored in codes where weights are quantised.
+        exact: Stored in float32, whatever is computed with: a few numbers that much hangs on.
     """
 
     shape: tuple[int, ...]
     role: Literal["matrix", "table", "positions", "norm", "bias"]
     init: float = 0.02
     quantized: bool = False
+    exact: bool = False
 
 
 def matrix(n_in: int, n_out: int, init: float = 0.02) -> Param:

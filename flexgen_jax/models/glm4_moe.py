@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from flexgen_jax.models.family import ConfigError, Param, Params, Source, bias, positive
 from flexgen_jax.models.glm4 import partial_factor, read_partial_rope
 from flexgen_jax.models.layers import gated_mlp, linear
+from flexgen_jax.models.packed import dense
 from flexgen_jax.models.rope import Rope
 from flexgen_jax.models.rotary import MODULES
 from flexgen_jax.models.sparse import SparseConfig, SparseDecoder, gated_params
@@ -113,7 +114,8 @@ class Glm4Moe(SparseDecoder):
         width = config.moe_intermediate_size * config.n_shared_experts
         return {
             **super().sparse_params(config),
-            "router.correction": bias(config.num_experts),
+            # Of 16 bits it would be coarser than what scores differ by.
+            "router.correction": bias(config.num_experts)._replace(exact=True),
             **gated_params("shared.", config.hidden_size, width),
         }
 
@@ -139,9 +141,9 @@ class Glm4Moe(SparseDecoder):
         self, params: Params, x: Float[Array, "batch seq hidden"], config: Any
     ) -> tuple[Float[Array, "batch seq k"], Int[Array, "batch seq k"]]:
         """Corrections count in choosing, not in the gates."""
-        kernel = {k: v for k, v in params["router"].items() if k != "correction"}
-        scores = jax.nn.sigmoid(linear(kernel, x.astype(jnp.float32)))
-        corrected = scores + params["router"]["correction"].astype(jnp.float32)
+        router = {k: dense(v, jnp.float32).astype(jnp.float32) for k, v in params["router"].items()}
+        scores = jax.nn.sigmoid(linear(router, x.astype(jnp.float32)))
+        corrected = scores + router["correction"]
         if config.n_group > 1:
             groups = corrected.reshape(*corrected.shape[:-1], config.n_group, -1)
             best = jax.lax.top_k(groups, 2)[0].sum(axis=-1)

@@ -172,9 +172,9 @@ def convert_dummy(
     text = json.dumps(write_config(config), indent=1, allow_nan=False).encode()
     identity = f"dummy {_DUMMY_VERSION} {DUMMY_SCALE} {seed} ".encode() + text
     source = Source(f"dummy:{name}", hashlib.sha256(identity).hexdigest())
-    records, computed = param_records(config), dtype_of(form.dtype)
-    entries = form.entries(config)
-    plain = form.pieces(config, lambda name: _dummy_blocks(name, records[name], computed, seed))
+    records, entries = param_records(config), form.entries(config)
+    kept = {name: dtype_of(form.kept_dtype(config, name)) for name in records}
+    plain = form.pieces(config, lambda name: _dummy_blocks(name, records[name], kept[name], seed))
 
     def blocks(stored: str) -> Iterator[np.ndarray]:
         field, shape = stored.rpartition(".")[2], entries[stored].shape
@@ -524,7 +524,7 @@ def _convert(
         config = {**parse_json(files["config.json"]), **model.changed}
         config = {k: v for k, v in config.items() if k not in model.changed or v is not None}
         files["config.json"] = json.dumps(config, indent=2, allow_nan=False).encode() + b"\n"
-    config_of, dtype = model.config, dtype_of(form.dtype)
+    config_of = model.config
     source = Source(model.name, model.fingerprint())
 
     def check_source() -> None:
@@ -539,7 +539,11 @@ def _convert(
         _manifest(model.config, form, source, files["config.json"]),
         form.pieces(
             config_of,
-            lambda name: model.blocks(name, dtype, transposed=form.transposes(config_of, name)),
+            lambda name: model.blocks(
+                name,
+                dtype_of(form.kept_dtype(config_of, name)),
+                transposed=form.transposes(config_of, name),
+            ),
         ),
         order=form.order(config_of, model.names()),
         files=files,

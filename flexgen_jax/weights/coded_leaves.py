@@ -64,7 +64,8 @@ def planned_format(path: Path, config: Config, dtype: str) -> WeightFormat | Non
         leaf = _planned_leaf(scheme, config, name)
         if leaf is None:
             entry = TensorEntry.of(form.array_shape(config, name), published)
-            leaf = float_leaf(form.array_name(config, name), entry, dtype, swapped=False)
+            kept = form.kept_dtype(config, name)
+            leaf = float_leaf(form.array_name(config, name), entry, kept, swapped=False)
         leaves[name] = leaf
     return PublishedFormat.of(dtype, leaves, scheme.name, scheme.layout)
 

@@ -87,8 +87,8 @@ def open_in_place(
                 # Named by the way round that it lies, as a store's arrays are.
                 lies = "out_in" if place.swapped else "in_out"
                 array = f"{name.rpartition('.')[0]}.{LAYOUTS[lies]}"
-            entry = add(array, place)
-            leaves[name] = float_leaf(array, entry, dtype, swapped=swapped)
+            entry, kept = add(array, place), computed.kept_dtype(model.config, name)
+            leaves[name] = float_leaf(array, entry, kept, swapped=swapped)
     kinds = ", ".join(
         dict.fromkeys(e.dtype for leaf in leaves.values() for e in leaf.arrays.values())
     )

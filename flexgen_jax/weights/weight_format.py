@@ -69,6 +69,10 @@ class WeightFormat:
         """Whether parameter ``name`` is stored in codes."""
         return self.bits is not None and param_records(config)[name].quantized
 
+    def kept_dtype(self, config: Config, name: str) -> str:
+        """That parameter ``name`` is stored in unless quantised."""
+        return "float32" if param_records(config)[name].exact else self.dtype
+
     @property
     def coded(self) -> bool:
         """Whether the weights cannot be quantised, since they are."""
@@ -119,7 +123,7 @@ class WeightFormat:
                 if self.quantizes(config, name):
                     found[stored] = TensorEntry.of(*self._fields(shape)[stored.rpartition(".")[2]])
                 else:
-                    found[stored] = TensorEntry.of(shape, self.dtype)
+                    found[stored] = TensorEntry.of(shape, self.kept_dtype(config, name))
         return found
 
     def stored_names(self, config: Config, name: str) -> tuple[str, ...]:

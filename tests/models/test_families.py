@@ -70,6 +70,16 @@ def test_logits_after_unequal_prompts_are_those_of_transformers(variant):
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * np.abs(theirs).max())
 
 
+def test_scores_of_experts_are_computed_in_full_precision():
+    config, params = loaded("glm4_moe")
+    tokens, padding = padded(PROMPTS)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    ours = np.asarray(forward(half, tokens, config, padding))[:, -1]
+    with np.load(GOLDENS / "logits.npz") as logits:
+        theirs = logits["glm4_moe"]
+    assert np.abs(ours - theirs).mean() < 0.05 * np.abs(theirs).max()
+
+
 def test_sinks_and_windows_count_for_each_new_token():
     """All at once, and taken apart as where attention is computed elsewhere."""
     config, params = loaded("gpt_oss")

@@ -158,3 +158,18 @@ def test_a_tensor_of_another_number_of_experts_is_named(tmp_path):
     save_file(tensors, model / "model.safetensors")
     with pytest.raises(SourceError, match=r"has shape \[3, 32, 32\], expected \[4, 32, 32\]"):
         open_in_place(model)
+
+
+def test_corrections_of_scores_stay_in_full_precision(tmp_path):
+    """In place, in stores, in what is exported again; all else is bfloat16."""
+    model = shutil.copytree(GOLDENS / "glm4_moe", tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    key, name = "model.layers.1.mlp.gate.e_score_correction_bias", "layer_1.router.correction"
+    tensors[key] = np.linspace(7, 7.01, 8, dtype=np.float32)
+    save_file(tensors, model / "model.safetensors")
+    stored = open_store(convert(model, tmp_path / "store", dtype="bfloat16"))
+    exported = export(stored.path, tmp_path / "out", dtype="bfloat16")
+    for found in (open_in_place(model, dtype="bfloat16"), stored, open_in_place(exported)):
+        np.testing.assert_array_equal(matrices(found)[name], tensors[key])
+        entries = found.format.entries(found.config)
+        assert {e.dtype for n, e in entries.items() if "correction" not in n} == {"bfloat16"}
