@@ -47,10 +47,12 @@ class Mixtral(SparseDecoder):
         return values
 
 
-def _mixtral(layers: int, hidden: int, ffn: int, heads: int, positions: int) -> SparseConfig:
+def _mixtral(
+    layers: int, hidden: int, ffn: int, heads: int, positions: int, vocab: int = 32000
+) -> SparseConfig:
     return SparseConfig(
         model_type="mixtral",
-        vocab_size=32000 if layers == 32 else 32768,
+        vocab_size=vocab,
         num_hidden_layers=layers,
         hidden_size=hidden,
         intermediate_size=ffn,
@@ -72,7 +74,7 @@ PRESETS: Mapping[str, SparseConfig] = {
     "mistralai/Mixtral-8x7B-v0.1": _mixtral(32, 4096, 14336, 32, 32768),
     "mistralai/Mixtral-8x7B-Instruct-v0.1": _mixtral(32, 4096, 14336, 32, 32768),
     "mistralai/Mixtral-8x22B-v0.1": _mixtral(56, 6144, 16384, 48, 65536),
-    "mistralai/Mixtral-8x22B-Instruct-v0.1": _mixtral(56, 6144, 16384, 48, 65536),
+    "mistralai/Mixtral-8x22B-Instruct-v0.1": _mixtral(56, 6144, 16384, 48, 65536, 32768),
 }
 
 FAMILY = Mixtral(PRESETS)

@@ -46,6 +46,11 @@ def phi(monkeypatch):
     registry.family_of_type.cache_clear()
 
 
+def test_the_excerpt_is_what_the_file_says():
+    (excerpt,) = re.findall(r"```python\n(class Mixtral.*?)```", PAGE.read_text(), re.DOTALL)
+    assert excerpt in (PAGE.parents[1] / "flexgen_jax" / "models" / "mixtral.py").read_text()
+
+
 def make(directory):
     """A small checkpoint of random weights as such models are published."""
     config = registry.read_config(CONFIG)
