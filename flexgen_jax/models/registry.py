@@ -42,6 +42,14 @@ GGUF_ARCHITECTURES = {
     "qwen2": ("Qwen2ForCausalLM", "qwen2", False),
     "qwen3": ("Qwen3ForCausalLM", "qwen3", False),
 }
+# Of those with experts.
+GGUF_WITH_EXPERTS = {
+    "llama": ("MixtralForCausalLM", "mixtral", True),
+    "olmoe": ("OlmoeForCausalLM", "olmoe", False),
+    "qwen3moe": ("Qwen3MoeForCausalLM", "qwen3_moe", False),
+}
+# Of these, gates are divided by their sum; a file does not say it.
+GGUF_NORMED_GATES = frozenset({"llama", "qwen3moe"})
 
 # The preset whose layers a machine is measured with.
 MEASURED_WITH = "facebook/opt-1.3b"

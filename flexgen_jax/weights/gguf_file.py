@@ -20,8 +20,14 @@ from typing import Any
 import numpy as np
 
 from flexgen_jax.models.family import Config, Source
-from flexgen_jax.models.params import param_records
-from flexgen_jax.models.registry import GGUF_ARCHITECTURES, family_of, load_config
+from flexgen_jax.models.params import expert_numbers, param_records
+from flexgen_jax.models.registry import (
+    GGUF_ARCHITECTURES,
+    GGUF_NORMED_GATES,
+    GGUF_WITH_EXPERTS,
+    family_of,
+    load_config,
+)
 from flexgen_jax.weights import manifest
 from flexgen_jax.weights.gguf_header import check_header
 from flexgen_jax.weights.gguf_tokenizer import chat_files, generation_config, make_tokenizer
@@ -50,6 +56,16 @@ _OF_A_LAYER = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+}
+_ROUTERS = ("mlp.gate", "block_sparse_moe.gate")
+_EXPERT = re.compile(r"\w+\.experts\.\d+\.(\w+)")
+_OF_AN_EXPERT = {
+    "gate_proj": "ffn_gate_exps",
+    "up_proj": "ffn_up_exps",
+    "down_proj": "ffn_down_exps",
+    "w1": "ffn_gate_exps",
+    "w3": "ffn_up_exps",
+    "w2": "ffn_down_exps",
 }
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
@@ -135,22 +151,35 @@ class GGUFFile:
 
     @property
     def architecture(self) -> str:
-        """As GGUF calls it.
+        """As GGUF calls it."""
+        return str(self["general.architecture"])
+
+    @property
+    def family(self) -> tuple[str, str, bool]:
+        """What the registry says of the architecture.
 
         Raises:
             SourceError: one that is not read.
         """
-        found = str(self["general.architecture"])
-        if found not in GGUF_ARCHITECTURES:
+        name = self.architecture
+        known = GGUF_WITH_EXPERTS if self.experts else GGUF_ARCHITECTURES
+        if name not in known:
+            listed = dict.fromkeys([*GGUF_ARCHITECTURES, *GGUF_WITH_EXPERTS])
             raise SourceError(
-                f"{self.path} is of the architecture {found!r}; read from GGUF are "
-                f"{', '.join(GGUF_ARCHITECTURES)}: take the model's safetensors instead"
+                f"{self.path} is of the architecture {name!r}"
+                f"{' with experts' if self.experts else ''}; read from GGUF are "
+                f"{', '.join(listed)}: take the model's safetensors instead"
             )
-        return found
+        return known[name]
+
+    @property
+    def experts(self) -> bool:
+        """Whether it has some."""
+        return bool(self.fields.get(f"{self.architecture}.expert_count"))
 
     def config(self) -> dict[str, Any]:
         """``config.json``."""
-        name = self.architecture
+        name, (architecture, model_type, _) = self.architecture, self.family
         scaling = self.fields.get(f"{name}.rope.scaling.type", "none")
         if scaling != "none" or "rope_freqs.weight" in self.tensors:
             raise SourceError(
@@ -159,7 +188,6 @@ class GGUFFile:
             )
         heads = self[f"{name}.attention.head_count"]
         width = self[f"{name}.embedding_length"]
-        architecture, model_type, _ = GGUF_ARCHITECTURES[name]
         return {
             "architectures": [architecture],
             "model_type": model_type,
@@ -177,7 +205,20 @@ class GGUFFile:
             "rms_norm_eps": _shortest(self[f"{name}.attention.layer_norm_rms_epsilon"]),
             "hidden_act": "silu",
             "tie_word_embeddings": "output.weight" not in self.tensors,
+            **(self._config_of_experts() if self.experts else {}),
             **generation_config(self.fields),
+        }
+
+    def _config_of_experts(self) -> dict[str, Any]:
+        name = self.architecture
+        width = self.fields.get(f"{name}.expert_feed_forward_length")
+        clamp = self.fields.get(f"{name}.attention.clamp_kqv")
+        return {
+            "num_experts": self[f"{name}.expert_count"],
+            "num_experts_per_tok": self[f"{name}.expert_used_count"],
+            "moe_intermediate_size": width or self[f"{name}.feed_forward_length"],
+            "norm_topk_prob": name in GGUF_NORMED_GATES,
+            "clip_qkv": _shortest(clamp) if clamp else None,
         }
 
     def usual_dtype(self) -> str:
@@ -256,9 +297,24 @@ def _gguf_name(source: Source) -> str:
     whole, _, leaf = source.key.rpartition(".")
     if whole in _OF_THE_MODEL:
         return f"{_OF_THE_MODEL[whole]}.{leaf}"
-    if (found := _LAYER.fullmatch(source.key)) and found[2] in _OF_A_LAYER:
-        return f"blk.{found[1]}.{_OF_A_LAYER[found[2]]}.{found[3]}"
+    if found := _LAYER.fullmatch(source.key):
+        module = _OF_A_LAYER.get(found[2])
+        if found[2] in _ROUTERS:
+            module = "ffn_gate_inp"
+        elif expert := _EXPERT.fullmatch(found[2]):
+            module = _OF_AN_EXPERT.get(expert[1])
+        if module is not None:
+            return f"blk.{found[1]}.{module}.{found[3]}"
     return source.key  # which no file has
+
+
+def _expert_of(config: Config, name: str, tensor: str) -> tuple[int, int] | None:
+    """Which of how many experts of ``tensor`` parameter ``name`` is; None: all of it."""
+    found = re.match(r"\w+\.expert_(\d+)\.", name)
+    numbers = expert_numbers(config)
+    if found is None or numbers is None or "_exps." not in tensor:
+        return None
+    return int(found[1]), numbers[0]
 
 
 def _leaf(
@@ -273,17 +329,22 @@ def _leaf(
         )
     tensor, record = file.tensors[tensor_name], param_records(config)[name]
     expected = record.shape[::-1] if source.transposed else record.shape
-    if tensor.shape != expected:
+    expert = _expert_of(config, name, tensor_name)
+    if tensor.shape != (expected if expert is None else (expert[1], *expected)):
         raise SourceError(
             f"{file.path}: tensor {tensor_name} has shape {list(tensor.shape)}, expected "
-            f"{list(expected)} by its metadata"
+            f"{list(expected)}{' of each expert' if expert else ''} by its metadata"
         )
+    if expert is not None:
+        nbytes = tensor.nbytes // expert[1]
+        offset = tensor.offset + expert[0] * nbytes
+        tensor = dataclasses.replace(tensor, shape=expected, offset=offset, nbytes=nbytes)
     stored = name
     if record.role == "matrix":
         stored = f"{name.rpartition('.')[0]}.{LAYOUTS['out_in']}"
     swapped = source.transposed != WeightFormat.usual(dtype).transposes(config, name)
     heads = 0
-    if GGUF_ARCHITECTURES[file.architecture][2]:
+    if file.family[2]:
         if ".attn_q." in tensor_name:
             heads = config.num_attention_heads
         elif ".attn_k." in tensor_name:

@@ -8,7 +8,9 @@ from safetensors.numpy import save_file
 
 import flexgen_jax as fg
 from flexgen_jax.models.gguf_blocks import BLOCK_SIZES
+from flexgen_jax.models.params import param_records
 from flexgen_jax.weights.checkpoint import convert, open_model, resolve
+from flexgen_jax.weights.element_blocks import dense_array
 from flexgen_jax.weights.gguf_file import GGUFFile
 from flexgen_jax.weights.tensor_file import SourceError
 
@@ -171,3 +173,84 @@ def test_what_is_not_read_is_named(written, tmp_path):
     other.write_bytes(content.replace(b"smollm", b"unseen"))
     with pytest.raises(SourceError, match=r"words cut as 'unseen'.*take the model's safetensors"):
         open_model(other)
+
+
+EXPERTS, WIDTH = 4, 32
+SPARSE = {
+    "attn_norm": (HIDDEN,),
+    "attn_q": (HIDDEN, HIDDEN),
+    "attn_k": (HIDDEN // 2, HIDDEN),
+    "attn_v": (HIDDEN // 2, HIDDEN),
+    "attn_output": (HIDDEN, HIDDEN),
+    "attn_q_norm": (HIDDEN // HEADS,),
+    "attn_k_norm": (HIDDEN // HEADS,),
+    "ffn_norm": (HIDDEN,),
+    "ffn_gate_inp": (EXPERTS, HIDDEN),
+    "ffn_gate_exps": (EXPERTS, WIDTH, HIDDEN),
+    "ffn_up_exps": (EXPERTS, WIDTH, HIDDEN),
+    "ffn_down_exps": (EXPERTS, HIDDEN, WIDTH),
+}
+OURS = {"ffn_gate_exps": "gate", "ffn_up_exps": "up", "ffn_down_exps": "down"}
+
+
+def write_sparse(path, architecture, experts=EXPERTS):
+    """A file with experts in Q8_0, all else in F32; and what their blocks stand for."""
+    rng, found = np.random.default_rng(1), {}
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(64)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(WIDTH)
+    writer.add_block_count(1)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_expert_count(experts)
+    writer.add_expert_used_count(2)
+    for name, shape in [
+        ("token_embd.weight", (VOCAB, HIDDEN)),
+        *((f"blk.0.{name}.weight", shape) for name, shape in SPARSE.items()),
+        ("output_norm.weight", (HIDDEN,)),
+    ]:
+        if architecture == "llama" and "_norm.weight" in name and shape[0] < HIDDEN:
+            continue
+        values = rng.standard_normal(shape).astype(np.float32)
+        module = name.split(".")[-2]
+        if module not in OURS:
+            writer.add_tensor(name, values)
+            continue
+        data = gguf.quantize(values, gguf.GGMLQuantizationType.Q8_0)
+        writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        of_each = gguf.dequantize(data, gguf.GGMLQuantizationType.Q8_0)
+        found |= {f"expert_{i}.{OURS[module]}.kernel": x.T for i, x in enumerate(of_each)}
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return found
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3moe"])
+def test_experts_are_parts_of_tensors_that_all_share(architecture, tmp_path):
+    path = tmp_path / "experts.gguf"
+    expected = write_sparse(path, architecture)
+    stored = open_model(path, dtype="float32")
+    config, form = stored.config, stored.format
+    assert (config.num_experts, config.num_experts_per_tok) == (EXPERTS, 2)
+    assert config.norm_topk_prob
+    found = {}
+    for name in param_records(config):
+        if "_experts_" in name:
+            array = dense_array(form, config, stored.arrays, name)
+            found[name.partition(".")[2]] = array.T if form.transposes(config, name) else array
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+def test_other_numbers_of_experts_than_there_are_are_named(tmp_path):
+    write_sparse(tmp_path / "more.gguf", "qwen3moe", experts=8)
+    with pytest.raises(SourceError, match=r"ffn_gate_inp.weight has shape \[4, 256\]"):
+        open_model(tmp_path / "more.gguf")
+    write_sparse(tmp_path / "other.gguf", "qwen2")
+    with pytest.raises(SourceError, match="architecture 'qwen2' with experts; read from GGUF are"):
+        open_model(tmp_path / "other.gguf")
