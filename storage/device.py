@@ -119,8 +119,13 @@ class DeviceSequences:
         if group.shared:
             group.arrays = tuple(array.copy() for array in group.arrays)
             group.shared = False
+        if (rows < 0).all():
+            return
+        # What goes nowhere: another row's once more.
+        source = np.where(rows < 0, rows.argmax(), np.arange(len(rows))).astype(np.int32)
         start = np.int32((group.length - positions) % group.capacity)
-        group.arrays = _renew(group.arrays, rows, self._here(arrays), start)
+        new = self._here(arrays)
+        group.arrays = _renew(group.arrays, rows[source], source, new, start)
 
     def resize(self, name: str, capacity: int) -> None:
         group = self._groups[name]
@@ -144,6 +149,21 @@ class DeviceSequences:
         self._groups.clear()
 
 
+def _codes(x: jax.Array) -> jax.Array:
+    """Floats of 16 bits as integers, all others as they are.
+
+    What is moved within bfloat16 is moved within a copy of the whole in float32 by XLA's CPU
+    backend.
+    """
+    floats = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if floats else x
+
+
+def _floats(codes: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The inverse of :func:`_codes`."""
+    return codes if codes.dtype == dtype else jax.lax.bitcast_convert_type(codes, dtype)
+
+
 @jax.jit
 def take_positions(arrays: tuple[jax.Array, ...], index: jax.Array) -> tuple[jax.Array, ...]:
     """``array[..., index[..., i], :]`` of each array."""
@@ -153,7 +173,7 @@ def take_positions(arrays: tuple[jax.Array, ...], index: jax.Array) -> tuple[jax
 @jax.jit
 def gathered(arrays: tuple[jax.Array, ...], index: jax.Array) -> tuple[jax.Array, ...]:
     """``array[..., index, :]`` of each array."""
-    return tuple(jnp.take(a, index, axis=-2, mode="clip") for a in arrays)
+    return tuple(_floats(jnp.take(_codes(a), index, axis=-2, mode="clip"), a.dtype) for a in arrays)
 
 
 @partial(jax.jit, static_argnums=1)
@@ -172,27 +192,41 @@ def _write(
     arrays: tuple[jax.Array, ...], more: tuple[jax.Array, ...], start: jax.Array
 ) -> tuple[jax.Array, ...]:
     """In place: the arrays are donated."""
-    return tuple(
-        jax.lax.dynamic_update_slice_in_dim(a, m, start, axis=a.ndim - 2)
-        for a, m in zip(arrays, more, strict=True)
-    )
+
+    def written(a: jax.Array, m: jax.Array) -> jax.Array:
+        codes = jax.lax.dynamic_update_slice_in_dim(_codes(a), _codes(m), start, axis=a.ndim - 2)
+        return _floats(codes, a.dtype)
+
+    return tuple(map(written, arrays, more))
 
 
 @partial(jax.jit, donate_argnums=0)
 def _renew(
-    arrays: tuple[jax.Array, ...], rows: jax.Array, new: tuple[jax.Array, ...], start: jax.Array
+    arrays: tuple[jax.Array, ...],
+    rows: jax.Array,
+    source: jax.Array,
+    new: tuple[jax.Array, ...],
+    start: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """``new`` in ``rows`` from ``start`` on, round the ring's end; in place, as :func:`_write`.
+    """``new[source]`` in ``rows`` from ``start`` on, round the ring's end; in place, as
+    :func:`_write`.
 
-    A scatter: where the ring ends is a value, so it takes no program of its own.
+    Row by row, and all of a row, where the other positions mean nothing: XLA's CPU backend has
+    nothing else that stays in place with 16 bits. Where the ring ends is a value, so it takes no
+    program of its own.
     """
-    nowhere = arrays[0].shape[0] + jnp.arange(rows.shape[0])  # each another one: they stay unique
-    rows = jnp.where(rows < 0, nowhere, rows)
 
     def renewed(a: jax.Array, n: jax.Array) -> jax.Array:
-        index = (start + jnp.arange(n.shape[-2])) % a.shape[-2]
-        at = (rows[:, None], ..., index, slice(None))
-        # Indices that are apart come first in what is set.
-        return a.at[at].set(jnp.moveaxis(n, -2, 1), mode="drop", unique_indices=True)
+        positions = n.shape[-2]
+        index = jnp.minimum((jnp.arange(a.shape[-2]) - start) % a.shape[-2], positions - 1)
+
+        def one(number: jax.Array, a: jax.Array) -> jax.Array:
+            at = source[number]
+            part = jax.lax.dynamic_index_in_dim(_codes(n), at, 0)
+            whole = jnp.take(part, index, axis=-2)
+            codes = jax.lax.dynamic_update_slice_in_dim(_codes(a), whole, rows[number], 0)
+            return _floats(codes, a.dtype)
+
+        return jax.lax.fori_loop(0, rows.shape[0], one, a)
 
     return tuple(map(renewed, arrays, new))

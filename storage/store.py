@@ -116,7 +116,8 @@ class SequenceStore(Protocol):
     def renew(self, name: str, rows: np.ndarray, arrays: Sequence[jax.Array]) -> None:
         """Replaces what some rows hold at the newest positions: others have moved in there.
 
-        What the rows had before these positions stays, and means nothing. The length stays.
+        What the rows then have before these positions is finite, and means nothing. The length
+        stays.
 
         Args:
             rows: (count,) int32: rows of the arrays' first axis; -1: what comes for it is dropped.

@@ -269,10 +269,13 @@ class SequenceStoreContract:
     ) -> None:
         """Renews rows of "a", and of ``whole``, which has what "a" should."""
         store.renew("a", np.array(rows, np.int32), [jnp.asarray(n) for n in new])
-        for array, values in zip(whole, new, strict=True):
+        for array, values, got in zip(whole, new, self.load(store, "a"), strict=True):
+            capacity, oldest = got.shape[-2], length - values.shape[-2]
+            older = np.arange(max(0, length - capacity), oldest)
             for row, value in zip(rows, values, strict=True):
                 if row >= 0:
-                    array[row, :, length - value.shape[-2] : length] = value
+                    array[row, :, oldest:length] = value
+                    array[row, :, older] = got[row][:, older % capacity].swapaxes(0, 1)
 
     def new(self, source: list[np.ndarray], rows: Any, positions: int, at: int) -> list[np.ndarray]:
         """Values of ``source`` for some rows."""

@@ -200,9 +200,15 @@ def test_any_order_of_appending_renewing_and_resizing_agrees_with_an_array(kind,
                 new = new.reshape(2, positions, 2)
                 fresh += new.size
                 store.renew("a", np.array(rows, np.int32), [jnp.asarray(new)])
+                slot = Slot(max(1, store.slot_nbytes([whole.nbytes])))
+                slot.begin()
+                (got,) = store.load("a", slot)
+                older = np.arange(end - known, end - positions)
                 for row, values in zip(rows, new, strict=True):
                     if row >= 0:
                         whole[row, end - positions : end] = values
+                        whole[row, older] = np.asarray(got)[row, older % capacity]
+                slot.release([])
             slot = Slot(max(1, store.slot_nbytes([whole.nbytes])))
             slot.begin()
             (got,) = store.load("a", slot)
