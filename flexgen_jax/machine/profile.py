@@ -6,6 +6,7 @@ calls. Takes under two minutes and a gigabyte of disk, which is given back.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import shutil
@@ -14,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +24,15 @@ import numpy as np
 from flexgen_jax.engine import kernels
 from flexgen_jax.engine.unpacking import Dense
 from flexgen_jax.models.attention import attend_prompt
-from flexgen_jax.models.family import Kind
+from flexgen_jax.models.family import Config, Kind
 from flexgen_jax.models.kv_cache import CacheFormat, LayerCache
 from flexgen_jax.models.params import nest, unit_kinds, unit_shapes
 from flexgen_jax.models.quantization import quantize
 from flexgen_jax.models.registry import MEASURED_WITH, preset
 from flexgen_jax.planning.byte_sizes import device_memory
+from flexgen_jax.weights.weight_format import WeightFormat
 from scheduling.hardware import Hardware
+from storage.device import DeviceSequences
 from storage.disk import DiskContext
 from storage.disk_sequences import DiskSequences
 from storage.memory import aligned_bytes, available_memory
@@ -86,7 +89,7 @@ def profile(
     host = jax.local_devices(backend="cpu")[0]
     hosted = cached_attention if host == device else _cached_attention(dtype, repeats, host)
     unpacking = _dequantize(dtype, repeats)
-    overhead = _overhead(repeats)
+    overhead = _overhead(dtype, repeats)
     decode = f"{_gb(cached_attention)} of cache, on the host {_gb(hosted)}"
     say(f"attention: prefill {attention / 1e9:.0f} GFLOP/s, decode {decode}")
     say(f"dequantising {_gb(unpacking)}; {overhead * 1e6:.0f} us an op")
@@ -255,7 +258,7 @@ def _layers(rows: int, dtype: str, repeats: int) -> float:
     """
     config = preset(MEASURED_WITH)
     shapes, kind = unit_shapes(config, "layer_0"), unit_kinds(config)[1]
-    params = nest({name: _normal(*shape, dtype=dtype) for name, shape in shapes.items()})["layer_0"]
+    params = _layer(config, dtype)
     flops = rows * sum(2.0 * math.prod(s) for n, s in shapes.items() if n.endswith(".kernel"))
     form = CacheFormat()
     if rows <= _MOST_DECODE_ROWS:
@@ -274,6 +277,14 @@ def _layers(rows: int, dtype: str, repeats: int) -> float:
         lambda: kernels.prefill_layer(params, x, padding, config=config, kind=kind, form=form),
         repeats,
     )
+
+
+def _layer(config: Config, dtype: str) -> Any:
+    """The parameters of a decoder layer, matrices the way round that they are stored."""
+    form = WeightFormat.usual(dtype)
+    names = unit_shapes(config, "layer_0")
+    arrays = {n: _normal(*form.array_shape(config, n), dtype=dtype) for n in names}
+    return nest({form.array_name(config, n): array for n, array in arrays.items()})["layer_0"]
 
 
 def _attention(dtype: str, repeats: int) -> float:
@@ -311,8 +322,33 @@ def _dequantize(dtype: str, repeats: int) -> float:
     return nbytes / _seconds(again, repeats)
 
 
-def _overhead(repeats: int) -> float:
-    """Seconds to dispatch a small program and see its result."""
-    add = jax.jit(lambda x: x + 1)
-    x = jnp.zeros(8)
-    return _seconds(lambda: add(x), 20 * repeats)
+def _overhead(dtype: str, repeats: int) -> float:
+    """Seconds that a decoder layer takes which has next to nothing to compute.
+
+    One of many, each with the results of the one before, and with a cell that it adds to.
+    """
+    count, rows, heads, positions = 32, 16, 2, 32
+    config: Any = dataclasses.replace(
+        cast(Any, preset(MEASURED_WITH)),
+        hidden_size=heads * _HEAD_DIM,
+        word_embed_proj_dim=heads * _HEAD_DIM,
+        num_attention_heads=heads,
+        ffn_dim=_HEAD_DIM,
+    )
+    params, kind, form = _layer(config, dtype), unit_kinds(config)[1], CacheFormat()
+    x, padding = _normal(rows, 1, config.hidden_size, dtype=dtype), jnp.zeros(rows, jnp.int32)
+    cells, slot = DeviceSequences(), Slot()
+    cell = (_normal(rows, heads, positions, _HEAD_DIM, dtype=dtype),) * 2
+    cells.put("cell", cell, positions, length=positions, ring=True)
+
+    def layers() -> jax.Array:
+        hidden = x
+        for _ in range(count):
+            cache, position = LayerCache(*cells.load("cell", slot)), np.int32(positions)
+            hidden, new, _ = kernels.decode_layer(
+                params, hidden, cache, position, padding, config=config, kind=kind, form=form
+            )
+            cells.append("cell", jax.tree.leaves(new))
+        return hidden
+
+    return _seconds(layers, 2 * repeats) / count
