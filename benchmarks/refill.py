@@ -133,10 +133,14 @@ def main() -> None:
 
 def store(args: argparse.Namespace, work: str) -> str:
     model = args.questions or args.model
+    path = Path(work) / f"{_named(model).replace('/', '--')}-{args.dtype}"
+    if path.is_dir():
+        return str(path)
+    if model == str(DEMO):  # published in float16: used in place, it is converted at each load
+        return str(fg.convert(model, path, dtype=args.dtype))
     if Path(model).is_dir():
         return model
-    path = Path(work) / f"{model.replace('/', '--')}-{args.dtype}"
-    return str(path if path.is_dir() else fg.convert_dummy(model, path, dtype=args.dtype))
+    return str(fg.convert_dummy(model, path, dtype=args.dtype))
 
 
 def run(args: argparse.Namespace, work: str) -> dict[str, Any]:
