@@ -158,11 +158,10 @@ def _weights(
     shapes = param_shapes(config)
     itemsize = jnp.dtype(form.dtype).itemsize
     moved, dense, reads = [], [], []
-    of_units = zip(placements, layers_of(config, len(placements)), strict=True)
+    by_name = [{cell.name: cell for cell in placement.cells} for placement in placements]
+    of_units = zip(by_name, layers_of(config, len(placements)), strict=True)
     for unit, cells in (
-        (config.units[layer], {c.name: c for c in placement.cells})
-        for placement, layers in of_units
-        for layer in layers
+        (config.units[layer], cells) for cells, layers in of_units for layer in layers
     ):
         by_tier = dict.fromkeys(Tier, 0)
         unpacked = accesses = 0
