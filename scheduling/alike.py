@@ -33,6 +33,8 @@ def alike(workload: Workload) -> dict[tuple[int, int | None], int]:
         reads = sizes.reads[layer] if sizes.reads else 0
         weights = *by_tier.items(), kind, reads
         counts[layers.setdefault(weights, layer), None] += 1
+        if experts == (True, False):
+            continue  # batches are no matter there
         for number, batch_kind in enumerate(batch_kinds):
             key = kind, batch_kind, sizes.cache.get((layer, number))
             counts[places.setdefault(key, (layer, number))] += 1

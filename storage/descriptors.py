@@ -46,10 +46,10 @@ class Descriptors:
                 self._close_down_to(self._most)
 
     def _close_down_to(self, most: int) -> None:
+        if len(self._open) <= most:
+            return
         for key, (descriptor, readers) in list(self._open.items()):
-            if len(self._open) <= most:
-                return
-            if not readers:
+            if not readers and len(self._open) > most:
                 del self._open[key]
                 os.close(descriptor)
 

@@ -22,6 +22,7 @@ from tests.test_families import (
     SPARSE,
     equal_bits,
 )
+from tests.weights.test_experts import CASES, quantised
 
 SHAPE = {"device_batch_size": 4, "num_device_batches": 2, "refill": False}
 
@@ -178,3 +179,17 @@ def test_tiles_have_each_token_once_for_each_expert_that_it_chose(tile):
         if expert >= 0
     }
     assert found == wanted
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_experts_as_published_in_codes(case, tmp_path):
+    """In place, from every tier: the tokens of what the codes stand for, and equal bits."""
+    variant, said, encode = CASES[case]
+    dense, coded = quantised(variant, tmp_path, said, encode)
+    expected, _, _ = run(dense)
+    tokens, bits, _ = run(coded)
+    # FP8's floats stand for their codes as rounded to bfloat16.
+    assert [t[0] for t in tokens] == [t[0] for t in expected]
+    again, same, _ = run(coded, schedule="row_by_row", weights=DISK, experts=MIXED, hidden=DISK)
+    assert again == tokens
+    equal_bits(same, bits)

@@ -13,7 +13,25 @@ from flexgen_jax.models.rope import Rope
 from flexgen_jax.models.rotary import MODULES, RotaryConfig, RotaryDecoder
 
 
-class Qwen3(RotaryDecoder):
+class HeadNorms(RotaryDecoder):
+    """Queries and keys have a norm, head by head."""
+
+    modules = {  # noqa: RUF012 # read only
+        **MODULES,
+        "q_norm": "self_attn.q_norm",
+        "k_norm": "self_attn.k_norm",
+    }
+
+    def norms(self, config: Any) -> dict[str, int]:
+        return {**super().norms(config), "q_norm": config.head_dim, "k_norm": config.head_dim}
+
+    def project(self, params: Params, x: Array, config: Any) -> tuple[Array, Array, Array]:
+        query, key, value = super().project(params, x, config)
+        query = self.normed(params, "q_norm", query, config)
+        return query, self.normed(params, "k_norm", key, config), value
+
+
+class Qwen3(HeadNorms):
     """See the module."""
 
     model_types = ("qwen3",)
@@ -25,25 +43,12 @@ class Qwen3(RotaryDecoder):
         "sliding_window": 4096,
         "eos_token_id": None,
     }
-    modules = {  # noqa: RUF012 # read only
-        **MODULES,
-        "q_norm": "self_attn.q_norm",
-        "k_norm": "self_attn.k_norm",
-    }
 
     def layer_types(self, values: Mapping[str, Any]) -> tuple[str, ...]:
         return super().layer_types(values) or windows_above(values)
 
     def write(self, config: RotaryConfig) -> dict[str, Any]:
         return {**super().write(config), "use_sliding_window": config.sliding_window is not None}
-
-    def norms(self, config: Any) -> dict[str, int]:
-        return {**super().norms(config), "q_norm": config.head_dim, "k_norm": config.head_dim}
-
-    def project(self, params: Params, x: Array, config: Any) -> tuple[Array, Array, Array]:
-        query, key, value = super().project(params, x, config)
-        query = self.normed(params, "q_norm", query, config)
-        return query, self.normed(params, "k_norm", key, config), value
 
 
 def _qwen3(layers: int, hidden: int, ffn: int, heads: int, *, tied: bool = False) -> RotaryConfig:

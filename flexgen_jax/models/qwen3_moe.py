@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxtyping import Array
-
-from flexgen_jax.models.family import Params
+from flexgen_jax.models.qwen3 import HeadNorms
 from flexgen_jax.models.rope import Rope
-from flexgen_jax.models.rotary import MODULES, all_windows
+from flexgen_jax.models.rotary import all_windows
 from flexgen_jax.models.sparse import SparseConfig, SparseDecoder, dense_by_step
 
 
-class Qwen3Moe(SparseDecoder):
+class Qwen3Moe(HeadNorms, SparseDecoder):
     """Attention as in :mod:`~flexgen_jax.models.qwen3`."""
 
     model_types = ("qwen3_moe",)
@@ -27,11 +25,6 @@ class Qwen3Moe(SparseDecoder):
         "moe_intermediate_size": 768,
         "norm_topk_prob": False,
         "eos_token_id": None,
-    }
-    modules = {  # noqa: RUF012 # read only
-        **MODULES,
-        "q_norm": "self_attn.q_norm",
-        "k_norm": "self_attn.k_norm",
     }
 
     def layer_types(self, values: Mapping[str, Any]) -> tuple[str, ...]:
@@ -48,14 +41,6 @@ class Qwen3Moe(SparseDecoder):
             "decoder_sparse_step": 1,
             "use_sliding_window": config.sliding_window is not None,
         }
-
-    def norms(self, config: Any) -> dict[str, int]:
-        return {**super().norms(config), "q_norm": config.head_dim, "k_norm": config.head_dim}
-
-    def project(self, params: Params, x: Array, config: Any) -> tuple[Array, Array, Array]:
-        query, key, value = super().project(params, x, config)
-        query = self.normed(params, "q_norm", query, config)
-        return query, self.normed(params, "k_norm", key, config), value
 
 
 def _qwen3_moe(

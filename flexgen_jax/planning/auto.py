@@ -20,7 +20,7 @@ from flexgen_jax.planning.byte_sizes import device_memory
 from flexgen_jax.planning.capacities import capacity_for
 from flexgen_jax.planning.default_job import GEN_LEN, PROMPT_LEN
 from flexgen_jax.planning.lengths import Lengths
-from flexgen_jax.planning.stage_layout import place_stages, stage_starts
+from flexgen_jax.planning.stage_layout import stage_starts
 from flexgen_jax.requests.request import Request
 from flexgen_jax.requests.sampling_params import SamplingParams
 from flexgen_jax.weights.weight_format import WeightFormat
@@ -102,7 +102,6 @@ class Model:
             self.config,
             form,
             policy,
-            place_stages(self.config, form, policy),
             chunk_positions=self.chunk_positions,
             hosts=self.hosts,
         )

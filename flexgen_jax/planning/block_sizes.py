@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
@@ -32,9 +32,8 @@ from flexgen_jax.planning.cell_layout import (
     place_hidden,
 )
 from flexgen_jax.planning.expert_tiles import DECODE_TILE, PROMPT_TILE
-from flexgen_jax.planning.stage_layout import layers_of, stage_starts
-from scheduling.placement import Placement
-from scheduling.policy import Policy, Tier
+from flexgen_jax.planning.stage_layout import layers_of, place_stages, stage_starts
+from scheduling.policy import Policy, Split, Tier
 from scheduling.sizes import BatchSizes, CacheCell, ExpertSizes, Sizes
 from storage.disk import DiskContext
 
@@ -47,7 +46,6 @@ def block_sizes(
     config: Config,
     form: WeightFormat,
     policy: Policy,
-    weights: Sequence[Placement],
     *,
     chunk_positions: int,
     hosts: tuple[int, ...] = (),
@@ -55,14 +53,14 @@ def block_sizes(
     """What the ops of ``block`` move and unpack.
 
     Args:
-        weights: Where the stored tensors of each stage lie.
         chunk_positions: Of the cache on disk.
         hosts: Of the stages, as a ``Workload`` has them.
     """
     hidden = {c.name: c.tier for c in place_hidden(block, config, form.dtype, policy.hidden).cells}
     itemsize = jnp.dtype(form.dtype).itemsize
     starts = stage_starts(config, policy.num_stages)
-    moved, dense, reads = _weights(config, form, weights)
+    weights = place_stages(config, form, policy)
+    moved, dense, reads = _weights(config, form, policy.weights, policy.experts, policy.num_stages)
     return Sizes(
         weights=moved,
         dense=dense,
@@ -152,9 +150,12 @@ def _widths(config: Config) -> int:
     )
 
 
+@functools.lru_cache(maxsize=64)
 def _weights(
-    config: Config, form: WeightFormat, placements: Sequence[Placement]
+    config: Config, form: WeightFormat, weights: Split, experts: Split | None, num_stages: int
 ) -> tuple[tuple[Mapping[Tier, int], ...], tuple[int, ...], tuple[int, ...]]:
+    policy = Policy(weights=weights, experts=experts, num_stages=num_stages)
+    placements = place_stages(config, form, policy)
     shapes = param_shapes(config)
     itemsize = jnp.dtype(form.dtype).itemsize
     moved, dense, reads = [], [], []

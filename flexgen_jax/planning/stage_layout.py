@@ -10,7 +10,7 @@ from flexgen_jax.models.params import expert_numbers, matmul_flops, unit_experts
 from flexgen_jax.planning.default_job import GEN_LEN, PROMPT_LEN
 from flexgen_jax.weights.weight_format import WeightFormat
 from scheduling.placement import Placement, place
-from scheduling.policy import Policy, Tier
+from scheduling.policy import Policy, Split, Tier
 from scheduling.stages import balanced
 
 # How many times as long a FLOP of a decode step takes as one of prefill (FlexGen's fit: 21.24 and
@@ -49,32 +49,50 @@ def layers_of(config: Config, num_stages: int) -> list[range]:
     return [range(start, end) for start, end in zip(starts, ends, strict=True)]
 
 
-def place_stages(config: Config, form: WeightFormat, policy: Policy) -> list[Placement]:
-    """Where the weights of each stage lie: dealt to tiers in layer order.
+def place_stages(config: Config, form: WeightFormat, policy: Policy) -> Sequence[Placement]:
+    """Where the weights of each stage lie: dealt to tiers in layer order, an expert as a whole.
 
     What two stages need, such as the token table of a tied head, each of them has.
+
+    Raises:
+        ValueError: the policy places experts, and the model has none.
     """
-    entries = form.entries(config)
-    placements = []
-    for layers in layers_of(config, policy.num_stages):
+    if policy.experts is not None and not unit_experts(config):
+        raise ValueError("the policy places experts, and the model has none: leave experts out")
+    return _placed(
+        config, form, policy.weights, policy.experts or policy.weights, policy.num_stages
+    )
+
+
+@functools.lru_cache(maxsize=16)  # a search asks for the same again and again
+def _placed(
+    config: Config, form: WeightFormat, weights: Split, experts: Split, num_stages: int
+) -> tuple[Placement, ...]:
+    entries, placements = form.entries(config), []
+    of_experts = {config.units[layer] for layer in unit_experts(config)}
+    for layers in layers_of(config, num_stages):
         needed = stored_names(config, form, layers)
-        cells = [(name, entry.nbytes) for name, entry in entries.items() if name in needed]
-        placements.append(_dealt(config, cells, policy))
-    return placements
-
-
-def _dealt(config: Config, cells: Sequence[tuple[str, int]], policy: Policy) -> Placement:
-    """Tensors to tiers: the experts', and the others'."""
-    units = unit_experts(config)
-    names = {config.units[layer] for layer in units}
-    tier_of: dict[str, Tier] = {}
-    for split, some in (
-        (policy.weights, [c for c in cells if c[0].partition(".")[0] not in names]),
-        (policy.experts or policy.weights, [c for c in cells if c[0].partition(".")[0] in names]),
-    ):
-        tiers = place([nbytes for _, nbytes in some], split)
-        tier_of |= {name: tier for (name, _), tier in zip(some, tiers, strict=True)}
-    return Placement.of((*cell, tier_of[cell[0]]) for cell in cells)
+        # What goes to one tier together, by the split that deals it out.
+        dealt: dict[Split | None, dict[str, list[str]]] = {None: {}, experts: {}}
+        for name in entries:
+            if name in needed:
+                unit, _, rest = name.partition(".")
+                whole = f"{unit}.{rest.partition('.')[0]}" if unit in of_experts else name
+                split = experts if unit in of_experts else None
+                dealt[split].setdefault(whole, []).append(name)
+        tier_of: dict[str, Tier] = {}
+        for split, groups in dealt.items():
+            sizes = [sum(entries[name].nbytes for name in names) for names in groups.values()]
+            for names, tier in zip(groups.values(), place(sizes, split or weights), strict=True):
+                tier_of |= dict.fromkeys(names, tier)
+        placements.append(
+            Placement.of(
+                (name, entry.nbytes, tier_of[name])
+                for name, entry in entries.items()
+                if name in needed
+            )
+        )
+    return tuple(placements)
 
 
 def stored_names(config: Config, form: WeightFormat, layers: Iterable[int]) -> set[str]:
