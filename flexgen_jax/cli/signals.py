@@ -13,21 +13,32 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM; ends whatever runs as cleanly as Ctrl-C does."""
 
 
+_terminated = False
+
+
 def exit_code(error: KeyboardInterrupt) -> int:
-    """128 and the signal's number, as shells have it."""
-    return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
+    """128 and the signal's number, as shells have it.
+
+    Ray raises a KeyboardInterrupt of its own for what a handler raises while it waits.
+    """
+    terminated = _terminated or isinstance(error, Terminated)
+    return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
+    global _terminated
+    _terminated = True
     raise Terminated
 
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
     """SIGTERM raises :class:`Terminated` in the main thread."""
+    global _terminated
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    _terminated = False
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         yield

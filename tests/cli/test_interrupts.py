@@ -2,11 +2,14 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from flexgen_jax.cli.signals import Terminated, exit_code, terminable
 
 ROOT = Path(__file__).parents[2]
 MODEL = str(ROOT / "tests" / "goldens" / "pre_norm")
@@ -103,3 +106,13 @@ def test_in_the_log_it_is_an_object(arguments, tmp_path):
     done = run("flexgen_jax.llm", *log, *arguments, "-o", tmp_path / "out")
     assert done.returncode == 130
     assert json.loads(done.stderr.splitlines()[-1])["message"] == "interrupted"
+
+
+def test_sigterm_has_its_exit_code_also_where_another_interrupt_takes_its_place():
+    """As where Ray waits: it raises a KeyboardInterrupt of its own."""
+    with terminable():
+        with pytest.raises(Terminated):
+            signal.raise_signal(signal.SIGTERM)
+        assert exit_code(KeyboardInterrupt()) == 143
+    with terminable():
+        assert exit_code(KeyboardInterrupt()) == 130
