@@ -31,7 +31,7 @@ from flexgen_jax.llm import LLM
 from flexgen_jax.models.family import eos_token_ids
 from flexgen_jax.requests.sampling_params import SamplingParams
 from flexgen_jax.scoring import run_scores, sequence_request
-from scheduling.policy import Policy
+from scheduling.policy import Policy, Split
 from storage.json_text import read_json
 
 MAX_GEN_TOKS = 256
@@ -49,6 +49,8 @@ class FlexGenLM(TemplateLM):
             ``schedule`` and ``seed`` as ``LLM`` has it.
         percent: FlexGen's six numbers with slashes between, ``"0/100/0/100/0/100"``; None: policy
             ``"auto"``.
+        experts_percent: Percent of the experts on the device and on the host, ``"0/100"``; None:
+            where the other weights are, or what ``"auto"`` chooses.
         gpu_batch_size: Of the policy; None: what ``batch_size`` says if it is above 1, or ``auto``.
         num_gpu_batches: Likewise.
         batch_size: lm_eval's; 1, its default, and ``"auto"`` leave the choice to the policy.
@@ -69,6 +71,7 @@ class FlexGenLM(TemplateLM):
         *,
         dtype: Any = "auto",
         percent: str | None = None,
+        experts_percent: str | None = None,
         gpu_batch_size: int | None = None,
         num_gpu_batches: int | None = None,
         batch_size: int | str | None = None,
@@ -92,7 +95,8 @@ class FlexGenLM(TemplateLM):
                 "device_batch_size": gpu_batch_size or (size if size > 1 else None),
                 "num_device_batches": num_gpu_batches,
             }
-            self.llm = _open(pretrained, dtype, percent, shape, options)
+            given = percent, experts_percent
+            self.llm = _open(pretrained, dtype, given, shape, options)
         if self.llm.tokenizer is None:
             raise ValueError(f"{self.llm.store} has no tokenizer files, which lm_eval's tasks need")
         self._tokenizer = self.llm.tokenizer
@@ -229,20 +233,32 @@ def _sampling(fields: dict[str, Any], stop: list[str], max_tokens: int) -> Sampl
 
 
 def _open(
-    model: str, dtype: Any, percent: str | None, shape: dict[str, int | None], options: dict
+    model: str,
+    dtype: Any,
+    given: tuple[str | None, str | None],
+    shape: dict[str, int | None],
+    options: dict,
 ) -> LLM:
     known = ("device_memory", "host_memory", "offload_dir", "schedule", "seed")
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(f"unknown model argument {', '.join(unknown)}; see FlexGenLM's docstring")
-    fixed = {name: int(value) for name, value in shape.items() if value is not None}
+    fixed: dict[str, Any] = {n: int(value) for n, value in shape.items() if value is not None}
+    percent, experts = given
+    if experts is not None:
+        device, host = _numbers("experts_percent", experts, 2, "two")
+        fixed["experts"] = Split.from_percent("experts", device, host)
     if percent is None:
         return LLM(model, dtype=dtype, fixed=fixed, **options)
-    numbers = [int(n) for n in str(percent).split("/") if n.strip().isdigit()]
-    if len(numbers) != 6:
-        raise ValueError(f"percent must be six numbers with slashes between, got {percent!r}")
-    policy = Policy.from_percent(*numbers, **fixed)
+    policy = Policy.from_percent(*_numbers("percent", percent, 6, "six"), **fixed)
     return LLM(model, dtype=dtype, policy=policy, **options)
+
+
+def _numbers(name: str, text: str, count: int, word: str) -> list[int]:
+    numbers = [int(n) for n in str(text).split("/") if n.strip().isdigit()]
+    if len(numbers) != count:
+        raise ValueError(f"{name} must be {word} numbers with slashes between, got {text!r}")
+    return numbers
 
 
 def _check_device(device: str | None) -> None:

@@ -16,7 +16,7 @@ from flexgen_jax.models.family import Config
 from flexgen_jax.planning.auto import Auto, Demand, Model, Uniform, kind_of, limits_of_this_machine
 from flexgen_jax.planning.lengths import Lengths
 from flexgen_jax.planning.planner import Planner, in_place
-from flexgen_jax.planning.stage_layout import layers_of, stored_names
+from flexgen_jax.planning.stage_layout import check_experts, layers_of, stored_names
 from flexgen_jax.requests.tokenization import Tokenizer, load_tokenizer
 from flexgen_jax.weights.checkpoint import open_model, resolve
 from flexgen_jax.weights.weight_format import WeightFormat
@@ -102,6 +102,7 @@ class PlacedModel:
             return stored_names(config, form, here)
 
         opened = open_model(store, dtype=self._dtype, needed=needed)
+        check_experts(opened.config, policy)
         self._dtype = opened.dtype
         self.store, self.tokenizer = store, load_tokenizer(opened.path)
         self._runner.open(opened, self.tokenizer)

@@ -37,7 +37,8 @@ class Report:
 
     Attributes:
         placement: Where every cell of ``weights``, ``cache`` and ``hidden`` really lay; the latter
-            two of the block with the largest cache. Of a resumed job, the last process's.
+            two of the block with the largest cache; of a model with ``experts`` also where these
+            lay, which are among the weights. Of a resumed job, the last process's.
         seconds: Wall time of the blocks, compilation included. Of a job, of its finished blocks
             with the reading and writing between them.
         prompt_tokens: Tokens of the prompts, as given.

@@ -51,6 +51,27 @@ class Split:
                 f"disk {self.disk} = {total}"
             )
 
+    @classmethod
+    def from_percent(cls, name: str, device: float, host: float) -> Split:
+        """Two of FlexGen's numbers; the rest is on disk.
+
+        Args:
+            name: Of what is placed, for messages.
+
+        Raises:
+            ValueError: shares that exceed 100 or leave [0, 100], with the name.
+        """
+        disk = 100 - device - host
+        if disk < -1e-6:
+            raise ValueError(
+                f"{name}: {device} percent on the device and {host} on the host exceed 100"
+            )
+        try:
+            # 100 - 64.4 - 35.6 is a little less than nothing
+            return cls(device=device, host=host, disk=max(disk, 0))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
     def shares(self) -> dict[Tier, float]:
         """Percent by tier."""
         return {Tier.DEVICE: self.device, Tier.HOST: self.host, Tier.DISK: self.disk}
@@ -138,7 +159,8 @@ class Policy:
         """``num_groups``, chosen where it is None."""
         if self.num_groups is not None:
             return self.num_groups
-        if self.num_stages > 1 and self.weights.device == 100:
+        placed = [self.weights] if self.experts is None else [self.weights, self.experts]
+        if self.num_stages > 1 and all(split.device == 100 for split in placed):
             return max(self.num_stages, self.num_device_batches)
         return self.num_stages
 
@@ -151,23 +173,10 @@ class Policy:
         Raises:
             ValueError: shares that exceed 100 or leave [0, 100], with their name.
         """
-
-        def split(name: str, device: float, host: float) -> Split:
-            disk = 100 - device - host
-            if disk < -1e-6:
-                raise ValueError(
-                    f"{name}: {device} percent on the device and {host} on the host exceed 100"
-                )
-            try:
-                # 100 - 64.4 - 35.6 is a little less than nothing
-                return Split(device=device, host=host, disk=max(disk, 0))
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
-
         return cls(
-            weights=split("weights", wd, wh),
-            cache=split("cache", cd, ch),
-            hidden=split("hidden", hd, hh),
+            weights=Split.from_percent("weights", wd, wh),
+            cache=Split.from_percent("cache", cd, ch),
+            hidden=Split.from_percent("hidden", hd, hh),
             **choices,
         )
 

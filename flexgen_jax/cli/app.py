@@ -459,11 +459,12 @@ main.add_command(run_batch_of(generate))
 
 
 def _before(llm: LLM, window: OpenWindow, blocks: list[Block], whole: bool) -> str:
+    from flexgen_jax.planning.planner import described
+
     planner, policy = llm.planner, llm.policy
     how = [f"schedule {planner.schedule_name}", f"overlap {'on' if policy.overlap else 'off'}"]
     if policy.host_attention:
         how.append("attention on the host")
-    placed = planner.placement(blocks)
     first = "" if whole else "of the first window: "
     return "\n".join(
         [
@@ -471,7 +472,7 @@ def _before(llm: LLM, window: OpenWindow, blocks: list[Block], whole: bool) -> s
             f"blocks of {policy.device_batch_size} x {policy.num_device_batches}, "
             + ", ".join(how),
             *([f"chosen: {llm.why}"] if llm.why else []),
-            *(placement.describe(kind) for kind, placement in placed.items() if placement.cells),
+            *described(planner.placement(blocks)),
         ]
     )
 

@@ -399,6 +399,7 @@ def _expected(forecasts: tuple[Forecast, ...]) -> str:
 
 
 def _described(found: Plan) -> str:
+    from flexgen_jax.planning.planner import described
     from scheduling.cost_model import bound
 
     policy = found.policy
@@ -415,7 +416,7 @@ def _described(found: Plan) -> str:
     lines = [
         f"on {found.hardware.name}",
         f"block of {shape}, schedule {found.schedule}",
-        *(placed.describe(kind) for kind, placed in found.placement.items() if placed.cells),
+        *described(found.placement),
         f"predicted: {rate:.2f} tokens/s; {times}",
         f"{floor}: {least / seconds:.0%} of the prediction",
         f"peak: {peak}",

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import click
 
-from scheduling.policy import Policy
+from scheduling.policy import Policy, Split
 from storage.json_text import read_json
 
 
@@ -40,6 +40,14 @@ _OPTIONS = [
         metavar="WD WH CD CH HD HH",
         help="Percent of the weights on the device and on the host, then of the KV cache, then of "
         "the hidden states; the rest is on disk. [default: what 'auto' chooses]",
+    ),
+    click.option(
+        "--experts-percent",
+        type=float,
+        nargs=2,
+        metavar="DEVICE HOST",
+        help="Percent of the experts on the device and on the host, the rest on disk, in a model "
+        "that has experts. [default: what 'auto' chooses; with --percent, as the other weights]",
     ),
     click.option(
         "--device-batch-size",
@@ -128,6 +136,7 @@ NAMES = (
     "policy",
     "allow",
     "percent",
+    "experts_percent",
     "device_batch_size",
     "num_device_batches",
     "overlap",
@@ -170,7 +179,9 @@ def read_policy(values: Mapping[str, Any]) -> tuple[Policy | Literal["auto"], di
         )
     if values["overlap"] and values["no_overlap"]:
         raise ValueError("--overlap and --no-overlap exclude each other")
+    experts = values["experts_percent"]
     given = {
+        "experts": Split.from_percent("experts", *experts) if experts else None,
         "device_batch_size": values["device_batch_size"],
         "num_device_batches": values["num_device_batches"],
         "overlap": False if values["no_overlap"] else values["overlap"],

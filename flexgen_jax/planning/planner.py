@@ -23,7 +23,7 @@ from flexgen_jax.planning.blocks import (
 )
 from flexgen_jax.planning.cell_layout import place_cache, place_hidden
 from flexgen_jax.planning.refilling import BatchPlay, Life, play
-from flexgen_jax.planning.stage_layout import place_stages, together
+from flexgen_jax.planning.stage_layout import experts_of, place_stages, together
 from flexgen_jax.requests.request import Request
 from scheduling.calibrate import Observation, observations
 from scheduling.cost_model import CostModel, bound
@@ -122,8 +122,15 @@ class Planner:
         model = self.model
         return together(place_stages(model.config, model.form(self.policy), self.policy))
 
+    @functools.cached_property
+    def _experts(self) -> Placement:
+        return experts_of(self.model.config, self.weights)
+
     def placement(self, blocks: Sequence[Block]) -> dict[str, Placement]:
-        """Where weights, cache and hidden states lie: of the block with the largest cache."""
+        """Where weights, cache and hidden states lie: of the block with the largest cache.
+
+        Of a model with experts also where these lie, which are among the weights.
+        """
         config, dtype = self.model.config, self.model.dtype
         cache = [place_cache(b, config, dtype, self.policy) for b in blocks]
         hidden = [place_hidden(b, config, dtype, self.policy.hidden) for b in blocks]
@@ -131,6 +138,7 @@ class Planner:
         empty = Placement(())
         return {
             "weights": self.weights,
+            **({"experts": self._experts} if self._experts.cells else {}),
             "cache": empty if largest is None else cache[largest],
             "hidden": empty if largest is None else hidden[largest],
         }
@@ -210,6 +218,14 @@ class Planner:
             bound(CostModel(run, self.hardware).lower_bound())[1]
             for run in self.runs(block, lives, passes)
         )
+
+
+def described(placement: Mapping[str, Placement]) -> list[str]:
+    """Lines for a person: where everything lies."""
+    names = {"experts": "of these, experts"}
+    return [
+        placed.describe(names.get(kind, kind)) for kind, placed in placement.items() if placed.cells
+    ]
 
 
 def _of_those_who_are_there(ops: Iterable[Op], run: Workload) -> Iterator[Op]:

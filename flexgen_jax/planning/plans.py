@@ -50,7 +50,8 @@ class Plan:
     """A block of a policy on a machine, predicted.
 
     Attributes:
-        placement: Of ``weights``, ``cache`` and ``hidden``, as a run would place them.
+        placement: Of ``weights``, ``cache`` and ``hidden``, as a run would place them; of the
+            weights' ``experts`` also alone, if there are any.
         seconds, prefill_seconds: Of the block, predicted; of a very large one by simulating some
             of its decode steps.
         peak: Phase -> bytes per tier, as the order of the schedule has them.

@@ -57,8 +57,7 @@ def place_stages(config: Config, form: WeightFormat, policy: Policy) -> Sequence
     Raises:
         ValueError: the policy places experts, and the model has none.
     """
-    if policy.experts is not None and not unit_experts(config):
-        raise ValueError("the policy places experts, and the model has none: leave experts out")
+    check_experts(config, policy)
     return _placed(
         config, form, policy.weights, policy.experts or policy.weights, policy.num_stages
     )
@@ -69,7 +68,7 @@ def _placed(
     config: Config, form: WeightFormat, weights: Split, experts: Split, num_stages: int
 ) -> tuple[Placement, ...]:
     entries, placements = form.entries(config), []
-    of_experts = {config.units[layer] for layer in unit_experts(config)}
+    of_experts = _units_of_experts(config)
     for layers in layers_of(config, num_stages):
         needed = stored_names(config, form, layers)
         # What goes to one tier together, by the split that deals it out.
@@ -93,6 +92,29 @@ def _placed(
             )
         )
     return tuple(placements)
+
+
+def check_experts(config: Config, policy: Policy) -> None:
+    """Refuses a policy for experts that are not there.
+
+    Raises:
+        ValueError: the policy places experts, and the model has none.
+    """
+    if policy.experts is not None and not unit_experts(config):
+        raise ValueError(
+            "the policy places experts, and the model has none: leave experts out, or "
+            "--experts-percent on the command line"
+        )
+
+
+def experts_of(config: Config, placement: Placement) -> Placement:
+    """Those of the weights that are experts."""
+    units = _units_of_experts(config)
+    return Placement(tuple(c for c in placement.cells if c.name.partition(".")[0] in units))
+
+
+def _units_of_experts(config: Config) -> set[str]:
+    return {config.units[layer] for layer in unit_experts(config)}
 
 
 def stored_names(config: Config, form: WeightFormat, layers: Iterable[int]) -> set[str]:

@@ -117,6 +117,8 @@ def test_the_command_line(offload, tmp_path):
     [
         ({"peft": "x"}, "unknown model argument peft"),
         ({"percent": "0,100"}, "percent must be six numbers"),
+        ({"experts_percent": "100"}, "experts_percent must be two numbers"),
+        ({"experts_percent": "0/100"}, "the model has none"),
         ({"max_length": 10_000}, "max_length must be from 2 to 512"),
         ({"max_batch_size": 4}, "the policy decides"),
         ({"device": "tpu"}, "JAX runs on cpu here"),

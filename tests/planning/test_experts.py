@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 import flexgen_jax as fg
+from flexgen_jax.cli.app import main
 from flexgen_jax.models.registry import preset
 from flexgen_jax.planning.stage_layout import place_stages
 from flexgen_jax.weights.weight_format import WeightFormat
 from scheduling.sizes import ExpertSizes
 
+GOLDENS = Path(__file__).parents[1] / "goldens" / "families"
 MIXED = fg.Split(device=20, host=30, disk=50)
 FORM = WeightFormat.usual("bfloat16", 4, 64)
 
@@ -44,3 +49,42 @@ def test_rows_of_tiles_are_those_of_random_choices(tokens, tile):
     assert mean * 0.999 <= rows <= mean + tile
     if tile == 1:
         assert rows == pytest.approx(mean, rel=1e-2, abs=1)
+
+
+def planned(model, *arguments):
+    common = ["--model", GOLDENS / model, "--prompt-len", 8, "--gen-len", 4, "--hardware", "t4"]
+    return CliRunner().invoke(main, [str(a) for a in ("plan", *common, *arguments)])
+
+
+def test_experts_are_placed_on_the_command_line(tmp_path):
+    weights, experts = ["--percent", *(100, 0) * 3], ["--experts-percent", 0, 100]
+    done = planned("mixtral", *weights, *experts, "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["policy"]["experts"] == {"device": 0, "host": 100, "disk": 0}
+    placed = found["placement"]
+    assert placed["experts"]["host"]["percent"] == 100
+    assert placed["weights"]["host"]["nbytes"] == placed["experts"]["host"]["nbytes"]
+    assert placed["weights"]["device"]["nbytes"] > 0
+    said = planned("mixtral", *weights, *experts).stdout
+    assert "of these, experts: host 100.0%" in said
+    assert "of these, experts: device 100.0%" in planned("mixtral", *weights).stdout
+    # Beside a file, and where all else is searched for.
+    (tmp_path / "policy.json").write_text(json.dumps({"weights": {"device": 0, "host": 100}}))
+    for others in (["--policy", tmp_path / "policy.json"], ["--num-device-batches", 2]):
+        done = planned("mixtral", *others, "--experts-percent", 30, 0, "--json")
+        assert done.exit_code == 0, done.output
+        policy = json.loads(done.stdout)["policy"]
+        assert policy["experts"] == {"device": 30, "host": 0, "disk": 70}
+
+
+def test_experts_that_cannot_be_placed_so_are_refused():
+    done = planned("mixtral", "--experts-percent", 60, 50)
+    assert done.exit_code == 2
+    assert "experts: 60.0 percent on the device and 50.0 on the host exceed 100" in done.output
+    for others in ((), ("--percent", *(100, 0) * 3)):
+        done = planned("llama", *others, "--experts-percent", 0, 100)
+        assert done.exit_code == 2
+        assert "the model has none" in done.output
+        assert "--experts-percent" in done.output
+    assert "of these" not in planned("llama").stdout

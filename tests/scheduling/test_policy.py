@@ -139,3 +139,11 @@ def test_six_numbers_that_cannot_be_are_refused_by_name(percent, words):
     with pytest.raises(ValueError, match="percent") as caught:
         Policy.from_percent(*percent)
     assert words in str(caught.value)
+
+
+def test_batches_go_alone_through_stages_that_have_all_weights():
+    """Each group of batches is a pass over what the devices do not hold, experts among it."""
+    shape = {"num_device_batches": 6, "num_stages": 2}
+    assert Policy(**shape).groups == 6
+    assert Policy(**shape, experts=Split(device=0, host=100)).groups == 2
+    assert Policy(**shape, weights=Split(device=0, host=100)).groups == 2
