@@ -32,7 +32,8 @@ Arrays = dict[str, np.ndarray]  # of a cell, by the name of the part
 _GROUP_NBYTES = 256 << 20
 _STATE = "state.json"
 _MARK = "flexgen_jax_checkpoint"
-_MARKED = b"The state of a running block of flexgen-jax; removed when the block is finished.\n"
+# Another text is of another version: in the first, a byte of 4-bit codes held two neighbours.
+_MARKED = b"The state of a running block of flexgen-jax (2); removed when the block is finished.\n"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 
@@ -56,7 +57,21 @@ class Published(Packed):
 
     def dense(self, dtype: Any) -> Array:
         values = self.values.T if self.swapped else self.values
-        return values.astype(dtype)
+        narrow = values.dtype == jnp.float16 and jnp.dtype(dtype) == jnp.bfloat16
+        return _to_bfloat16(values) if narrow else values.astype(dtype)
+
+
+def _to_bfloat16(x: Array) -> Array:
+    """``x.astype(bfloat16)`` of float16, bit for bit but for a NaN's payload.
+
+    With integers, of which XLA:CPU makes vector code: several times as fast as its own conversion.
+    """
+    wide = x.astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(wide, jnp.uint32)
+    even = (bits >> 16) & 1
+    rounded = ((bits + jnp.uint32(0x7FFF) + even) >> 16).astype(jnp.uint16)
+    rounded = jnp.where(wide != wide, jnp.uint16(0x7FC0), rounded)
+    return jax.lax.bitcast_convert_type(rounded, jnp.bfloat16)
 
 
 def is_packed(x: Any) -> bool:

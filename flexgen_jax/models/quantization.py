@@ -29,8 +29,9 @@ class Quantized(Packed):
     """An array in codes.
 
     Attributes:
-        codes: The last axis, filled up to whole groups; of 4 bits, a byte holds two neighbours,
-            the first one below.
+        codes: The last axis, filled up to whole groups; of 4 bits, a byte holds one of the first
+            half of its group, below, and the one as far into the second half. So unpacking is two
+            plain runs over the bytes, which XLA makes vector code of.
         affine: The groups' scales, then their zeros, along the last axis.
         bits: 4 or 8.
         size: Of the last axis.
@@ -62,10 +63,10 @@ class Quantized(Packed):
         size: int,
     ) -> Quantized:
         """Of codes in groups, one a byte."""
-        codes = codes.reshape(*codes.shape[:-2], -1)
         if bits == 4:
-            pairs = codes.reshape(*codes.shape[:-1], -1, 2)
-            codes = pairs[..., 0] | (pairs[..., 1] << 4)
+            low, high = jnp.split(codes, 2, axis=-1)
+            codes = low | (high << 4)
+        codes = codes.reshape(*codes.shape[:-2], -1)
         return cls(codes, jnp.concatenate([scale, zero], axis=-1), bits, size)
 
 
@@ -144,11 +145,11 @@ def in_groups(x: Float[Array, "*dims size"], group: int) -> Float[Array, "*dims 
 
 def dequantize(q: Quantized, dtype: Any = jnp.float32) -> Float[Array, "*dims size"]:
     """The inverse of :func:`quantize`, computed in float32 and returned as ``dtype``."""
-    codes = q.codes
+    scale, zero = jnp.split(q.affine, 2, axis=-1)
+    codes = q.codes.reshape(*scale.shape, -1)
     if q.bits == 4:
-        codes = jnp.stack([codes & 15, codes >> 4], axis=-1)
-        codes = codes.reshape(*codes.shape[:-2], -1)
-    scale, zero = jnp.split(q.affine.astype(jnp.float32), 2, axis=-1)
-    groups = codes.reshape(*scale.shape, -1).astype(jnp.float32)
-    x = zero[..., None] + groups * scale[..., None]
-    return x.reshape(codes.shape)[..., : q.size].astype(dtype)
+        codes = jnp.concatenate([codes & 15, codes >> 4], axis=-1)
+    # Widened behind the broadcast: before it, XLA:CPU finds no vector code for the result.
+    scale, zero = (jnp.broadcast_to(x[..., None], codes.shape) for x in (scale, zero))
+    x = zero.astype(jnp.float32) + codes.astype(jnp.float32) * scale.astype(jnp.float32)
+    return x.reshape(*q.codes.shape[:-1], -1)[..., : q.size].astype(dtype)

@@ -18,15 +18,19 @@ from storage.array_file import StoreError, dtype_of, whole_numbers
 from storage.json_text import digest_of, read_json
 
 # Version 1 had no layout: its matrices are (in, out). Version 2 did not know its config. Version 3
-# had no checksums.
-FORMAT_VERSION = 4
-_READ = (1, 2, 3, 4)
+# had no checksums. Up to version 4 a byte of 4-bit codes held two neighbours.
+FORMAT_VERSION = 5
+_READ = (1, 2, 3, 4, 5)
 MANIFEST_NAME = "flexgen_manifest.json"
 
 
 def array_directory(store: Path, name: str) -> Path:
     """Where the array of the stored tensor ``name`` lies, in a store or one that grows."""
     return store / name
+
+
+class _OldCodes(Exception):
+    """A store whose 4-bit codes lie in another order than they are read in."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +144,11 @@ class Manifest:
             )
         try:
             return cls._from_json(values)
+        except _OldCodes:
+            raise StoreError(
+                f"{file}: 4-bit codes as format version {version} had them, this flexgen-jax packs "
+                f"them otherwise (version {FORMAT_VERSION}); convert the model again"
+            ) from None
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StoreError(
                 f"{file}: missing or wrong entry ({type(error).__name__}: {error}); the store is "
@@ -164,6 +173,8 @@ class Manifest:
             if entry["nbytes"] != tensors[name].nbytes:
                 raise ValueError(f"{name}: nbytes {entry['nbytes']} do not fit its shape")
         bits, group = values["weight_bits"], values.get("weight_group")
+        if bits == 4 and values["format_version"] < 5:
+            raise _OldCodes
         whole = type(group) is int and group >= 2
         if not (whole if type(bits) is int and bits in (4, 8) else bits is group is None):
             raise ValueError(f"weight_bits {bits!r} in groups of {group!r}")

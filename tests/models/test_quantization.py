@@ -91,6 +91,13 @@ def test_bytes():
     assert (q.codes.nbytes + q.affine.nbytes) / (10 * 2048 * 2) == pytest.approx(0.28125)
 
 
+def test_a_byte_holds_an_element_of_each_half_of_its_group():
+    x = np.arange(16, dtype=np.float32)[None]
+    q = quantize(x, bits=4, group=16)
+    assert q.codes.tolist() == [[i | (i + 8) << 4 for i in range(8)]]
+    np.testing.assert_array_equal(dequantize(q), x)
+
+
 def test_a_leaf_of_a_tree_under_jit_and_vmap():
     x = jax.random.normal(jax.random.key(0), (4, 6, 40))
     q = jax.jit(quantize, static_argnames=("bits", "group"))(x, bits=4, group=8)

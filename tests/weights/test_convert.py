@@ -106,7 +106,7 @@ def test_what_lies_beside_the_arrays(model, tmp_path):
     assert (store / "merges.txt").read_text() == "content of merges.txt"
     assert (store / "config.json").read_bytes() == (model / "config.json").read_bytes()
     manifest = json.loads((store / "flexgen_manifest.json").read_text())
-    assert manifest["format_version"] == 4
+    assert manifest["format_version"] == 5
     assert manifest["weight_bits"] is None
     assert manifest["source"]["name"] == "tiny-opt"
     entry = {"shape": [16, 24], "dtype": "float32", "nbytes": 16 * 24 * 4}

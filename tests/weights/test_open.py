@@ -67,11 +67,17 @@ def test_an_array_of_another_shape(store):
 
 
 @pytest.mark.parametrize(
-    ("version", "cure"), [(5, "upgrade flexgen-jax, or convert"), (0, "; convert"), (None, "conv")]
+    ("version", "cure"), [(6, "upgrade flexgen-jax, or convert"), (0, "; convert"), (None, "conv")]
 )
 def test_another_version(store, version, cure):
     edit(store / "flexgen_manifest.json", format_version=version)
-    with pytest.raises(StoreError, match=f"format version {version}, .*version 4.*{cure}"):
+    with pytest.raises(StoreError, match=f"format version {version}, .*version 5.*{cure}"):
+        open_store(store)
+
+
+def test_codes_in_the_order_of_earlier_versions_are_refused(store):
+    edit(store / "flexgen_manifest.json", weight_bits=4, weight_group=64, format_version=3)
+    with pytest.raises(StoreError, match=r"4-bit codes .* version 3 had them.* convert the model"):
         open_store(store)
 
 
