@@ -151,7 +151,11 @@ class BlockEffects:
         kinds = unit_kinds(config)
         about = config, self.cells, workload
         self._experts = ExpertEffects(
-            *about, kinds=kinds, units=unit_experts(config), dtype=stores.dtype
+            *about,
+            kinds=kinds,
+            units=unit_experts(config),
+            dtype=stores.dtype,
+            block_size=stores.policy.block_size,
         )
         by_role: dict[str, UnitEffects] = {
             "embed": EmbeddingEffects(*about),

@@ -19,7 +19,7 @@ import numpy as np
 
 from flexgen_jax.engine import kernels
 from flexgen_jax.models.family import Config, Params, Routed
-from flexgen_jax.planning.expert_tiles import DECODE_TILE, tile_of
+from flexgen_jax.planning.expert_tiles import SMALLEST, decode_tile, prompt_tile
 
 
 class Waiting:
@@ -64,17 +64,22 @@ class Waiting:
         self.routed = None
 
 
-def waiting(routed: Routed, valid: np.ndarray, experts: int, *, joins: bool = False) -> Waiting:
+def waiting(
+    routed: Routed, valid: np.ndarray, *, experts: int, block_size: int, joins: bool = False
+) -> Waiting:
     """What a layer's computation leaves.
 
     Args:
         valid: Of the tokens.
         experts: That there are to choose from.
+        block_size: Rows of the policy's blocks.
         joins: They are newcomers'.
     """
     rows, seq, chosen = routed.chosen.shape
-    prompts = seq > 1 and not joins
-    tile = tile_of(rows * seq, chosen, experts) if prompts else DECODE_TILE
+    if seq == 1:
+        tile = decode_tile(block_size, chosen, experts)
+    else:  # newcomers come a few at a time, whatever their prompts' length
+        tile = SMALLEST if joins else prompt_tile(rows * seq, chosen, experts)
     return Waiting(routed, valid, tile)
 
 

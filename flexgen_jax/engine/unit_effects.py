@@ -316,6 +316,7 @@ class ExpertEffects(UnitEffects):
         kinds: Of each layer.
         units: Layer -> which experts it is a unit of.
         dtype: Of hidden states.
+        block_size: Rows of the policy's blocks.
     """
 
     def __init__(
@@ -327,9 +328,11 @@ class ExpertEffects(UnitEffects):
         kinds: tuple[Kind, ...],
         units: Mapping[int, tuple[int, ...]],
         dtype: Any,
+        block_size: int,
     ) -> None:
         super().__init__(config, cells, workload)
         self._workload, self._kinds, self._units, self._dtype = workload, kinds, units, dtype
+        self._block_size = block_size
         self._waiting: dict[tuple[int, int], list[Waiting]] = {}
         # Of the batches that go through a layer's experts together, by the sizes of tiles.
         self._pools: dict[tuple[int, tuple[int, ...]], dict[int, Pool]] = {}
@@ -346,7 +349,13 @@ class ExpertEffects(UnitEffects):
         experts, now = self._kinds[layer].experts, state.now
         valid = [state.valid(), *([] if now.joining is None else [now.joining.valid()])]
         self._waiting[layer, batch] = [
-            waiting(routed, of_tokens, experts, joins=number > 0)
+            waiting(
+                routed,
+                of_tokens,
+                experts=experts,
+                block_size=self._block_size,
+                joins=number > 0,
+            )
             for number, (routed, of_tokens) in enumerate(zip(made, valid, strict=True))
         ]
 

@@ -31,7 +31,7 @@ from flexgen_jax.planning.cell_layout import (
     place_cache,
     place_hidden,
 )
-from flexgen_jax.planning.expert_tiles import DECODE_TILE, PROMPT_TILE
+from flexgen_jax.planning.expert_tiles import PROMPT_TILE, decode_tile
 from flexgen_jax.planning.stage_layout import layers_of, place_stages, stage_starts
 from scheduling.policy import Policy, Split, Tier
 from scheduling.sizes import BatchSizes, CacheCell, ExpertSizes, Sizes
@@ -94,18 +94,19 @@ def block_sizes(
             for layer, kind in enumerate(unit_kinds(config))
             if kind.window is not None
         },
-        experts=_experts(config),
+        experts=_experts(config, policy.block_size),
     )
 
 
-def _experts(config: Config) -> ExpertSizes | None:
+def _experts(config: Config, rows: int) -> ExpertSizes | None:
+    """Of a policy whose blocks have so many ``rows``."""
     numbers = expert_numbers(config)
     if numbers is None:
         return None
+    count, chosen = numbers
     units = {layer: len(own) for layer, own in unit_experts(config).items()}
-    return ExpertSizes(
-        units=units, count=numbers[0], chosen=numbers[1], tiles=(DECODE_TILE, PROMPT_TILE)
-    )
+    tiles = decode_tile(rows, chosen, count), PROMPT_TILE
+    return ExpertSizes(units=units, count=count, chosen=chosen, tiles=tiles)
 
 
 def _routed_nbytes(batch: Batch, config: Config, itemsize: int) -> int:
