@@ -199,6 +199,7 @@ class ScheduleError(ValueError):
         missing: What should have come before (or at all), or None.
         index: Position of ``op`` in the schedule, from 0; where it ends, for an op that is not
             there.
+        schedule: Its name, where it is known; the message begins with it.
     """
 
     def __init__(
@@ -216,6 +217,13 @@ class ScheduleError(ValueError):
             text = f"op {index}, {op}: {reason}\n{_context(op, index, [*before], [*after])}"
         super().__init__(text)
         self.op, self.missing, self.index = op, missing, index
+        self.schedule: str | None = None
+
+    def name(self, schedule: str) -> None:
+        """Says whose fault it is, unless that was said before."""
+        if self.schedule is None:
+            self.schedule = schedule
+            self.args = (f"schedule {schedule}: {self}",)
 
 
 def _context(op: Op, index: int, before: list[Op], after: list[Op]) -> str:
@@ -233,6 +241,9 @@ def bind(ops: Iterable[Op], workload: Workload) -> Iterator[Issue]:
     ``store_slots`` stores of each kind are under way. An op issued again binds what comes later to
     its latest issue. What is remembered grows with layers and batches, not with steps or ops.
 
+    No order is endless: each cell is computed and stored once and loaded into few slots, each
+    computation needs one load of a layer at most, and ten barriers for each other op are plenty.
+
     Raises:
         ScheduleError: at the first op that breaks a rule.
     """
@@ -244,6 +255,12 @@ _SLOT_FIELDS: dict[type, str] = {
     LoadCache: "cache_slots",
     LoadHidden: "hidden_slots",
 }
+
+
+# Serializing has one or two after each op, also of an order that is serialized already.
+_BARRIERS_PER_OP = 10
+_SPARE_BARRIERS = 100
+_ENDLESS = "; does the schedule ever end?"
 
 
 def _slot_counts(workload: Workload) -> dict[type, int]:
@@ -284,6 +301,9 @@ class _Binder:
         ]
         self.recent: deque[Op] = deque(maxlen=4)
         self.index = 0
+        # A computation needs one load of its layer, at most.
+        self.loads_left = [workload.num_steps * workload.num_batches] * workload.num_layers
+        self.barriers_left = _SPARE_BARRIERS
 
     def run(self) -> Iterator[Issue]:
         workload, latest, recent = self.workload, self.latest, self.recent
@@ -296,9 +316,14 @@ class _Binder:
             self.index = index
             kind = type(op)
             stream = _STREAMS.get(kind)
+            if op is None:
+                raise ScheduleError(
+                    f"op {index}, None: is not an op; is there an empty yield?", index=index
+                )
             if stream is None:
                 raise self._error(op, "is not an op; see scheduling.ops for those there are")
             self._check(op)
+            self._count(op)
             stage = (op.stage or 0) if kind is Barrier else stage_of[op.layer]
             found = []
             for key in _keys(op, workload):
@@ -363,6 +388,14 @@ class _Binder:
                 f"{missing} has to come before it, or the workload needs more weight_slots",
                 missing,
             )
+        if not self.loads_left[op.layer]:
+            w = self.workload
+            raise self._error(
+                op,
+                f"layer {op.layer} was loaded {w.num_steps * w.num_batches} times, once for each "
+                f"step and batch, and nothing can need it more often{_ENDLESS}",
+            )
+        self.loads_left[op.layer] -= 1
         self.latest[Weights, 0, op.layer, 0] = self.index
         self.slots[op.layer] = slot = self._take((LoadWeights, stage), found)
         return slot
@@ -411,6 +444,18 @@ class _Binder:
             found.append(freed_by)
         return slot
 
+    def _count(self, op: Any) -> None:
+        """Barriers are few beside other ops: alone they would never come to an end."""
+        if type(op) is not Barrier:
+            self.barriers_left += _BARRIERS_PER_OP
+        elif self.barriers_left:
+            self.barriers_left -= 1
+        else:
+            raise self._error(
+                op,
+                f"is one of more than {_BARRIERS_PER_OP} barriers for each other op{_ENDLESS}",
+            )
+
     def _check(self, op: Any) -> None:
         """What can be said of an op by itself and by how far its batch is."""
         w, kind = self.workload, type(op)
@@ -441,6 +486,10 @@ class _Binder:
             if kind is LoadCache and step == 0:
                 raise self._error(op, "step 0 makes the cache: there is none to load; leave it out")
         reached, place = self.reached[op.batch], self._place(op)
+        if kind in (StoreHidden, StoreCache) and (kind, step, layer, op.batch) in self.latest:
+            raise self._error(
+                op, "was stored before; each step, layer and batch is stored once: drop this"
+            )
         if kind is StoreHidden:
             if place < reached:
                 then = Compute(reached // w.num_layers, reached % w.num_layers, op.batch)

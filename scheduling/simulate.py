@@ -16,6 +16,7 @@ from scheduling.cost_model import CostModel, Piece
 from scheduling.dependencies import Issue, Stream, bind, wait_reason
 from scheduling.hardware import Hardware
 from scheduling.ops import Compute, ComputeExperts, FreeWeights, LoadChosen, LoadWeights, Op
+from scheduling.reported import Given, name_of, naming, reported
 from scheduling.timeline import Span, Timeline
 from scheduling.workload import Workload
 
@@ -35,11 +36,12 @@ class _Active:
 
 
 def simulate(
-    ops: Iterable[Op], workload: Workload, hardware: Hardware, *, look_ahead: int | None = None
+    ops: Given, workload: Workload, hardware: Hardware, *, look_ahead: int | None = None
 ) -> Timeline:
     """When each op of a schedule would run on ``hardware``.
 
     Args:
+        ops: Of the schedule, or the schedule itself.
         workload: With sizes, as ``Plan.workload`` has them.
         look_ahead: Issues that may be waiting or running, as the executor's.
 
@@ -50,9 +52,9 @@ def simulate(
     if not isinstance(workload, Workload):
         raise ValueError(f"expected a Workload, got {workload!r}; the operations come first")
     limit = look_ahead or look_ahead_of(workload)
-    return Timeline(
-        spans=tuple(_Simulation(ops, workload, hardware, limit).run()), label="predicted"
-    )
+    with naming(name_of(ops)):
+        run = _Simulation(reported(ops, workload), workload, hardware, limit)
+        return Timeline(spans=tuple(run.run()), label="predicted")
 
 
 def look_ahead_of(workload: Workload) -> int:

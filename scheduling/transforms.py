@@ -33,7 +33,7 @@ def serialize(ops: Iterable[Op], workload: Workload | None = None) -> Iterator[O
         yield op
         if workload is not None and staged and not isinstance(op, Barrier):
             yield Barrier(workload.stage_of(op.layer))
-        else:
+        elif op != Barrier():
             yield Barrier()
 
 
@@ -59,7 +59,23 @@ def remaining(ops: Iterable[Op], workload: Workload) -> Iterator[Op]:
     """
     if not workload.done:
         return iter(ops)
-    return _only(ops, lambda step, batch: step >= workload.first_step(batch))
+    return without_idle_barriers(_only(ops, lambda step, batch: step >= workload.first_step(batch)))
+
+
+def without_idle_barriers(ops: Iterable[Op]) -> Iterator[Op]:
+    """Without barriers right behind those that wait for as much: what a filter has left of them.
+
+    An order of nothing but barriers comes to no end here either: validate it before.
+    """
+    waited: set[int | None] = set()
+    for op in ops:
+        if not isinstance(op, Barrier):
+            waited.clear()
+        elif None in waited or op.stage in waited:
+            continue
+        else:
+            waited.add(op.stage)
+        yield op
 
 
 def _only(ops: Iterable[Op], kept: Callable[[int, int], bool]) -> Iterator[Op]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from scheduling.dependencies import ScheduleError, bind
 from scheduling.ops import (
     Compute,
@@ -14,30 +12,39 @@ from scheduling.ops import (
     Op,
     StoreHidden,
 )
+from scheduling.reported import Given, name_of, naming, reported
 from scheduling.workload import Workload
 
 __all__ = ["ScheduleError", "validate"]
 
 
-def validate(ops: Iterable[Op], workload: Workload) -> None:
+def validate(ops: Given, workload: Workload) -> None:
     """Checks that every op has what it needs, and that everything is computed and given back.
 
     A StoreCache that nothing loads later, as in the last step, may be there or not.
 
+    Args:
+        ops: Of the schedule, or the schedule itself.
+
     Raises:
         ScheduleError: with the op, its missing predecessor and the place; or, at the end, with
             the first computation that never comes, the batch whose last token is never stored,
-            or the weights that are never freed.
+            or the weights that are never freed. Also if there are more ops than a schedule of
+            this workload can need, so that it may never end, and if it raised.
     """
     if not isinstance(workload, Workload):
         raise ValueError(f"expected a Workload, got {workload!r}; the operations come first")
-    w = workload
+    with naming(name_of(ops)):
+        _validate(ops, workload)
+
+
+def _validate(ops: Given, w: Workload) -> None:
     # A batch's computations come in one order: bind sees to it.
     reached = [w.first_step(b) * w.num_layers for b in range(w.num_batches)]
     held: dict[int, LoadWeights | LoadChosen] = {}
     stored = {b for b in range(w.num_batches) if w.first_step(b) == w.num_steps}
     count = 0
-    for issue in bind(ops, workload):
+    for issue in bind(reported(ops, w), w):
         count += 1
         match issue.op:
             case Compute(_, _, batch):
