@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from flexgen_jax.weights.pytrees import load_params, save_params
     from scheduling.hardware import Hardware
     from scheduling.policy import Policy, Split, Tier
-    from scheduling.schedules import SCHEDULES
+    from scheduling.registered import SCHEDULES
     from scheduling.simulate import simulate
     from scheduling.timeline import Timeline, write_trace
     from scheduling.validate import ScheduleError, validate
@@ -118,7 +118,7 @@ _HOME = {
     "Policy": "scheduling.policy",
     "Split": "scheduling.policy",
     "Tier": "scheduling.policy",
-    "SCHEDULES": "scheduling.schedules",
+    "SCHEDULES": "scheduling.registered",
     "Timeline": "scheduling.timeline",
     "write_trace": "scheduling.timeline",
     "ScheduleError": "scheduling.validate",

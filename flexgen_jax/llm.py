@@ -25,7 +25,8 @@ from flexgen_jax.planning.auto import Auto, Demand
 from flexgen_jax.planning.blocks import Block
 from flexgen_jax.planning.byte_sizes import parse_bytes
 from flexgen_jax.planning.lengths import Lengths
-from flexgen_jax.planning.planner import Planner, checked_slots, named_schedule
+from flexgen_jax.planning.planner import Planner, checked_slots
+from flexgen_jax.planning.schedule_names import named_schedule
 from flexgen_jax.progress import of_call
 from flexgen_jax.report import Report, Sum
 from flexgen_jax.requests.chat import Chat
@@ -64,7 +65,9 @@ class LLM:
             on first use, and the result kept like a converted model), or ``"auto"``: the one that
             is predicted to be fastest within the memory, searched for when the first requests
             come. Later runs keep its weights where they are, and choose the rest anew.
-        schedule: A name of ``SCHEDULES`` or any function from a ``Workload`` to ops.
+        schedule: A name of ``SCHEDULES`` or of an installed package's entry point, ``FILE.py:NAME``
+            for a function of a file, any function from a ``Workload`` to ops, or a pair of the name
+            that reports give it and the function.
         device_memory: Bytes, or text such as ``"12GiB"``, that policy ``"auto"`` may use (with
             another it is an error); None: what the machine has. ``host_memory``: likewise.
         offload_dir: Where converted models are kept; None: ``~/.cache/flexgen-jax``.
@@ -109,7 +112,7 @@ class LLM:
         model: str,
         *,
         policy: Policy | Literal["auto"] = "auto",
-        schedule: str | Schedule = "zigzag",
+        schedule: str | Schedule | tuple[str, Schedule] = "zigzag",
         device_memory: int | str | None = None,
         host_memory: int | str | None = None,
         offload_dir: str | None = None,

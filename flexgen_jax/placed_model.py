@@ -23,6 +23,7 @@ from flexgen_jax.weights.weight_format import WeightFormat
 from scheduling.hardware import Hardware
 from scheduling.limits import Limits
 from scheduling.policy import Policy
+from scheduling.reported import naming
 from scheduling.schedules import Schedule
 
 
@@ -157,15 +158,17 @@ class PlacedModel:
             job = job.within(self._runner.model.config)
         alike = kind_of(job)
         if alike != self._chosen_for:
-            found = self._auto.choose(
-                self._known(),
-                job,
-                self.hardware,
-                self.limits,
-                schedule=self._asked.schedule[1],
-                placed=None if self._planner is None else self._planner.policy,
-                lengths=self._asked.lengths,
-            )
+            name, schedule = self._asked.schedule
+            with naming(name):
+                found = self._auto.choose(
+                    self._known(),
+                    job,
+                    self.hardware,
+                    self.limits,
+                    schedule=schedule,
+                    placed=None if self._planner is None else self._planner.policy,
+                    lengths=self._asked.lengths,
+                )
             self._chosen_for = alike
             policy, why = found.best.policy, found.why()
             event("policy chosen", policy=policy.to_json(), why=why)

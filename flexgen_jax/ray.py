@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from flexgen_jax.jobs.asked import NO_ANSWER, LineError
 from flexgen_jax.jobs.dialects import parse_values, plain_answer
 from flexgen_jax.logs import LOGGER
+from flexgen_jax.planning.schedule_names import portable
 from flexgen_jax.replicas.ray_cluster import Workers, import_ray, missing_model, patient
 from flexgen_jax.requests.prompts import RequestError
 from flexgen_jax.requests.sampling_params import SamplingParams
@@ -77,6 +78,8 @@ def map_batches(
         raise ValueError(f"sampling_params must be SamplingParams, got {sampling_params!r}")
     workers = Workers(num_workers, num_cpus, num_gpus, dict(resources or {}))
     arguments = {"model": _store(model, llm), **llm}
+    if "schedule" in arguments:
+        arguments["schedule"] = portable(arguments["schedule"])
     if not ray.is_initialized():
         ray.init()
     settled = workers.settled(LOGGER.warning)

@@ -35,7 +35,8 @@ from scheduling.ops import (
 from scheduling.peak import peak_nbytes
 from scheduling.placement import Cell, Placement, place
 from scheduling.policy import Policy, Split, Tier
-from scheduling.schedules import SCHEDULES, diagonal, lock_step, passes, row_by_row, zigzag
+from scheduling.registered import SCHEDULES, register
+from scheduling.schedules import diagonal, lock_step, passes, row_by_row, zigzag
 from scheduling.simulate import simulate
 from scheduling.sizes import Link, Sizes
 from scheduling.timeline import Span, Timeline, compare, to_perfetto, write_trace
@@ -88,6 +89,7 @@ __all__ = [
     "passes",
     "peak_nbytes",
     "place",
+    "register",
     "remaining",
     "row_by_row",
     "serialize",

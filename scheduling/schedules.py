@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from scheduling.dependencies import ScheduleError
 from scheduling.ops import (
@@ -218,8 +217,3 @@ def _load_cache(w: Workload, step: int, layer: int, batch: int) -> Iterator[Op]:
 def _store_cache(w: Workload, step: int, layer: int, batch: int) -> Iterator[Op]:
     if w.has_cache(layer) and step + 1 < w.num_steps:  # the last step's cache is not read again
         yield StoreCache(step, layer, batch)
-
-
-SCHEDULES: Mapping[str, Callable[[Workload], Iterator[Op]]] = MappingProxyType(
-    {"zigzag": zigzag, "row_by_row": row_by_row, "lock_step": lock_step, "diagonal": diagonal}
-)

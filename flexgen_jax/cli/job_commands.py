@@ -114,6 +114,13 @@ def paths_of(options: Mapping[str, Any]) -> list[Path]:
     return found
 
 
+def _changed(before: str, now: str) -> str:
+    what = f"schedule {now} gives another order than when this job was begun"
+    if before != now:
+        what = f"this job was begun with schedule {before}, and goes on with {now}"
+    return f"{what}: the answers are the same, and the report's figures are of both"
+
+
 class JobFiles:
     """What the options say about a job's input and output. A context manager.
 
@@ -272,6 +279,8 @@ class JobFiles:
             self._tell("already complete; --restart runs it again")
         elif self.results.header is not None:
             self._tell(f"resuming: {self.results.requests_finished} already finished")
+            if job.schedule_before is not None:
+                self._tell(_changed(job.schedule_before, llm.planner.schedule_name))
         first = Beginning()
         with progress.count(None, *what, first=first, quiet=self._quiet) as bar:
             expected = _Expected(source, bar, self.results.position.line, job)

@@ -35,6 +35,15 @@ class _Dtype(click.Choice):
 
 DTYPES = _Dtype(["auto", "float32", "bfloat16"])
 
+schedule_option = click.option(
+    "--schedule",
+    metavar="NAME|FILE.py:NAME",
+    default="zigzag",
+    show_default=True,
+    help="The order of the operations: zigzag, diagonal, lock_step or row_by_row, the name of a "
+    "schedule that an installed package offers, or FILE.py:NAME, a function of a file of yours.",
+)
+
 _BEFORE = [
     click.option(
         "--model",
@@ -43,12 +52,7 @@ _BEFORE = [
     ),
 ]
 _AFTER = [
-    click.option(
-        "--schedule",
-        default="zigzag",
-        show_default=True,
-        help="The order of the operations: zigzag, diagonal, lock_step or row_by_row.",
-    ),
+    schedule_option,
     click.option(
         "--dtype",
         type=DTYPES,
@@ -161,9 +165,11 @@ class Chosen:
 
     def __init__(self, options: dict[str, Any], *, seed: int = 0) -> None:
         from flexgen_jax.planning.lengths import Lengths
+        from flexgen_jax.planning.schedule_names import named_schedule
 
         self._values = {name: options.pop(name) for name in NAMES}
         self._values["lengths"] = options.pop("lengths", None)
+        named_schedule(self._values["schedule"])  # better known before a model is opened
         policy, changes = read_policy(self._values)
         stages_given = "num_stages" in changes
         self._allow = allowed(self._values["allow"])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flexgen_jax.cli.failures import Failure, plain_errors, say
-from flexgen_jax.cli.llm_options import DTYPES, lengths_option
+from flexgen_jax.cli.llm_options import DTYPES, lengths_option, schedule_option
 from flexgen_jax.cli.pictures import check_pictures, check_replaceable, force_option, write_pictures
 from flexgen_jax.cli.policy_options import NAMES, allowed, policy_options, read_policy
 
@@ -51,12 +51,7 @@ _BEFORE = [
     ),
 ]
 _AFTER = [
-    click.option(
-        "--schedule",
-        default="zigzag",
-        show_default=True,
-        help="The order of the operations: zigzag, diagonal, lock_step or row_by_row.",
-    ),
+    schedule_option,
     click.option(
         "--dtype",
         type=DTYPES,
@@ -116,8 +111,8 @@ def plan(**options: Any) -> None:
     "others",
     multiple=True,
     metavar="SCHEDULE",
-    help="Simulate this schedule as well, and draw them under each other; repeatable. "
-    "[default: none]",
+    help="Simulate this schedule as well, named as --schedule names it, and draw them under each "
+    "other; repeatable. [default: none]",
 )
 def simulate(others: tuple[str, ...], requests: int | None, **options: Any) -> None:
     """Run a schedule on paper: how long each stream works in a block, and a picture of it.
@@ -188,8 +183,7 @@ class _Simulated:
 def _simulated(found: Plan, lengths: Path | None, requests: int | None) -> _Simulated:
     peak = {tier.value: nbytes for tier, nbytes in found.peak_bytes.items()}
     if lengths is None:
-        timeline = dataclasses.replace(found.timeline, label=found.schedule)
-        return _Simulated(found.schedule, timeline, found.generated_tokens, peak, {})
+        return _Simulated(found.schedule, found.timeline, found.generated_tokens, peak, {})
     job = found.simulate_job(lengths, requests)
     return _Simulated(found.schedule, job.timeline, job.tokens, peak, job.to_json())
 
@@ -341,7 +335,6 @@ def _plan(
     """
     from flexgen_jax.planning.plans import plan
     from scheduling.hardware import Hardware
-    from scheduling.schedules import SCHEDULES
 
     chosen, changes = read_policy({name: options[name] for name in NAMES})
     allow = allowed(options["allow"])
@@ -351,9 +344,6 @@ def _plan(
         if allow:
             raise Failure("--allow is for --policy auto: it searches; --percent says it all")
         chosen, changes = dataclasses.replace(chosen, **changes), {}
-    name = options["schedule"]
-    if name not in SCHEDULES:
-        raise Failure(f"no schedule {name!r}; known: {', '.join(sorted(SCHEDULES))}")
     check_pictures(options["trace"], options["plot"], force=options["force"])
     return plan(
         options["model"],
@@ -361,7 +351,7 @@ def _plan(
         Hardware.load(options["hardware"]),
         prompt_len=options["prompt_len"],
         gen_len=options["gen_len"],
-        schedule=(name, SCHEDULES[name]),
+        schedule=options["schedule"],
         dtype=options["dtype"],
         fixed=changes,
         allow=allow,

@@ -239,7 +239,15 @@ class Job:
             **_machinery(llm, self._window_size),
         }
         check_same(results, identity)
-        self._header = {"identity": identity, "policy": llm.policy.to_json(), "begun": begun}
+        schedule = {"name": llm.planner.schedule_name, "order": llm.planner.fingerprint}
+        before = (results.header or {}).get("schedule", schedule)
+        self._schedule_before = None if before["order"] == schedule["order"] else before["name"]
+        self._header = {
+            "identity": identity,
+            "policy": llm.policy.to_json(),
+            "schedule": schedule,
+            "begun": begun,
+        }
         self._total = Sum.of(llm.planner)
         self._failures: list[str] = []  # of this process
         # What an earlier process has left is gone on from, even if nothing more is to be saved.
@@ -249,6 +257,14 @@ class Job:
             self._snapshots = Snapshots(results.snapshots, seconds)
         if results.position.sums is not None:
             self._total.add_sums(results.position.sums)
+
+    @property
+    def schedule_before(self) -> str | None:
+        """The name of the schedule that it was begun with, if that ordered operations differently.
+
+        The answers are the same, but the figures are then those of both.
+        """
+        return self._schedule_before
 
     @property
     def limit_tokens(self) -> int:

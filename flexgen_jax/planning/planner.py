@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flexgen_jax.arguments import expect
-from flexgen_jax.planning.auto import Model
+from flexgen_jax.planning.auto import Model, Uniform
 from flexgen_jax.planning.blocks import (
     Block,
     Room,
@@ -31,16 +32,19 @@ from scheduling.hardware import Hardware
 from scheduling.ops import Cell, ComputeExperts, LoadChosen, Op
 from scheduling.placement import Placement
 from scheduling.policy import Policy
-from scheduling.schedules import SCHEDULES, Schedule
+from scheduling.reported import naming
+from scheduling.schedules import Schedule
 from scheduling.simulate import simulate
 from scheduling.sizes import CacheCell, Link
 from scheduling.timeline import Timeline
-from scheduling.transforms import remaining, serialized
+from scheduling.transforms import first_n, remaining, serialized, without_idle_barriers
 from scheduling.validate import validate
 from scheduling.workload import Workload
 
 # Of a long block; what comes after them is alike.
 _MOST_PASSES, _OBSERVED_PASSES = 1024, 256
+# Tokens of prompts and new ones by which schedules are told apart, and operations at most.
+_SAMPLE, _SAMPLE_OPS = (8, 5), 50_000
 # Fields of the policy that placing the weights fixes.
 _IN_PLACE = ("weights", "experts", "weight_bits", "num_stages")
 
@@ -113,8 +117,26 @@ class Planner:
             ScheduleError: what is wrong with it.
         """
         for workload in {self.workload(block) for block in blocks} - self._checked:
-            validate(self.schedule(workload), workload)
+            with naming(self.schedule_name):
+                validate(self.schedule(workload), workload)
             self._checked.add(workload)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the schedule, by how it orders a short block of this policy: hexadecimal.
+
+        Equal for equal orders, whatever the schedule is called.
+
+        Raises:
+            ScheduleError: it gives no operations.
+        """
+        (block,) = self.blocks(Uniform(*_SAMPLE).requests(self.policy.block_size))
+        found = hashlib.sha256()
+        with naming(self.schedule_name):
+            # Wrong ones are refused later, and those that never end, too.
+            for op in first_n(self.schedule(self.workload(block)), _SAMPLE_OPS):
+                found.update(f"{op}\n".encode())
+        return found.hexdigest()
 
     @functools.cached_property
     def weights(self) -> Placement:
@@ -195,7 +217,9 @@ class Planner:
         """What the simulator expects of ``block``, or of its first ``passes``."""
         parts, begun, steps = [], 0.0, 0
         for run in self.runs(block, lives, passes):
-            ops = _of_those_who_are_there(remaining(self.order(run), run), run)
+            ops = without_idle_barriers(
+                _of_those_who_are_there(remaining(self.order(run), run), run)
+            )
             parts.append((begun, simulate(ops, run, self.hardware).later(steps)))
             begun += parts[-1][1].seconds
             steps += run.num_steps - 1
@@ -295,20 +319,6 @@ def _of_rows(cell: CacheCell, share: float) -> CacheCell:
 def in_place(policy: Policy) -> dict[str, Any]:
     """What of a policy cannot change once the weights are in place, by name."""
     return {f"the policy's {name}": getattr(policy, name) for name in _IN_PLACE}
-
-
-def named_schedule(schedule: str | Schedule) -> tuple[str, Schedule]:
-    """The name of a schedule, and the function.
-
-    Raises:
-        ValueError: no such name, and no function.
-    """
-    if callable(schedule):
-        return getattr(schedule, "__name__", "schedule"), schedule
-    expect("schedule", schedule, str, f"one of {', '.join(sorted(SCHEDULES))}, or a function")
-    if schedule not in SCHEDULES:
-        raise ValueError(f"no schedule {schedule!r}; known: {', '.join(sorted(SCHEDULES))}")
-    return schedule, SCHEDULES[schedule]
 
 
 def checked_slots(slots: Mapping[str, Any]) -> dict[str, int]:

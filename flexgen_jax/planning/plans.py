@@ -23,8 +23,9 @@ from flexgen_jax.planning.forecast import (
     simulate_job,
 )
 from flexgen_jax.planning.lengths import Lengths
-from flexgen_jax.planning.planner import Planner, named_schedule
+from flexgen_jax.planning.planner import Planner
 from flexgen_jax.planning.refilling import Life
+from flexgen_jax.planning.schedule_names import named_schedule
 from flexgen_jax.weights.checkpoint import dtype_of_model
 from flexgen_jax.weights.coded_leaves import planned_format
 from scheduling.advice import advice
@@ -35,6 +36,8 @@ from scheduling.limits import Limits
 from scheduling.peak import highest, peak_nbytes
 from scheduling.placement import Placement
 from scheduling.policy import Policy, Tier
+from scheduling.registered import is_ours
+from scheduling.reported import naming
 from scheduling.schedules import Schedule
 from scheduling.simulate import simulate
 from scheduling.stages import hosts_of
@@ -85,8 +88,12 @@ class Plan:
 
     @functools.cached_property
     def timeline(self) -> Timeline:
-        """Predicted, op by op; takes some seconds for a model of hundreds of gigabytes."""
-        return simulate(self.planner.order(self.workload), self.workload, self.hardware)
+        """Predicted, op by op, and labelled with the schedule's name.
+
+        Takes some seconds for a model of hundreds of gigabytes.
+        """
+        found = simulate(self.planner.order(self.workload), self.workload, self.hardware)
+        return dataclasses.replace(found, label=self.schedule)
 
     def simulate_job(
         self, lengths: Lengths | str | os.PathLike[str] | Iterable[int], requests: int | None = None
@@ -201,8 +208,7 @@ def plan(
         policy: ``"auto"``: the best within the hardware's memory for a job of many such blocks.
         hardware: Or the name of a preset, such as ``"t4"``.
         prompt_len: Tokens of each prompt; padded as a run would.
-        schedule: A name of ``SCHEDULES`` or a function, as ``LLM`` takes it; or its name and the
-            function.
+        schedule: As ``LLM`` takes it. One that is not the library's is validated for the block.
         dtype: Of weights, cache and hidden states, quantisation aside; ``"auto"``: what the model
             is computed with, and bfloat16 for a preset.
         fixed: Fields that ``"auto"`` has to keep.
@@ -215,6 +221,7 @@ def plan(
 
     Raises:
         NothingFitsError: no policy fits the hardware.
+        ScheduleError: the schedule is wrong.
         ValueError: a model, lengths or a schedule that cannot be.
     """
     expect("model", model, (str, os.PathLike, Config), "a preset, a path or a config")
@@ -248,23 +255,39 @@ def plan(
         stored = planned_format(Path(named), config, dtype)
     known = Model(config, dtype, stored, slots=slots or {}, hosts=hosts)
     job = Uniform(prompt_len, gen_len)
-    name, order = schedule if isinstance(schedule, tuple) else named_schedule(schedule)
-    limits = Limits.of(hardware)
+    name, order = named_schedule(schedule)
     known_lengths = None if lengths is None else Lengths.of(lengths)
-    why = None
+    with naming(name):
+        return _planned(
+            known, policy, auto, (name, order), hardware, job, known_lengths, help_wanted
+        )
+
+
+def _planned(
+    known: Model,
+    policy: Policy,
+    auto: Auto | None,
+    schedule: tuple[str, Schedule],
+    hardware: Hardware,
+    job: Uniform,
+    lengths: Lengths | None,
+    help_wanted: bool,
+) -> Plan:
+    limits, why = Limits.of(hardware), None
+    name, order = schedule
     if auto is not None:
-        found = auto.choose(known, job, hardware, limits, schedule=order, lengths=known_lengths)
+        found = auto.choose(known, job, hardware, limits, schedule=order, lengths=lengths)
         policy, why = found.best.policy, found.why()
     planner = Planner(known, policy, name, order, hardware, why)
     (block,) = planner.blocks(job.requests(policy.block_size))
+    if not is_ours(order):
+        planner.check([block])
     workload = planner.workload(block)
     assert workload.sizes is not None
     ordered = planner.order
     helps = {}
     if help_wanted:
-        helps = advice(
-            known.blocks_of(job, known_lengths), hardware, limits, policy, schedule=order
-        )
+        helps = advice(known.blocks_of(job, lengths), hardware, limits, policy, schedule=order)
     prefill, decode = _predicted(ordered, workload, hardware)
     return Plan(
         policy=policy,
@@ -281,7 +304,7 @@ def plan(
         lower_bound=CostModel(workload, hardware).lower_bound(),
         why=why,
         would_help=helps,
-        expected=() if known_lengths is None else _expected(planner, job, known_lengths),
+        expected=() if lengths is None else _expected(planner, job, lengths),
     )
 
 

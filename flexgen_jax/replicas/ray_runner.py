@@ -19,6 +19,7 @@ from flexgen_jax.logs import event
 from flexgen_jax.planning.auto import part_of_this_machine
 from flexgen_jax.planning.blocks import Block
 from flexgen_jax.planning.planner import Planner
+from flexgen_jax.planning.schedule_names import portable
 from flexgen_jax.replicas.ray_cluster import (
     RETRIES,
     Settled,
@@ -48,7 +49,8 @@ def replicated(workers: Settled, arguments: Mapping[str, Any]) -> LLM:
 
     Args:
         workers: How many, and what Ray keeps for each.
-        arguments: Of the ``LLM``; the model is a weight store, at the same path on every machine.
+        arguments: Of the ``LLM``; the model is a weight store, at the same path on every machine,
+            and so is the file of a schedule that is given as ``FILE.py:NAME``.
 
     Raises:
         ValueError: a worker has no such model, or they differ in software or devices.
@@ -131,7 +133,8 @@ class RayRunner(Runner):
 
     def __init__(self, workers: Settled, arguments: Mapping[str, Any]) -> None:
         super().__init__()
-        self._settled, self._arguments = workers, dict(arguments)
+        schedule = portable(arguments.get("schedule", "zigzag"))
+        self._settled, self._arguments = workers, {**arguments, "schedule": schedule}
         self._workers: list[Any] = []
         self._coming: dict[Any, int] = {}
         self._idle: list[int] = []
