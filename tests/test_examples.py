@@ -21,6 +21,20 @@ def test_own_schedule(capsys):
     assert "the same tokens" in out
 
 
+def test_compare_schedules(capsys, tmp_path):
+    picture = tmp_path / "five.svg"
+    runpy.run_path(str(EXAMPLES / "compare_schedules.py"))["main"](str(picture))
+    *lines, last = capsys.readouterr().out.splitlines()
+    names = [line[:16].rstrip() for line in lines]
+    assert names == ["zigzag", "back_and_forth", "diagonal", "row_by_row", "without overlap"]
+    assert last.endswith("5 timelines")
+    seconds = dict(zip(names, (float(line[16:].split()[0]) for line in lines), strict=True))
+    assert seconds["zigzag"] < seconds["row_by_row"]
+    assert seconds["zigzag"] < seconds["without overlap"]
+    drawn = picture.read_text()
+    assert all(f"<!-- {name} -->" in drawn for name in names)
+
+
 def test_generate(capsys):
     runpy.run_path(str(EXAMPLES / "generate.py"))["main"](
         str(EXAMPLES.parent / "flexgen_jax" / "demo_model")
