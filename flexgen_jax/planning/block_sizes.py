@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
 
@@ -32,7 +32,13 @@ from flexgen_jax.planning.cell_layout import (
     place_hidden,
 )
 from flexgen_jax.planning.expert_tiles import PROMPT_TILE, decode_tile
-from flexgen_jax.planning.stage_layout import layers_of, place_stages, stage_starts
+from flexgen_jax.planning.stage_layout import (
+    check_experts,
+    groups_of,
+    layers_of,
+    stage_starts,
+    tiers_of,
+)
 from scheduling.policy import Policy, Split, Tier
 from scheduling.sizes import BatchSizes, CacheCell, ExpertSizes, Sizes
 from storage.disk import DiskContext
@@ -59,11 +65,10 @@ def block_sizes(
     hidden = {c.name: c.tier for c in place_hidden(block, config, form.dtype, policy.hidden).cells}
     itemsize = jnp.dtype(form.dtype).itemsize
     starts = stage_starts(config, policy.num_stages)
-    weights = place_stages(config, form, policy)
-    moved, dense, reads = _weights(config, form, policy.weights, policy.experts, policy.num_stages)
+    weights = _weights(config, form, policy)
     return Sizes(
-        weights=moved,
-        dense=dense,
+        weights=weights.moved,
+        dense=tuple(load.dense for load in _loads(config, form, policy.num_stages)),
         batches=tuple(
             BatchSizes(
                 rows=batch.rows,
@@ -79,11 +84,11 @@ def block_sizes(
             for number, batch in enumerate(block.batches)
         ),
         cache=_cache(block, config, form, policy),
-        resident=tuple({tier: stage.nbytes(tier) for tier in Tier} for stage in weights),
+        resident=weights.resident,
         matmul_flops=matmul_flops(config),
         hidden_size=config.num_attention_heads * config.head_dim,
         chunk_positions=chunk_positions,
-        reads=reads,
+        reads=weights.reads,
         borders={
             first - 1: bool(hosts) and hosts[stage] != hosts[stage - 1]
             for stage, first in enumerate(starts)
@@ -151,35 +156,78 @@ def _widths(config: Config) -> int:
     )
 
 
-@functools.lru_cache(maxsize=64)
-def _weights(
-    config: Config, form: WeightFormat, weights: Split, experts: Split | None, num_stages: int
-) -> tuple[tuple[Mapping[Tier, int], ...], tuple[int, ...], tuple[int, ...]]:
+class _Loads(NamedTuple):
+    """What a load of a layer brings, wherever it lies.
+
+    Attributes:
+        parts: (group of the stage, bytes, accesses if they are on disk).
+        dense: Bytes that it is unpacked to.
+    """
+
+    stage: int
+    parts: tuple[tuple[int, int, int], ...]
+    dense: int
+
+
+@functools.lru_cache(maxsize=16)
+def _loads(config: Config, form: WeightFormat, num_stages: int) -> tuple[_Loads, ...]:
+    """Of each layer."""
+    entries, shapes = form.entries(config), param_shapes(config)
+    itemsize, found = jnp.dtype(form.dtype).itemsize, []
+    stages = zip(groups_of(config, form, num_stages), layers_of(config, num_stages), strict=True)
+    for stage, (groups, layers) in enumerate(stages):
+        group_of = {name: number for number, group in enumerate(groups) for name in group.names}
+        for layer in layers:
+            names = loaded_names(config, config.units[layer])
+            parts: dict[int, tuple[int, int]] = {}
+            for stored in form.order(config, names):
+                nbytes = entries[stored].nbytes
+                before, accesses = parts.get(group_of[stored], (0, 0))
+                # Smaller ones stay in the page cache.
+                accesses += nbytes >= DiskContext.small_nbytes
+                parts[group_of[stored]] = before + nbytes, accesses
+            dense = sum(math.prod(shapes[n]) for n in names if form.unpacked(config, n))
+            each = tuple((number, *part) for number, part in parts.items())
+            found.append(_Loads(stage, each, itemsize * dense))
+    return tuple(found)
+
+
+class _Weights(NamedTuple):
+    """Of each layer what a load moves, and how many files of the disk it reads; of each stage what
+    lies where."""
+
+    moved: tuple[Mapping[Tier, int], ...]
+    reads: tuple[int, ...]
+    resident: tuple[Mapping[Tier, int], ...]
+
+
+def _weights(config: Config, form: WeightFormat, policy: Policy) -> _Weights:
+    check_experts(config, policy)
+    experts = policy.experts or policy.weights
+    return _weights_of(config, form, policy.weights, experts, policy.num_stages)
+
+
+@functools.lru_cache(maxsize=64)  # a search asks for the same again and again
+def _weights_of(
+    config: Config, form: WeightFormat, weights: Split, experts: Split, num_stages: int
+) -> _Weights:
     policy = Policy(weights=weights, experts=experts, num_stages=num_stages)
-    placements = place_stages(config, form, policy)
-    shapes = param_shapes(config)
-    itemsize = jnp.dtype(form.dtype).itemsize
-    moved, dense, reads = [], [], []
-    by_name = [{cell.name: cell for cell in placement.cells} for placement in placements]
-    of_units = zip(by_name, layers_of(config, len(placements)), strict=True)
-    for unit, cells in (
-        (config.units[layer], cells) for cells, layers in of_units for layer in layers
-    ):
-        by_tier = dict.fromkeys(Tier, 0)
-        unpacked = accesses = 0
-        names = loaded_names(config, unit)
-        for stored in form.order(config, names):
-            cell = cells[stored]
-            by_tier[cell.tier] += cell.nbytes
-            # Smaller ones stay in the page cache.
-            accesses += cell.tier is Tier.DISK and cell.nbytes >= DiskContext.small_nbytes
-        for name in names:
-            if form.unpacked(config, name):
-                unpacked += itemsize * math.prod(shapes[name])
+    tiers = tiers_of(config, form, policy)
+    moved, reads, resident = [], [], []
+    for load in _loads(config, form, num_stages):
+        by_tier, accesses, of_stage = dict.fromkeys(Tier, 0), 0, tiers[load.stage]
+        for group, nbytes, files in load.parts:
+            tier = of_stage[group]
+            by_tier[tier] += nbytes
+            accesses += files if tier is Tier.DISK else 0
         moved.append(by_tier)
-        dense.append(unpacked)
         reads.append(accesses)
-    return tuple(moved), tuple(dense), tuple(reads)
+    for groups, of_stage in zip(groups_of(config, form, num_stages), tiers, strict=True):
+        held = dict.fromkeys(Tier, 0)
+        for whole, tier in zip(groups, of_stage, strict=True):
+            held[tier] += whole.nbytes
+        resident.append(held)
+    return _Weights(tuple(moved), tuple(reads), tuple(resident))
 
 
 def _cache(

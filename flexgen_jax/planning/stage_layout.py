@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from flexgen_jax.models.family import Config
 from flexgen_jax.models.params import expert_numbers, matmul_flops, unit_experts, unit_names
@@ -58,40 +59,74 @@ def place_stages(config: Config, form: WeightFormat, policy: Policy) -> Sequence
         ValueError: the policy places experts, and the model has none.
     """
     check_experts(config, policy)
-    return _placed(
-        config, form, policy.weights, policy.experts or policy.weights, policy.num_stages
+    entries, placements = form.entries(config), []
+    of_stages = zip(
+        groups_of(config, form, policy.num_stages), tiers_of(config, form, policy), strict=True
     )
+    for groups, tiers in of_stages:
+        tier_of = {
+            name: tier for group, tier in zip(groups, tiers, strict=True) for name in group.names
+        }
+        placements.append(
+            Placement.of(
+                (n, entry.nbytes, tier_of[n]) for n, entry in entries.items() if n in tier_of
+            )
+        )
+    return tuple(placements)
+
+
+class Group(NamedTuple):
+    """What of a weight store lies on one tier together: a tensor, or an expert."""
+
+    names: tuple[str, ...]
+    nbytes: int
+    is_expert: bool
 
 
 @functools.lru_cache(maxsize=16)  # a search asks for the same again and again
-def _placed(
-    config: Config, form: WeightFormat, weights: Split, experts: Split, num_stages: int
-) -> tuple[Placement, ...]:
-    entries, placements = form.entries(config), []
-    of_experts = _units_of_experts(config)
+def groups_of(config: Config, form: WeightFormat, num_stages: int) -> tuple[tuple[Group, ...], ...]:
+    """What each stage has, in the order in which it is dealt to tiers."""
+    entries, of_experts = form.entries(config), _units_of_experts(config)
+    stages = []
     for layers in layers_of(config, num_stages):
         needed = stored_names(config, form, layers)
-        # What goes to one tier together, by the split that deals it out.
-        dealt: dict[Split | None, dict[str, list[str]]] = {None: {}, experts: {}}
+        found: dict[str, list[str]] = {}
         for name in entries:
             if name in needed:
                 unit, _, rest = name.partition(".")
                 whole = f"{unit}.{rest.partition('.')[0]}" if unit in of_experts else name
-                split = experts if unit in of_experts else None
-                dealt[split].setdefault(whole, []).append(name)
-        tier_of: dict[str, Tier] = {}
-        for split, groups in dealt.items():
-            sizes = [sum(entries[name].nbytes for name in names) for names in groups.values()]
-            for names, tier in zip(groups.values(), place(sizes, split or weights), strict=True):
-                tier_of |= dict.fromkeys(names, tier)
-        placements.append(
-            Placement.of(
-                (name, entry.nbytes, tier_of[name])
-                for name, entry in entries.items()
-                if name in needed
+                found.setdefault(whole, []).append(name)
+        stages.append(
+            tuple(
+                Group(
+                    tuple(names),
+                    sum(entries[name].nbytes for name in names),
+                    whole.partition(".")[0] in of_experts,
+                )
+                for whole, names in found.items()
             )
         )
-    return tuple(placements)
+    return tuple(stages)
+
+
+def tiers_of(config: Config, form: WeightFormat, policy: Policy) -> tuple[tuple[Tier, ...], ...]:
+    """Where each group of each stage lies."""
+    experts = policy.experts or policy.weights
+    return _dealt(config, form, policy.weights, experts, policy.num_stages)
+
+
+@functools.lru_cache(maxsize=64)
+def _dealt(
+    config: Config, form: WeightFormat, weights: Split, experts: Split, num_stages: int
+) -> tuple[tuple[Tier, ...], ...]:
+    stages = []
+    for groups in groups_of(config, form, num_stages):
+        dealt = {
+            kind: iter(place([g.nbytes for g in groups if g.is_expert is kind], split))
+            for kind, split in ((False, weights), (True, experts))
+        }
+        stages.append(tuple(next(dealt[group.is_expert]) for group in groups))
+    return tuple(stages)
 
 
 def check_experts(config: Config, policy: Policy) -> None:
