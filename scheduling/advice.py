@@ -70,7 +70,7 @@ def advice(
 
     Estimates: compared with the best near ``policy``'s shape as things are.
     """
-    names = (*CHOICES, "overlap", "group_size", "num_stages", "experts")
+    names = (*CHOICES, "overlap", "group_size", "num_stages")
     kept = {name: getattr(policy, name) for name in names}
 
     def seconds(change: Change) -> float | None:

@@ -26,7 +26,7 @@ from scheduling.simulate import simulate
 from scheduling.workload import Workload
 
 Seconds = dict[str, float]
-KINDS = ("weights", "cache", "hidden", "compute")
+KINDS = ("weights", "experts", "cache", "hidden", "compute")
 
 
 def shortened(workload: Workload, decode_steps: int) -> Workload:
@@ -173,7 +173,7 @@ def _add_experts(w: Workload, layer: int, step: int, times: int, add: Callable[.
         batches = tuple(group)
         chosen = w.waits_for_choice(step, batches)
         load = LoadChosen(step, layer, batches) if chosen else LoadWeights(step, layer)
-        add("weights", load, times)
+        add("experts", load, times)
         add("compute", ComputeExperts(step, layer, batches), times, unpack=True)
 
 

@@ -1,4 +1,5 @@
-"""The linear program over the nine shares of a block of one shape (paper, section 4.3).
+"""The linear program over the nine shares of a block of one shape (paper, section 4.3), and three
+more where there are experts.
 
 Given the shape, each phase takes as long as its busiest lane; lanes are linear in the shares, and
 so is what lies in each tier.
@@ -25,12 +26,13 @@ SPLITS = ("weights", "cache", "hidden")
 TIERS = tuple(Tier)
 # What a tier faster than need be is worth: enough to break ties.
 _TIE = 1e-3
+_SCALE = 1e9  # bytes and seconds within a few orders of each other
 # Where host and device are one processor, moving takes this share of its time from computing.
 CONTENTION = 0.2
 
 
 def with_splits(policy: Policy, splits: Mapping[str, Split]) -> Policy:
-    """``policy`` with some of its three splits."""
+    """``policy`` with some of its splits."""
     changes: dict[str, Any] = dict(splits)
     return dataclasses.replace(policy, **changes)
 
@@ -38,8 +40,11 @@ def with_splits(policy: Policy, splits: Mapping[str, Split]) -> Policy:
 class Program:
     """The linear program of one shape.
 
-    Variables: the share of each of weights, cache and hidden states in each tier, then the seconds
-    of prefill and of decode.
+    Variables: the share of each of weights, cache, hidden states and, apart from the weights,
+    experts in each tier; then the seconds of prefill and of decode, and the GB of a slot.
+
+    Args:
+        together: Experts are to lie where the other weights do.
     """
 
     def __init__(
@@ -49,18 +54,28 @@ class Program:
         hardware: Hardware,
         limits: Limits,
         fixed: Mapping[str, Any],
+        *,
+        together: bool = False,
     ) -> None:
-        self.limits, self.fixed = limits, fixed
+        self.limits, self.fixed, self.together = limits, fixed, together
         if policy.num_groups is None:  # the same in all tiers, since time is to be linear in them
             policy = dataclasses.replace(policy, num_groups=policy.num_stages)
         pure = {}
         for tier in TIERS:
             everything = Split(**{t.value: 100 if t is tier else 0 for t in TIERS})
             whole = with_splits(policy, dict.fromkeys(SPLITS, everything))
+            whole = dataclasses.replace(whole, experts=None)  # where the weights lie
             pure[tier] = blocks(whole)[0][0]
         self.pure = pure
+        self.kinds: tuple[str, ...] = SPLITS
+        if pure[Tier.DEVICE].experts is not None:
+            self.kinds = (*SPLITS, "experts")
+        self.shares = len(TIERS) * len(self.kinds)
+        experts = sum(sum(of.values()) for of in self._weights(Tier.DEVICE, of_experts=True))
         self.nbytes = {
-            "weights": sum(sum(stage.values()) for stage in _sizes(pure[Tier.DEVICE]).resident),
+            "weights": sum(sum(stage.values()) for stage in _sizes(pure[Tier.DEVICE]).resident)
+            - experts,
+            "experts": experts,
             "cache": sum(
                 cell.position_nbytes * cell.kept(_sizes(pure[Tier.DEVICE]).batches[number].capacity)
                 for (_, number), cell in _sizes(pure[Tier.DEVICE]).cache.items()
@@ -73,62 +88,85 @@ class Program:
             found = {tier: one_after_the_other(f) for tier, f in found.items()}
         self._times(found)
 
+    def _row(self) -> np.ndarray:
+        return np.zeros(self.shares + 3)
+
+    def _weights(
+        self, tier: Tier, *, of_experts: bool, stage: int | None = None
+    ) -> list[Mapping[Tier, int]]:
+        """What is loaded of each unit of experts, or of each other layer, all in ``tier``."""
+        w = self.pure[tier]
+        layers = range(w.num_layers) if stage is None else w.layers_of(stage)
+        weights = _sizes(w).weights
+        return [weights[layer] for layer in layers if w.has_experts(layer) is of_experts]
+
     def _times(self, found: Mapping[Tier, Mapping[str, tuple[Seconds, Seconds]]]) -> None:
         rows, limits = [], []
-        weight = np.zeros(11)
-        weight[:9] = [0, 1e-9, 2e-9] * 3  # of what costs nothing, the nearest
+        count = self.shares
+        weight = self._row()
+        weight[:count] = [0, 1e-9, 2e-9] * len(self.kinds)  # of what costs nothing, the nearest
         for phase in (0, 1):
             base = found[Tier.DEVICE]["compute"][phase]
             names = {
                 lane for kinds in found.values() for kind in kinds.values() for lane in kind[phase]
             }
             for lane in sorted(names):
-                row = np.zeros(11)
-                for i, kind in enumerate(SPLITS):
+                row = self._row()
+                for i, kind in enumerate(self.kinds):
                     for j, tier in enumerate(TIERS):
                         row[3 * i + j] = found[tier][kind][phase].get(lane, 0.0)
                         if kind == "cache":  # attention is where the cache is
                             row[3 * i + j] += found[tier]["compute"][phase].get(
                                 lane, 0.0
                             ) - base.get(lane, 0.0)
-                weight[:9] += np.maximum(row[:9], 0)
-                row[9 + phase] = -1
+                weight[:count] += np.maximum(row[:count], 0)
+                row[count + phase] = -1
                 rows.append(row)
                 limits.append(-base.get(lane, 0.0))
         self.rows, self.upper = rows, limits
         # Each second of moving is in two lanes, the stream's and the link's.
         self.cost = (CONTENTION / 2 if self.limits.shared else _TIE) * weight
-        self.cost[9:] = 1
+        self.cost[count : count + 2] = 1
 
     def _memory(self, less: Mapping[Tier, float]) -> tuple[list[np.ndarray], list[float]]:
         """What lies in each tier, and the slots and buffers that moving it takes.
+
+        The last rows say how large a slot is: at least as the largest that moves; of weights, the
+        share of it that does.
 
         Of several stages together: that no one of them has more than its own is seen when the
         shares are dealt out.
         """
         limits, pure = self.limits, self.pure
         stages = range(pure[Tier.DEVICE].num_stages)
-        device, host, disk = np.zeros(11), np.zeros(11), np.zeros(11)
+        device, host, disk = self._row(), self._row(), self._row()
         sizes = _sizes(pure[Tier.DEVICE])
-        for i, kind in enumerate(SPLITS):
+        for i, kind in enumerate(self.kinds):
             for j, row in enumerate((device, host, disk)):
                 row[3 * i + j] = self.nbytes[kind]
         idle = sum(
             transient_nbytes(pure[Tier.DEVICE], stage, shared=limits.shared) for stage in stages
         )
-        # A slot is as large as the largest that moves; of weights, the share of it that does.
-        for j, tier in enumerate(TIERS[1:], 1):
-            s = _sizes(pure[tier])
-            if not (limits.shared and tier is Tier.HOST):
-                for stage in stages:
-                    layers = pure[tier].layers_of(stage)
-                    largest = max(s.weights[layer].get(tier, 0) for layer in layers)
-                    device[j] += pure[tier].weight_slots * largest
+        device[-1] = pure[Tier.DEVICE].weight_slots * _SCALE
+        slots = []
+        for kind in ("weights", "experts")[: 1 + ("experts" in self.kinds)]:
+            slot = self._row()
+            slot[-1] = -_SCALE
+            first = 3 * self.kinds.index(kind)
+            for j, tier in enumerate(TIERS[1:], 1):
+                if not (limits.shared and tier is Tier.HOST):
+                    for stage in stages:
+                        those = self._weights(tier, of_experts=kind == "experts", stage=stage)
+                        slot[first + j] += max((of.get(tier, 0) for of in those), default=0)
+            slots.append(slot)
         host[5] = sum(
             cell.position_nbytes * sizes.chunk_positions
             for cell in _sizes(pure[Tier.DISK]).cache.values()
         )
         workspace = max(b.workspace for b in sizes.batches)
+        workspace += sum(
+            b.routed_nbytes * max(b.prompt_len, b.longest_prompt) for b in sizes.batches
+        )
         hosts = max(1, len(set(pure[Tier.DEVICE].hosts)))
         devices = hosts if limits.shared else len(stages)
         room = [
@@ -136,7 +174,7 @@ class Program:
             hosts * limits.host,
             hosts * limits.disk,
         ]
-        rows = [device, host, disk]
+        rows = [device, host, disk, *slots]
         if limits.shared:
             # Buffers beyond the host's own room come out of the one memory.
             tail = host[5]
@@ -144,34 +182,46 @@ class Program:
             host[5] = 0
             device[5] += tail
             rows[1] = host
-        return rows, [r - less[tier] for r, tier in zip(room, TIERS, strict=True)]
+        most = [r - less[tier] for r, tier in zip(room, TIERS, strict=True)]
+        return rows, most + [0.0] * len(slots)
 
     def solve(self, less: Mapping[Tier, float]) -> dict[str, Split] | None:
         """The shares, with ``less`` room than the limits; None: there are none."""
         from scipy.optimize import linprog  # slow to import
 
         rows, room = self._memory(less)
-        equal = np.zeros((3, 11))
-        bounds: list[tuple[float, float | None]] = [(0.0, 1.0)] * 9 + [(0.0, None)] * 2
-        for i, kind in enumerate(SPLITS):
-            equal[i, 3 * i : 3 * i + 3] = 1
-            if kind in self.fixed:
+        equal = [self._row() for _ in self.kinds]
+        bounds: list[tuple[float, float | None]]
+        bounds = [(0.0, 1.0)] * self.shares + [(0.0, None)] * 3
+        for i, kind in enumerate(self.kinds):
+            equal[i][3 * i : 3 * i + 3] = 1
+            if self.fixed.get(kind) is not None:
                 shares = self.fixed[kind].shares()
                 for j, tier in enumerate(TIERS):
                     bounds[3 * i + j] = (shares[tier] / 100, shares[tier] / 100)
-        scale = 1e9  # bytes and seconds within a few orders of each other
+        total = [1.0] * len(self.kinds)
+        if "experts" in self.kinds and self.together:
+            for j in range(len(TIERS)):
+                row = self._row()
+                row[j], row[3 * self.kinds.index("experts") + j] = 1, -1
+                equal.append(row)
+                total.append(0.0)
         solution = linprog(
             self.cost,
-            A_ub=np.vstack([*self.rows, *(row / scale for row in rows)]),
-            b_ub=np.array([*self.upper, *(r / scale for r in room)]),
-            A_eq=equal,
-            b_eq=np.ones(3),
+            A_ub=np.vstack([*self.rows, *(row / _SCALE for row in rows)]),
+            b_ub=np.array([*self.upper, *(r / _SCALE for r in room)]),
+            A_eq=np.vstack(equal),
+            b_eq=np.array(total),
             bounds=bounds,
             method="highs",
         )
         if solution.x is None or not solution.success:
             return None
-        return {kind: _split(solution.x[3 * i : 3 * i + 3]) for i, kind in enumerate(SPLITS)}
+        return {
+            kind: self.fixed.get(kind) or _split(solution.x[3 * i : 3 * i + 3])
+            for i, kind in enumerate(self.kinds)
+            if not (kind == "experts" and self.together)
+        }
 
 
 def _split(shares: np.ndarray) -> Split:

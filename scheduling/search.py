@@ -31,7 +31,8 @@ CHOICES: Mapping[str, tuple[Any, ...]] = {
 # Where looking begins, and where it ends.
 _SIZES, _MOST_REQUESTS = (1, 4, 16, 64, 256), 256
 _BATCHES, _MOST_BATCHES = (1, 4, 16), 20
-_SIMULATED = 3
+_SIMULATED, _ALSO_SIMULATED = 3, 3
+_CLOSE = 1.03  # what an estimate may be off by
 _LARGE = 1000  # computations of a step
 _TRIES = 10
 _STEPS = (0, 25, 50, 75, 100)
@@ -125,6 +126,22 @@ def best_near(
     return min((c.seconds for c in found.fitting()), default=None)
 
 
+def _promising(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The best few, and with experts, of other batch sizes what comes close: it may wait less."""
+    found = list(candidates[:_SIMULATED])
+    if found[0].policy.experts is None:
+        return found
+    sizes = {c.policy.device_batch_size for c in found}
+    for candidate in candidates[_SIMULATED:]:
+        if len(found) == _SIMULATED + _ALSO_SIMULATED:
+            break
+        size = candidate.policy.device_batch_size
+        if size not in sizes and candidate.seconds <= _CLOSE * candidates[0].seconds:
+            sizes.add(size)
+            found.append(candidate)
+    return found
+
+
 class _Search:
     def __init__(
         self,
@@ -163,10 +180,28 @@ class _Search:
         distinct = [
             c for c in self.fitting() if not c.policy.host_attention or c.policy.cache.device < 100
         ]
-        simulated = sorted(
-            map(self._simulated, (distinct or self.fitting())[:_SIMULATED]), key=_seconds
-        )
+        promising = _promising(distinct or self.fitting())
+        for candidate in promising[:_SIMULATED]:
+            promising += self._before_experts(candidate)
+        simulated = sorted(map(self._simulated, promising), key=_seconds)
         return Found(best=simulated[0], others=tuple(simulated[1:]), considered=len(self.solved))
+
+    def _before_experts(self, candidate: Candidate) -> list[Candidate]:
+        """The same shape with what every pass uses on the device before any experts are.
+
+        Those are the other weights, and maybe cache and hidden states. The program deals in
+        shares, and where links have time to spare it leaves some of them elsewhere; but that is
+        whole tensors, which a pass may wait for.
+        """
+        policy = candidate.policy
+        if policy.experts is None:
+            return []
+        found = []
+        for kinds in (("weights",), SPLITS):
+            near = {kind: Split() for kind in kinds} | self.fixed
+            if any(getattr(policy, kind) != near[kind] for kind in kinds):
+                found.append(self._rounded(policy, near, together=False))
+        return [c for c in found if c is not None]
 
     def _look(self, choices: Mapping[str, Any]) -> None:
         """A coarse grid of shapes, or those near the best so far; then uphill."""
@@ -235,12 +270,20 @@ class _Search:
 
     def _solve(self, policy: Policy) -> Candidate | None:
         """The best shares of a shape, dealt out and found to fit."""
-        less = dict.fromkeys(Tier, 0.0)
         if not any(name in self.fixed for name in SPLITS):
             found = self._dealt(policy, {}, {})
             if found is not None:
                 return found  # everything on the device
-        program = Program(policy, self.blocks, self.hardware, self.limits, self.fixed)
+        # What is said of weights holds for experts, unless those are said.
+        together = self.base.experts is None and bool({"weights", "experts"} & set(self.fixed))
+        return self._rounded(policy, self.fixed, together=together) or self._in_steps(policy)
+
+    def _rounded(
+        self, policy: Policy, fixed: Mapping[str, Any], *, together: bool
+    ) -> Candidate | None:
+        """The program's solution, solved with ever less room until it fits as it is dealt out."""
+        less = dict.fromkeys(Tier, 0.0)
+        program = Program(policy, self.blocks, self.hardware, self.limits, fixed, together=together)
         for attempt in range(_TRIES):
             splits = program.solve(less)
             if splits is None:
@@ -252,7 +295,7 @@ class _Search:
             for tier, nbytes in over.items():
                 # Ever more: what is too much may be less than what is dealt out at once.
                 less[tier] += nbytes * 2**attempt
-        return self._in_steps(policy)
+        return None
 
     def _in_steps(self, policy: Policy) -> Candidate | None:
         """The best of a few shares: where tensors are so large that no solution can be rounded."""

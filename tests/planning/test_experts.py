@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -88,3 +89,43 @@ def test_experts_that_cannot_be_placed_so_are_refused():
         assert "the model has none" in done.output
         assert "--experts-percent" in done.output
     assert "of these" not in planned("llama").stdout
+
+
+def test_auto_places_experts_apart_at_least_as_well_as_by_hand():
+    """On a device that has no room for all of them."""
+    machine = dataclasses.replace(fg.Hardware.preset("t4"), device_memory=5e9, host_memory=12e9)
+    fixed = {"device_batch_size": 16, "num_device_batches": 4}
+
+    def plan(policy, **options):
+        where = {"prompt_len": 64, "gen_len": 16}
+        return fg.plan("allenai/OLMoE-1B-7B-0924", policy, machine, **where, **options)
+
+    found = plan("auto", fixed=fixed)
+    assert not found.misfits
+    assert found.policy.experts is not None
+    assert found.policy.weights.device > found.policy.experts.device
+    tried = [
+        plan(fg.Policy(**fixed, weights=weights, experts=fg.Split(device=share, host=100 - share)))
+        for weights in (fg.Split(), fg.Split(device=0, host=100))
+        for share in (0, 20, 40, 60)
+    ]
+    fit = [by_hand.tokens_per_second for by_hand in tried if not by_hand.misfits]
+    assert len(fit) > 1
+    assert found.tokens_per_second >= max(fit) * (1 - 1e-9)
+
+
+def test_auto_keeps_what_is_said_of_experts():
+    """Of the weights alone: then it holds for experts, too."""
+    machine = dataclasses.replace(fg.Hardware.preset("t4"), device_memory=5e9, host_memory=12e9)
+    where = {"prompt_len": 64, "gen_len": 16}
+    shape = {"device_batch_size": 16, "num_device_batches": 4}
+    for said in (
+        {"weights": fg.Split(device=0, host=75, disk=25)},
+        {"experts": None},
+        {"experts": fg.Split(device=70 / 3, host=100 - 70 / 3)},
+    ):
+        model = "allenai/OLMoE-1B-7B-0924"
+        found = fg.plan(model, "auto", machine, **where, fixed={**shape, **said}).policy
+        assert {name: getattr(found, name) for name in said} == said
+        if "weights" in said:
+            assert found.experts is None
