@@ -206,13 +206,18 @@ def write_sparse(path, architecture, experts=EXPERTS):
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_expert_count(experts)
     writer.add_expert_used_count(2)
+    if architecture == "olmoe":
+        writer.add_clamp_kqv(1.5)
     for name, shape in [
         ("token_embd.weight", (VOCAB, HIDDEN)),
         *((f"blk.0.{name}.weight", shape) for name, shape in SPARSE.items()),
         ("output_norm.weight", (HIDDEN,)),
     ]:
-        if architecture == "llama" and "_norm.weight" in name and shape[0] < HIDDEN:
-            continue
+        if "_norm.weight" in name and shape[0] < HIDDEN:  # of each head
+            if architecture == "llama":
+                continue
+            if architecture == "olmoe":  # of all heads together
+                shape = (HIDDEN if "_q_" in name else HIDDEN // 2,)
         values = rng.standard_normal(shape).astype(np.float32)
         module = name.split(".")[-2]
         if module not in OURS:
@@ -229,14 +234,15 @@ def write_sparse(path, architecture, experts=EXPERTS):
     return found
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3moe"])
+@pytest.mark.parametrize("architecture", ["llama", "olmoe", "qwen3moe"])
 def test_experts_are_parts_of_tensors_that_all_share(architecture, tmp_path):
     path = tmp_path / "experts.gguf"
     expected = write_sparse(path, architecture)
     stored = open_model(path, dtype="float32")
     config, form = stored.config, stored.format
     assert (config.num_experts, config.num_experts_per_tok) == (EXPERTS, 2)
-    assert config.norm_topk_prob
+    assert config.norm_topk_prob == (architecture != "olmoe")
+    assert getattr(config, "clip_qkv", None) == (1.5 if architecture == "olmoe" else None)
     found = {}
     for name in param_records(config):
         if "_experts_" in name:
