@@ -141,8 +141,11 @@ def _published(stored: StoredModel, parts: list[tuple[str, Source]]) -> np.ndarr
         swapped = source.transposed != stored.format.transposes(stored.config, name)
         found.append(array.T if swapped else array)
     if parts[0][1].expert is not None:
-        return np.stack(found)
-    return np.ascontiguousarray(found[0] if len(found) == 1 else np.concatenate(found))
+        whole = np.stack(found)
+    else:
+        whole = found[0] if len(found) == 1 else np.concatenate(found)
+    # What is made of transposed arrays is transposed in memory, and is written as it lies there.
+    return np.ascontiguousarray(whole)
 
 
 def _place(part: tuple[str, Source]) -> tuple[int, int]:
