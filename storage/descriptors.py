@@ -46,12 +46,11 @@ class Descriptors:
                 self._close_down_to(self._most)
 
     def _close_down_to(self, most: int) -> None:
-        if len(self._open) <= most:
-            return
-        for key, (descriptor, readers) in list(self._open.items()):
-            if not readers and len(self._open) > most:
-                del self._open[key]
-                os.close(descriptor)
+        while len(self._open) > most:
+            key = next((key for key, (_, readers) in self._open.items() if not readers), None)
+            if key is None:
+                return
+            os.close(self._open.pop(key)[0])
 
     def __len__(self) -> int:
         return len(self._open)

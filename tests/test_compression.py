@@ -91,16 +91,16 @@ def test_quantised_weights_compute_what_the_reference_does(offload, tmp_path, va
 
 
 def test_a_layer_is_dequantised_once_a_step_for_all_batches(offload, monkeypatch):
-    calls = []
+    made = []
     original = flexgen_jax.engine.unpacking._dense_into
 
-    def counted(*args):
-        calls.append(args)
-        return original(*args)
+    def counted(old, leaves, dtype):
+        made.extend(leaves)
+        return original(old, leaves, dtype)
 
     monkeypatch.setattr(flexgen_jax.engine.unpacking, "_dense_into", counted)
     for weights in (fg.Split(), DISK):
-        calls.clear()
+        made.clear()
         few = policy(device_batch_size=2, num_device_batches=4, weight_bits=4, weights=weights)
         with fg.LLM(str(GOLDENS / "pre_norm"), policy=few, offload_dir=offload) as llm:
             llm.generate(PROMPTS, GREEDY)
@@ -109,7 +109,7 @@ def test_a_layer_is_dequantised_once_a_step_for_all_batches(offload, monkeypatch
         # embedding only rows are dequantised.
         heads = NEW if weights is DISK else 1
         matrices = 6  # q, k, v, out, fc1, fc2
-        assert len(calls) == NEW * layers * matrices + heads
+        assert len(made) == NEW * layers * matrices + heads
 
 
 @pytest.mark.parametrize("bits", [4, 8])

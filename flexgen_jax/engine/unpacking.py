@@ -33,25 +33,34 @@ class Dense:
     def of(self, tree: Any) -> Any:
         """``tree`` as arrays; itself if it is. The same leaves again cost nothing."""
         leaves, structure = jax.tree.flatten(tree, is_leaf=is_packed)
-        if not any(isinstance(leaf, Packed) for leaf in leaves):
+        packed = {n: leaf for n, leaf in enumerate(leaves) if isinstance(leaf, Packed)}
+        if not packed:
             return tree
-        found = [
-            self._copy(place, leaf) if isinstance(leaf, Packed) else leaf
-            for place, leaf in enumerate(leaves)
-        ]
-        return jax.tree.unflatten(structure, found)
+        kinds = {place: _kind(place, leaf) for place, leaf in packed.items()}
+        stale = [p for p, leaf in packed.items() if self._source(kinds[p]) is not leaf]
+        if stale:
+            sources = tuple(packed[place] for place in stale)
+            old = tuple(self._room(kinds[p], leaf) for p, leaf in zip(stale, sources, strict=True))
+            # In one call: a model with experts has tens of thousands of leaves a pass.
+            made = _dense_into(old, sources, self._dtype)
+            for place, leaf, copy in zip(stale, sources, made, strict=True):
+                self._copies[kinds[place]] = leaf, copy
+        for place in packed:
+            leaves[place] = self._copies[kinds[place]][1]
+        return jax.tree.unflatten(structure, leaves)
 
-    def _copy(self, place: int, leaf: Packed) -> jax.Array:
-        arrays, structure = jax.tree.flatten(leaf)
-        kind = place, structure, tuple((x.shape, x.dtype, x.sharding) for x in arrays)
-        source, copy = self._copies.pop(kind, (None, None))
-        if source is not leaf or copy is None:
-            if copy is None:
-                shape = jax.eval_shape(partial(_dense, dtype=self._dtype), leaf)
-                copy = jax.device_put(jnp.zeros(shape.shape, shape.dtype), arrays[0].sharding)
-            copy = _dense_into(copy, leaf, self._dtype)
-        self._copies[kind] = leaf, copy
-        return copy
+    def _source(self, kind: Any) -> Packed | None:
+        """What the latest copy of a kind is of."""
+        return self._copies[kind][0] if kind in self._copies else None
+
+    def _room(self, kind: Any, leaf: Packed) -> jax.Array:
+        """The memory of a copy that nobody needs any more, or new memory."""
+        if kind in self._copies:
+            return self._copies.pop(kind)[1]
+        shape = jax.eval_shape(partial(_dense, dtype=self._dtype), leaf)
+        return jax.device_put(
+            jnp.zeros(shape.shape, shape.dtype), jax.tree.leaves(leaf)[0].sharding
+        )
 
     @property
     def nbytes(self) -> int:
@@ -63,12 +72,19 @@ class Dense:
         self._copies.clear()
 
 
+def _kind(place: int, leaf: Packed) -> Any:
+    arrays, structure = jax.tree.flatten(leaf)
+    return place, structure, tuple((x.shape, x.dtype, x.sharding) for x in arrays)
+
+
 def _dense(leaf: Packed, dtype: str) -> jax.Array:
     return leaf.dense(dtype)
 
 
 @partial(jax.jit, static_argnums=2, donate_argnums=0, keep_unused=True)
-def _dense_into(old: jax.Array, leaf: Packed, dtype: str) -> jax.Array:
-    """``leaf`` as an array, in the memory of ``old``."""
+def _dense_into(
+    old: tuple[jax.Array, ...], leaves: tuple[Packed, ...], dtype: str
+) -> tuple[jax.Array, ...]:
+    """``leaves`` as arrays, in the memory of ``old``."""
     del old
-    return _dense(leaf, dtype)
+    return tuple(_dense(leaf, dtype) for leaf in leaves)
