@@ -54,9 +54,9 @@ def _files(root: Path) -> list[Path]:
 
 def evict(root: Path) -> None:
     """Drops the pages of all files under ``root`` from the page cache."""
+    os.sync()  # pages that are not written yet would stay
     for file in _files(root):
         handle = os.open(file, os.O_RDONLY)
-        os.fsync(handle)  # pages that are not written yet would stay
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(handle)
 
@@ -86,7 +86,8 @@ def read_bandwidth(root: Path) -> float:
     """Bytes per second of direct reads of the largest files under ``root``, about 1 GB in all."""
     sizes = {file: file.stat().st_size for file in _files(root)}
     # Small files tell of latency; of a small model, the large ones are read several times.
-    large = [file for file, size in sizes.items() if size >= max(sizes.values()) // 64]
+    least = max(sizes.values()) // 64
+    large = [file for file, size in sizes.items() if size >= least]
     with mmap.mmap(-1, _DIRECT_CALL) as buffer:
         buffer[:] = bytes(len(buffer))  # faults are no part of the disk's speed
         done, started = 0, time.perf_counter()

@@ -162,7 +162,7 @@ class Bench:
         _say(f"{_shown(limit)}: {config.name} {config.batch}x{config.num_batches} ...")
         try:
             with limited(limit, self.args.limit_by) as (prefix, state):
-                result = _result([*prefix, *self._command(config)], self.args.timeout)
+                result = result_of([*prefix, *self._command(config)], self.args.timeout)
         except RuntimeError as error:
             result, state = {"failed": str(error)}, {}
         if "skipped" in result:
@@ -265,8 +265,8 @@ def _row(r: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _result(command: list[str], timeout: float) -> dict[str, Any]:
-    """The last line that a process prints, or why there is none."""
+def result_of(command: list[str], timeout: float) -> dict[str, Any]:
+    """The last line of JSON that a process prints, or why there is none."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         out, err = process.communicate(timeout=timeout)
@@ -274,8 +274,9 @@ def _result(command: list[str], timeout: float) -> dict[str, Any]:
         process.kill()
         process.communicate()
         return {"failed": f"no end within {timeout:.0f} s"}
-    if process.returncode == 0 and out.strip():
-        return json.loads(out.splitlines()[-1])
+    lines = [line for line in out.splitlines() if line.startswith("{")]
+    if process.returncode == 0 and lines:
+        return json.loads(lines[-1])
     if process.returncode in (-9, 137):
         return {"failed": "killed: more memory than is left"}
     return {"failed": " | ".join(err.strip().splitlines()[-2:]) or f"ended {process.returncode}"}
@@ -348,7 +349,7 @@ def _limit(text: str) -> int | None:
     raise argparse.ArgumentTypeError(f"{text!r}: none, or a number with {', '.join(UNITS)}")
 
 
-def _limits(text: str) -> list[int | None]:
+def limits_of(text: str) -> list[int | None]:
     return [_limit(part) for part in text.split(",")]
 
 
@@ -405,7 +406,7 @@ def parse() -> argparse.Namespace:
     add("--throttle", type=float, default=0.0, help="ours: bytes per second of its disk tier")
     add("--disk-mode", default="auto", help="how ours reads: auto, mapped, direct, tensorstore")
     add("--chunk-positions", type=int, default=16, help="of ours, of the cache on disk")
-    add("--limit", type=_limits, default=[None, *_limits("2GiB,4GiB")], metavar="none,2GiB,...")
+    add("--limit", type=limits_of, default=[None, *limits_of("2GiB,4GiB")], metavar="none,2GiB,...")
     add("--limit-by", choices=("auto", "systemd", "balloon"), default="auto")
     add("--no-compute-alone", action="store_true", help="leave the comparison with it out")
     add("--only", type=lambda text: text.split(","), metavar="NAME,NAME")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from machine import die_first, die_with, measured
 
 import flexgen_jax as fg
@@ -54,8 +55,15 @@ def _warm_up(
 
 def _prefill_end(llm: fg.LLM) -> float:
     """Seconds until the last batch has its first token."""
-    spans, head = llm.report.timeline.spans, llm.config.num_hidden_layers + 1
+    spans, head = llm.report.timeline.spans, len(llm.config.units) - 1
     return max(s.end for s in spans if s.op == "Compute" and s.layer == head and s.step == 0)
+
+
+def _split(percent: list[float] | None) -> fg.Split | None:
+    if percent is None:
+        return None
+    device, host = percent
+    return fg.Split(device=device, host=host, disk=100 - device - host)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -66,6 +74,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         weight_bits=args.weight_bits,
         cache_bits=args.cache_bits,
         attention_sparsity=args.sparsity,
+        experts=_split(args.experts_percent),
     )
 
     def slow(tier: fg.Tier, store: Any) -> Any:
@@ -77,14 +86,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             str(args.store),
             dtype=args.dtype,
             policy=policy,
+            schedule=args.schedule,
             offload_dir=str(args.scratch),
             disk=fg.DiskContext(mode=args.disk_mode, chunk_positions=args.chunk_positions),
             wrap_store=slow,
         )
 
-    prompts = [[2 + i % 97] * args.prompt_len for i in range(policy.block_size)]
+    # Drawn: tokens that are alike would choose the same experts.
+    drawn = np.random.default_rng(0).integers(2, 1000, (policy.block_size, args.prompt_len))
+    prompts = drawn.tolist()
     params = fg.SamplingParams(temperature=0.0, max_tokens=args.gen_len, ignore_eos=True)
-    _warm_up(make, prompts[: args.batch], params)
+    if args.warm_up:
+        _warm_up(make, prompts[: args.batch], params)
     gc.collect()  # its weights may hang in a cycle, and would count for the measured run
     # A new LLM: the old one maps files, and the pages of mapped files cannot be evicted.
     with make() as llm:
@@ -97,6 +110,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "prefill_seconds": round(prefill, 3),
         "decode_seconds": round(figures["seconds"] - prefill, 3),
         "compilations": report.compilations,
+        "compile_seconds": round(report.compile_seconds, 3),
         # What was asked of the disk tier; what the page cache served is not in read_nbytes.
         "disk_tier_nbytes": report.disk_bytes,
         "planned_disk_nbytes": [
@@ -114,6 +128,9 @@ def main() -> None:
     parser.add_argument("--store", type=Path, required=True)
     parser.add_argument("--scratch", type=Path, required=True, help="for cache and hidden states")
     parser.add_argument("--percent", type=float, nargs=6, required=True)
+    parser.add_argument("--experts-percent", type=float, nargs=2)
+    parser.add_argument("--schedule", default="zigzag")
+    parser.add_argument("--no-warm-up", dest="warm_up", action="store_false")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--num-batches", type=int, default=1)

@@ -102,6 +102,52 @@ def refill(records: list[dict]) -> str:
     return f"{note}\n\n{table(header, rows)}"
 
 
+def experts(records: list[dict]) -> str:
+    """Of each model; ours beside what the same block takes in memory, and what reading takes."""
+    parts = []
+    for model, gen_len in dict.fromkeys((r["model"], r["gen_len"]) for r in records):
+        own = [r for r in records if r["model"] == model and r["gen_len"] == gen_len]
+        alone = {(r["batch"], r["num_batches"]): r for r in own if r["kind"] == "compute"}
+        runs = [r for r in own if r["kind"] == "run"]
+        if not runs:
+            continue
+        bits = f"{runs[0]['weight_bits']} bits" if runs[0]["weight_bits"] else "bfloat16"
+        machine = next(r for r in own if r["kind"] == "machine")
+        note = (
+            f"{model}, {bits}, prompt {runs[0]['prompt_len']}, {gen_len} generated, "
+            f"{machine['cores']} CPU cores, one run each. Experts on disk, what all tokens use in "
+            f"memory; compiling left out. {machine['limit_note'] or ''}"
+        ).rstrip()
+        header = ("memory", "", "rows", "tokens/s", "prefill", "decode", "compute alone")
+        header += ("I/O alone", "ratio", "experts read", "planned")
+        rows = [_experts_row(r, alone.get((r["batch"], r["num_batches"]))) for r in runs]
+        parts.append(f"{note}\n\n{table(header, rows)}")
+    return "\n\n".join(parts)
+
+
+def _experts_row(r: dict, alone: dict | None) -> tuple[str, ...]:
+    limit = r["limit_nbytes"]
+    computed, read, ratio = "", "", ""
+    if "io_alone_seconds" in r:
+        read = f"{r['io_alone_seconds']:.1f} s"
+    if alone and read:
+        computed = f"{alone['seconds']:.1f} s"
+        ratio = f"{r['seconds'] / max(alone['seconds'], r['io_alone_seconds']):.2f}"
+    shares = ("experts_share", "experts_share_planned")
+    return (
+        "all" if limit is None else f"{limit / 2**30:g} GiB",
+        r["name"],
+        f"{r['batch']} x {r['num_batches']}",
+        f"{r['tokens_per_second']:.2f}",
+        f"{r['prefill_seconds']:.1f} s",
+        f"{r['decode_seconds']:.1f} s",
+        computed,
+        read,
+        ratio,
+        *(f"{r[n]:.0%}" if n in r else "" for n in shares),
+    )
+
+
 def long_prompt(records: list[dict]) -> str:
     rows = [
         (
@@ -404,6 +450,7 @@ TARGETS: dict[str, dict[str, Callable[[list[dict]], str]]] = {
         "startup": startup,
     },
     "docs/throughput.md": {"growth": growth},
+    "docs/experts.md": {"experts": experts},
     "docs/scaling.md": {"stages": stages},
     "docs/planning.md": {"paper": paper, "predict": predict, "auto": auto},
     "docs/compression.md": {"quality": quality, "compressed": compressed_speed},
