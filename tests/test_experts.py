@@ -87,6 +87,26 @@ def test_the_same_bits_in_any_order(variant, schedule, policy, store_of):
     equal_bits(same, bits)
 
 
+def test_the_policys_block_decides_the_tiles_of_decode_steps(store_of, monkeypatch):
+    """Not what a schedule puts together, nor what is left of a block: the bits stay the same."""
+    taken = set()
+    dealt = routing.tiles
+
+    def noted(chosen, gates, *, tile, **more):
+        taken.add(tile)
+        return dealt(chosen, gates, tile=tile, **more)
+
+    monkeypatch.setattr(routing, "tiles", noted)
+    shape = {"device_batch_size": 32, "num_device_batches": 4, "max_tokens": 3}
+    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(100)]
+    tokens, bits, _ = run(store_of("qwen3_moe"), prompts, **shape)
+    assert taken == {32, 128}  # 128 rows of three choices among eight experts; and prompts
+    again, same, _ = run(store_of("qwen3_moe"), prompts, "row_by_row", weights=DISK, **shape)
+    assert taken == {32, 128}
+    assert again == tokens
+    equal_bits(same, bits)
+
+
 splits = st.sampled_from([DISK, HOST, MIXED, fg.Split(device=60, host=0, disk=40)])
 
 

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 import flexgen_jax as fg
 from flexgen_jax.cli.app import main
 from flexgen_jax.models.registry import preset
+from flexgen_jax.planning.expert_tiles import decode_tile
 from flexgen_jax.planning.stage_layout import place_stages
 from flexgen_jax.weights.weight_format import WeightFormat
 from scheduling.sizes import ExpertSizes
@@ -50,6 +51,11 @@ def test_rows_of_tiles_are_those_of_random_choices(tokens, tile):
     assert mean * 0.999 <= rows <= mean + tile
     if tile == 1:
         assert rows == pytest.approx(mean, rel=1e-2, abs=1)
+
+
+def test_tiles_of_decode_steps_are_at_most_what_chooses_an_expert_on_average():
+    sizes = {rows: decode_tile(rows, 8, 128) for rows in (1, 256, 511, 512, 1024, 2048, 10**6)}
+    assert sizes == {1: 16, 256: 16, 511: 16, 512: 32, 1024: 64, 2048: 128, 10**6: 128}
 
 
 def planned(model, *arguments):

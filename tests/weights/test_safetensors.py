@@ -62,7 +62,7 @@ def test_a_sound_file(tmp_path):
         (b" " + json.dumps(GOOD).encode(), "does not begin with"),
         (json.dumps(GOOD).encode("utf-16"), "codec"),
         (b'{"a": ' + b"[" * 200_000, "more parts than tensors"),
-        (b'{"a": ' + b"[" * 9_000 + b" " * 200_000, "nested too deeply|Expecting value"),
+        (b'{"a": ' + b"[" * 30_000 + b" " * 500_000, "nested too deeply"),
         (b'{"a": ' + b"9" * 5000 + b"}", "not a safetensors file"),
     ],
 )
