@@ -116,7 +116,7 @@ def experts(records: list[dict]) -> str:
         note = (
             f"{model}, {bits}, prompt {runs[0]['prompt_len']}, {gen_len} generated, "
             f"{machine['cores']} CPU cores, one run each. Experts on disk, what all tokens use in "
-            f"memory; compiling left out. {machine['limit_note'] or ''}"
+            f"memory. Compiling is left out of tokens/s. {machine['limit_note'] or ''}"
         ).rstrip()
         header = ("memory", "", "rows", "tokens/s", "prefill", "decode", "compute alone")
         header += ("I/O alone", "ratio", "experts read", "planned")

@@ -7,7 +7,7 @@ block decides of decode steps, whatever is left of it; a batch's prompts decide 
 
 from __future__ import annotations
 
-# Measured with AVX-512 and AMX: 16 rows take as long as 9, and 128 half as long as 8 times 16.
+# Measured with AVX-512 and AMX: 16 rows take as long as 9, and 128 a quarter of 8 times 16.
 SMALLEST, PROMPT_TILE = 16, 128
 _SIZES = (128, 64, 32)
 _ENOUGH = 8  # rows of a batch for an expert, on average: a block has several batches
