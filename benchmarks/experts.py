@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -170,7 +169,6 @@ def main() -> None:
         bench = Bench(args, out)
         machine = {
             "cores": os.cpu_count(),
-            "kernel": platform.release(),
             "limit_note": limit_note(args.limit_by) if any(args.limit) else None,
         }
         bench.record("machine", machine)
