@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from flexgen_jax.models.opt import OPTConfig
     from flexgen_jax.models.registry import load_config
     from flexgen_jax.planning.lengths import Lengths
+    from flexgen_jax.planning.plan_tables import PlanRow, plan_machines, plan_sweep
     from flexgen_jax.planning.plans import Plan, plan
     from flexgen_jax.report import Report
     from flexgen_jax.requests.outputs import CompletionOutput, Logprob, RequestOutput
@@ -56,6 +57,7 @@ __all__ = [
     "OPTConfig",
     "Perplexity",
     "Plan",
+    "PlanRow",
     "Policy",
     "ProcessError",
     "Report",
@@ -79,6 +81,8 @@ __all__ = [
     "open_store",
     "perplexity",
     "plan",
+    "plan_machines",
+    "plan_sweep",
     "save_params",
     "simulate",
     "validate",
@@ -106,6 +110,9 @@ _HOME = {
     "Plan": "flexgen_jax.planning.plans",
     "plan": "flexgen_jax.planning.plans",
     "Hardware": "scheduling.hardware",
+    "PlanRow": "flexgen_jax.planning.plan_tables",
+    "plan_machines": "flexgen_jax.planning.plan_tables",
+    "plan_sweep": "flexgen_jax.planning.plan_tables",
     "simulate": "scheduling.simulate",
     "Report": "flexgen_jax.report",
     "ProcessError": "flexgen_jax.distributed.processes",

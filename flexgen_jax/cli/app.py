@@ -11,7 +11,7 @@ import click
 
 from flexgen_jax import logs
 from flexgen_jax._version import __version__
-from flexgen_jax.cli import bus_errors
+from flexgen_jax.cli import bus_errors, profile_command
 from flexgen_jax.cli import checkup as cli_doctor
 from flexgen_jax.cli import completion as cli_completion
 from flexgen_jax.cli import plan_commands as cli_plan
@@ -529,7 +529,7 @@ for command in (
     cli_scores.compare,
     cli_plan.plan,
     cli_plan.simulate,
-    cli_plan.profile,
+    profile_command.profile,
     cli_doctor.doctor,
     cli_verify.verify,
     cli_completion.completion,

@@ -4,102 +4,215 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from flexgen_jax.cli.failures import Failure, plain_errors, say
-from flexgen_jax.cli.llm_options import DTYPES, lengths_option, schedule_option
-from flexgen_jax.cli.pictures import check_pictures, check_replaceable, force_option, write_pictures
-from flexgen_jax.cli.policy_options import NAMES, allowed, policy_options, read_policy
+from flexgen_jax.cli.llm_options import lengths_option
+from flexgen_jax.cli.pictures import write_pictures
+from flexgen_jax.cli.plan_options import arguments, plan_options, planned
 
 if TYPE_CHECKING:
-    from flexgen_jax.planning.forecast import Forecast
     from flexgen_jax.planning.plans import Plan
-    from scheduling.hardware import Hardware
-    from scheduling.policy import Policy
     from scheduling.timeline import Timeline
 
-_BEFORE = [
-    click.option(
-        "--model", required=True, help="A preset, or a config.json or directory that has one."
-    ),
-    click.option("--prompt-len", type=int, required=True, help="Tokens of each prompt."),
-    click.option(
-        "--gen-len",
-        "--max-tokens",
-        type=int,
-        default=32,
-        show_default=True,
-        help="How many new tokens each prompt gets.",
-    ),
-    click.option(
-        "--hardware",
-        required=True,
-        metavar="NAME|FILE",
-        help="The machine: a preset (t4, laptop, h200), or a JSON file of 'profile'.",
-    ),
-    click.option(
-        "--hosts",
-        "num_hosts",
-        type=int,
-        default=1,
-        show_default=True,
-        help="How many machines like --hardware the stages are spread over.",
-    ),
-]
-_AFTER = [
-    schedule_option,
-    click.option(
-        "--dtype",
-        type=DTYPES,
-        default="auto",
-        show_default=True,
-        help="Dtype of the computation. auto: the model's; bfloat16 for a preset.",
-    ),
-    click.option(
-        "--trace",
-        type=click.Path(path_type=Path),
-        help="Write a Perfetto trace to this file. [default: none]",
-    ),
-    click.option(
-        "--plot",
-        type=click.Path(path_type=Path),
-        help="Draw the timeline to this file (.png, .svg). [default: none]",
-    ),
-    force_option,
-    click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON on stdout."),
-]
 
-
-def _options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in reversed(_AFTER):
-        command = option(command)
-    command = policy_options(command)
-    for option in reversed(_BEFORE):
-        command = option(command)
-    return command
+def _lengths(context: click.Context, option: click.Parameter, text: str) -> tuple[int, ...]:
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise click.BadParameter(f"expected positive numbers such as 32,128,512, got {text!r}")
+    return tuple(dict.fromkeys(found))
 
 
 @click.command()
-@_options
+@plan_options(required=False)
 @lengths_option
-def plan(**options: Any) -> None:
-    """Predict a block: placement, time and memory, without weights or an accelerator."""
+@click.option(
+    "--requests",
+    type=click.IntRange(min=1),
+    help="How many prompts the job has: its time is told, and blocks are no larger than it. "
+    "[default: a long job, and the time of 1,000 prompts]",
+)
+@click.option(
+    "--compare-hardware",
+    "comparing",
+    is_flag=True,
+    help="Compare the machines that are listed after it, presets or files as --hardware takes "
+    "them: a row for each.",
+)
+@click.option(
+    "--sweep",
+    is_flag=True,
+    help="Plan for several lengths of prompts and outputs: a row for each pair that the model has "
+    "positions for.",
+)
+@click.option(
+    "--sweep-prompt-lens",
+    callback=_lengths,
+    default="32,128,512,2048",
+    show_default=True,
+    metavar="N,N,...",
+    help="Lengths of prompts for --sweep.",
+)
+@click.option(
+    "--sweep-gen-lens",
+    callback=_lengths,
+    default="32,128,512",
+    show_default=True,
+    metavar="N,N,...",
+    help="Numbers of new tokens for --sweep.",
+)
+@click.argument("machines", nargs=-1, metavar="[MACHINE]...")
+@click.pass_context
+def plan(context: click.Context, /, **options: Any) -> None:
+    """Predict a block: does it fit, how fast is it, what limits it, what would help.
+
+    Needs neither weights nor an accelerator. The first lines answer, the others have the details.
+
+    \b
+    flexgen-jax plan --model facebook/opt-30b --hardware t4 --prompt-len 512
+    flexgen-jax plan --model facebook/opt-30b --prompt-len 512 --compare-hardware t4 h200 mine.json
+    flexgen-jax plan --model facebook/opt-30b --hardware t4 --sweep
+    """
     with plain_errors():
-        found = _plan(options, help_wanted=True)
-        if options["trace"] or options["plot"]:
-            write_pictures([found.timeline], options["trace"], options["plot"], say)
-        if options["as_json"]:
-            click.echo(json.dumps(found.to_json(), indent=2, allow_nan=False))
+        given = {
+            name
+            for name in options
+            if context.get_parameter_source(name) not in (None, ParameterSource.DEFAULT)
+        }
+        _check(options, given)
+        if options["comparing"]:
+            _compare(options)
+        elif options["sweep"]:
+            _sweep(options)
         else:
-            click.echo(_described(found))
+            _one(options)
+
+
+def _check(options: dict[str, Any], given: set[str]) -> None:
+    """Refuses options that do not go together, and says what to give.
+
+    Args:
+        given: The names of those that were.
+    """
+    comparing, sweep, machines = options["comparing"], options["sweep"], options["machines"]
+    if machines and not comparing:
+        raise Failure(
+            f"{machines[0]!r} is not an option: machines are listed after --compare-hardware, and "
+            "one alone is given as --hardware NAME"
+        )
+    if comparing and not machines:
+        raise Failure("--compare-hardware: list machines after it, such as t4 h200 mine.json")
+    if comparing and sweep:
+        raise Failure(
+            "--compare-hardware and --sweep exclude each other: compare machines at one "
+            "--prompt-len, or sweep lengths on one --hardware"
+        )
+    if comparing and "hardware" in given:
+        raise Failure("--hardware: with --compare-hardware list all machines after that")
+    if not comparing and "hardware" not in given:
+        raise Failure("give --hardware NAME|FILE, or --compare-hardware and several of them")
+    if sweep and (names := {"prompt_len", "gen_len"} & given):
+        option = "--" + sorted(names)[0].replace("_", "-")
+        raise Failure(f"{option}: with --sweep give --sweep-prompt-lens and --sweep-gen-lens")
+    if not sweep and "prompt_len" not in given:
+        raise Failure("give --prompt-len N, or --sweep for several")
+    if not sweep and (names := {"sweep_prompt_lens", "sweep_gen_lens"} & given):
+        option = "--" + sorted(names)[0].replace("_", "-")
+        raise Failure(f"{option} goes with --sweep: add that, or leave it out")
+    if sweep and "lengths" in given:
+        raise Failure("--lengths are of one --gen-len: leave them or --sweep out")
+    if (comparing or sweep) and (options["trace"] or options["plot"]):
+        which = "--sweep" if sweep else "--compare-hardware"
+        raise Failure(f"--trace and --plot show one plan: leave them or {which} out")
+
+
+def _one(options: dict[str, Any]) -> None:
+    from flexgen_jax.cli.plan_words import described
+    from flexgen_jax.planning.remedies import DoesNotFitError
+
+    try:
+        found = planned(options, help_wanted=True, requests=options["requests"])
+    except DoesNotFitError as error:
+        if options["as_json"]:
+            click.echo(json.dumps(error.to_json(), indent=2, allow_nan=False))
+        raise
+    if options["trace"] or options["plot"]:
+        write_pictures([found.timeline], options["trace"], options["plot"], say)
+    if options["as_json"]:
+        click.echo(json.dumps(found.to_json(), indent=2, allow_nan=False))
+    else:
+        click.echo(described(found))
+
+
+def _compare(options: dict[str, Any]) -> None:
+    from flexgen_jax import progress
+    from flexgen_jax.cli.plan_words import compared
+    from flexgen_jax.planning.plan_tables import plan_machines, ratios_to_first
+    from scheduling.hardware import Hardware
+
+    names = options["machines"]
+    machines = [Hardware.load(name) for name in names]
+    asked = arguments(options)
+    with progress.count(len(names), "planning", "machines", quiet=options["as_json"]) as bar:
+        rows = plan_machines(
+            hardware=machines,
+            prompt_len=options["prompt_len"],
+            gen_len=options["gen_len"],
+            requests=options["requests"],
+            on_plan=bar,
+            **asked,
+        )
+    found = list(zip(names, rows, strict=True))
+    if not options["as_json"]:
+        click.echo(compared(found))
+        return
+    ratios = ratios_to_first(rows)
+    table = [
+        {"machine": name, **row.to_json(), "ratio": ratio}
+        for (name, row), ratio in zip(found, ratios, strict=True)
+    ]
+    click.echo(json.dumps({"machines": table}, indent=2, allow_nan=False))
+
+
+def _sweep(options: dict[str, Any]) -> None:
+    from flexgen_jax import progress
+    from flexgen_jax.cli.plan_words import swept
+    from flexgen_jax.planning.plan_tables import pairs_within, plan_sweep
+    from scheduling.hardware import Hardware
+
+    prompts, news = options["sweep_prompt_lens"], options["sweep_gen_lens"]
+    pairs = pairs_within(options["model"], prompts, news)
+    left_out = [[p, n] for p in prompts for n in news if (p, n) not in pairs]
+    hardware, asked = Hardware.load(options["hardware"]), arguments(options)
+    del asked["lengths"]
+    with progress.count(len(pairs), "planning", "plans", quiet=options["as_json"]) as bar:
+        rows = plan_sweep(
+            hardware=hardware,
+            prompt_lens=prompts,
+            gen_lens=news,
+            requests=options["requests"],
+            on_plan=bar,
+            **asked,
+        )
+    if options["as_json"]:
+        table = {"sweep": [row.to_json() for row in rows], "left_out": left_out}
+        click.echo(json.dumps(table, indent=2, allow_nan=False))
+        return
+    click.echo(swept(rows))
+    if left_out:
+        pairs_left = ", ".join(f"{p} + {n}" for p, n in left_out)
+        click.echo(f"left out, beyond the model's positions: {pairs_left}")
 
 
 @click.command()
-@_options
+@plan_options(required=True)
 @lengths_option
 @click.option(
     "--requests",
@@ -127,7 +240,7 @@ def simulate(others: tuple[str, ...], requests: int | None, **options: Any) -> N
         for name in names:
             # The others run with the policy of the first, also where that was searched for.
             policy = plans[0].policy if plans else None
-            plans.append(_plan({**options, "schedule": name}, policy=policy))
+            plans.append(planned({**options, "schedule": name}, policy=policy))
         lengths = options["lengths"]
         runs = [_simulated(found, lengths, requests) for found in plans]
         timelines = [run.timeline for run in runs]
@@ -201,225 +314,3 @@ def _streams(timeline: Timeline) -> list[str]:
             f"  {stream:13s} {figures['busy_seconds']:10.2f} s  {figures['share']:6.1%}{waited}"
         )
     return lines
-
-
-@click.command()
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    help="The JSON file to write. [default: where 'auto' looks for this machine's]",
-)
-@click.option(
-    "--calibrate",
-    "reports",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    metavar="REPORT",
-    help="Do not measure, but fit the figures to a run: a file with what 'generate --json' "
-    "printed. "
-    "Repeatable. [default: none]",
-)
-@click.option(
-    "--hardware",
-    "start",
-    metavar="NAME|FILE",
-    help="The machine whose figures are fitted. [default: this machine]",
-)
-@click.option(
-    "--offload-dir",
-    type=click.Path(path_type=Path),
-    default=Path(),
-    help="A directory on the disk to measure. [default: the current directory]",
-)
-@click.option(
-    "--dtype",
-    type=DTYPES,
-    default="auto",
-    show_default=True,
-    help="Dtype of the computation. auto: bfloat16.",
-)
-@click.option(
-    "--repeats",
-    type=click.IntRange(min=1),
-    default=5,
-    show_default=True,
-    help="How many times each figure is measured.",
-)
-@force_option
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON on stdout too.")
-def profile(
-    output: Path | None,
-    reports: tuple[Path, ...],
-    start: str | None,
-    offload_dir: Path,
-    dtype: str,
-    repeats: int,
-    force: bool,
-    as_json: bool,
-) -> None:
-    """Measure this machine: disk, links, arithmetic, memory. Takes about a minute.
-
-    Runs on this machine use what it keeps, for --policy auto and for predictions.
-    """
-    with plain_errors():
-        from flexgen_jax.machine.kept_programs import keep_programs
-        from flexgen_jax.machine.profile import profile as measure
-        from flexgen_jax.machine.this_machine import profile_path, save, this_machine
-        from flexgen_jax.weights.checkpoint import dtype_of_model
-        from scheduling.hardware import Hardware
-
-        keep_programs()
-        dtype = dtype_of_model("", dtype)
-        path = output or profile_path(dtype)
-        if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
-            raise Failure(f"cannot write {output}: it is a directory, or its directory is missing")
-        if output is not None:
-            check_replaceable(output, _is_profile, force=force)
-        if reports:
-            known = Hardware.load(start) if start else this_machine(dtype)
-            hardware = _calibrated(known, reports)
-        elif start:
-            raise Failure("--hardware goes with --calibrate: measuring starts from nothing")
-        else:
-            hardware = measure(offload_dir, dtype=dtype, repeats=repeats, say=say)
-        save(hardware, path)
-        say(f"{hardware.name}: {path}")
-        if as_json:
-            click.echo(json.dumps(hardware.to_json(), indent=2, allow_nan=False))
-
-
-def _is_profile(path: Path) -> bool:
-    from scheduling.hardware import Hardware
-
-    try:
-        Hardware.load(str(path))
-    except (ValueError, OSError):
-        return False
-    return True
-
-
-def _calibrated(hardware: Hardware, reports: tuple[Path, ...]) -> Hardware:
-    from scheduling.calibrate import Observation, calibrated, factors
-    from storage.json_text import read_json
-
-    rows = []
-    for path in reports:
-        try:
-            values = read_json(path)
-            rows += [Observation.from_json(row) for row in values["observations"]]
-            predicted_for = values["hardware"]
-        except OSError as error:
-            raise Failure(f"cannot read {path}: {error.strerror}") from error
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise Failure(
-                f"{path} is not a report: expected what 'generate --json' prints ({error})"
-            ) from error
-        if predicted_for != hardware.name:
-            raise Failure(
-                f"{path} was predicted for {predicted_for!r}, not for {hardware.name!r}: "
-                "give that with --hardware"
-            )
-    for name, factor in factors(rows).items():
-        say(f"{name}: {factor:.2f} times as long as predicted")
-    return calibrated(hardware, rows)
-
-
-def _plan(
-    options: dict[str, Any], *, policy: Policy | None = None, help_wanted: bool = False
-) -> Plan:
-    """What the options ask for.
-
-    Args:
-        policy: Instead of theirs.
-    """
-    from flexgen_jax.planning.plans import plan
-    from scheduling.hardware import Hardware
-
-    chosen, changes = read_policy({name: options[name] for name in NAMES})
-    allow = allowed(options["allow"])
-    if policy is not None:
-        chosen, changes, allow = policy, {}, ()
-    elif chosen != "auto":
-        if allow:
-            raise Failure("--allow is for --policy auto: it searches; --percent says it all")
-        chosen, changes = dataclasses.replace(chosen, **changes), {}
-    check_pictures(options["trace"], options["plot"], force=options["force"])
-    return plan(
-        options["model"],
-        chosen,
-        Hardware.load(options["hardware"]),
-        prompt_len=options["prompt_len"],
-        gen_len=options["gen_len"],
-        schedule=options["schedule"],
-        dtype=options["dtype"],
-        fixed=changes,
-        allow=allow,
-        help_wanted=help_wanted,
-        num_hosts=options["num_hosts"],
-        lengths=options.get("lengths"),
-    )
-
-
-def _stages(found: Plan) -> str:
-    parts = []
-    for number, stage in enumerate(found.stages):
-        shares = ""
-        if "busy" in stage:
-            shares = f", computing {stage['busy']:.0%}, bubbles {stage['bubble']:.0%}"
-        first, count = stage["first_layer"], stage["num_layers"]
-        parts.append(f"  stage {number}: layers {first} to {first + count - 1}{shares}")
-    groups = len(found.workload.groups())
-    head = f"{found.workload.num_stages} stages, the batches in {groups} groups:"
-    return "\n".join([head, *parts])
-
-
-def _expected(forecasts: tuple[Forecast, ...]) -> str:
-    first = forecasts[0]
-    mean = first.tokens / first.requests
-    lines = [f"expected of {first.requests} requests with {mean:.1f} new tokens on average:"]
-    for found in forecasts:
-        lines.append(
-            f"  with{'' if found.refill else 'out'} refill {found.tokens_per_second:.2f} tokens/s, "
-            f"{found.seconds:.1f} s; {found.occupancy:.0%} of the computed rows are of use, and "
-            f"the {found.passes} passes over the weights are {found.passes_over_ideal:.2f} times "
-            "those of ideal refill"
-        )
-    return "\n".join(lines)
-
-
-def _described(found: Plan) -> str:
-    from flexgen_jax.planning.planner import described
-    from scheduling.cost_model import bound
-
-    policy = found.policy
-    name, least = bound(found.lower_bound)
-    seconds = found.seconds
-    peak = ", ".join(f"{t.value} {n / 1e9:.1f} GB" for t, n in found.peak_bytes.items())
-    peak += f"; computing takes {found.workspace_bytes / 1e9:.2f} GB of the device on top"
-    rate, prefill = found.tokens_per_second, found.prefill_seconds
-    shape = f"{policy.device_batch_size} x {policy.num_device_batches}"
-    times = (
-        f"{seconds:.1f} s, of which prefill {prefill:.1f} s and decode {seconds - prefill:.1f} s"
-    )
-    floor = f"no schedule of this block takes less than {least:.1f} s ({name})"
-    lines = [
-        f"on {found.hardware.name}",
-        f"block of {shape}, schedule {found.schedule}",
-        *described(found.placement),
-        f"predicted: {rate:.2f} tokens/s; {times}",
-        f"{floor}: {least / seconds:.0%} of the prediction",
-        f"peak: {peak}",
-    ]
-    if found.expected:
-        lines.insert(-2, _expected(found.expected))
-    if policy.num_stages > 1:
-        lines.insert(2, _stages(found))
-    if found.why:
-        lines.insert(2, f"chosen: {found.why}")
-    helps = [f"{name} ({gain:.2f} x)" for name, gain in found.would_help.items()]
-    if helps:
-        lines.append("what would help: " + ", ".join(helps[:4]))
-    if found.misfits:
-        lines.append("does not fit: " + "; ".join(found.misfits))
-    return "\n".join(lines)

@@ -13,7 +13,8 @@ from typing import Any, Literal
 from flexgen_jax.arguments import expect, expect_names
 from flexgen_jax.models.family import Config
 from flexgen_jax.models.registry import load_config, preset
-from flexgen_jax.planning.auto import Auto, Model, Uniform
+from flexgen_jax.planning.answer import Answer, best_helps
+from flexgen_jax.planning.auto import Auto, Demand, Model, Uniform
 from flexgen_jax.planning.blocks import padded_length
 from flexgen_jax.planning.forecast import (
     Forecast,
@@ -25,10 +26,12 @@ from flexgen_jax.planning.forecast import (
 from flexgen_jax.planning.lengths import Lengths
 from flexgen_jax.planning.planner import Planner
 from flexgen_jax.planning.refilling import Life
+from flexgen_jax.planning.remedies import DoesNotFitError, remedies
 from flexgen_jax.planning.schedule_names import named_schedule
 from flexgen_jax.weights.checkpoint import dtype_of_model
 from flexgen_jax.weights.coded_leaves import planned_format
 from scheduling.advice import advice
+from scheduling.busy import busy
 from scheduling.cost_model import CostModel, bound
 from scheduling.estimate import estimate
 from scheduling.hardware import Hardware
@@ -39,6 +42,7 @@ from scheduling.policy import Policy, Tier
 from scheduling.registered import is_ours
 from scheduling.reported import naming
 from scheduling.schedules import Schedule
+from scheduling.search import NothingFitsError
 from scheduling.simulate import simulate
 from scheduling.stages import hosts_of
 from scheduling.timeline import Timeline
@@ -46,6 +50,8 @@ from scheduling.workload import Workload
 
 # Computations of a block up to which each is simulated: some seconds' worth.
 _SIMULATED = 30_000
+REQUESTS = 1000  # of the job whose time is told, where none is given
+_MOST_SEARCHED_FOR = 8192  # requests; no block has as many
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +69,7 @@ class Plan:
         why: Of the policy, where it was searched for.
         would_help: What would, and how many times the throughput it gives, estimated.
         expected: Where lengths are known: what a job of many blocks takes, refilled and not.
+        requests: Of the job that :attr:`answer` is about.
     """
 
     policy: Policy
@@ -80,6 +87,7 @@ class Plan:
     why: str | None = None
     would_help: dict[str, float] = dataclasses.field(default_factory=dict)
     expected: tuple[Forecast, ...] = ()
+    requests: int = REQUESTS
 
     @property
     def generated_tokens(self) -> int:
@@ -140,24 +148,73 @@ class Plan:
         """Of both phases."""
         return highest(self.peak)
 
-    @property
-    def misfits(self) -> list[str]:
-        """What does not fit the machine, in words."""
+    @functools.cached_property
+    def short_bytes(self) -> dict[str, float]:
+        """What is missing, by tier; ``memory`` where device and host are one. Empty: it fits."""
         needed = self.peak_bytes
         needed[Tier.DEVICE] += self.workspace_bytes
         limits = Limits.of(self.hardware)
         names = {tier: tier.value for tier in Tier}
         if limits.shared:
             names[Tier.DEVICE] = "memory"
-        return [
-            f"{names[tier]}: {nbytes / 1e9:.1f} GB too much"
-            for tier, nbytes in limits.exceeded(needed).items()
-        ]
+        return {names[tier]: nbytes for tier, nbytes in limits.exceeded(needed).items()}
+
+    @property
+    def misfits(self) -> list[str]:
+        """What does not fit the machine, in words."""
+        return [f"{tier}: {n / 1e9:.1f} GB too much" for tier, n in self.short_bytes.items()]
+
+    @functools.cached_property
+    def answer(self) -> Answer:
+        """What a person asks: does it fit, how fast is it, what limits it, what would help."""
+        found = busy(self.planner.order, self.workload, self.hardware)
+        limit, seconds = found.busiest()
+        to_buy, to_allow = best_helps(self.would_help)
+        return Answer(
+            fits=not self.short_bytes,
+            short_bytes=self.short_bytes,
+            where={
+                kind: {t.value: placed.percent(t) for t in Tier if placed.nbytes(t)}
+                for kind, placed in self.placement.items()
+                if placed.cells
+            },
+            tokens_per_second=self._rate,
+            requests=self.requests,
+            seconds=self._job_seconds,
+            limit=limit,
+            share=min(1.0, seconds / self.seconds),
+            to_buy=to_buy,
+            to_allow=to_allow,
+        )
+
+    @property
+    def _as_run(self) -> Forecast | None:
+        return next((f for f in self.expected if f.refill == self.policy.refill), None)
+
+    @property
+    def _rate(self) -> float:
+        expected = self._as_run
+        return self.tokens_per_second if expected is None else expected.tokens_per_second
+
+    @property
+    def _job_seconds(self) -> float:
+        """Of :attr:`requests`: full blocks, and one of those who are left."""
+        expected = self._as_run
+        if expected is not None:
+            return expected.seconds * self.requests / expected.requests
+        blocks, rest = divmod(self.requests, self.policy.block_size)
+        if not rest:
+            return blocks * self.seconds
+        (block,) = self.planner.blocks(self.job.requests(rest))
+        last = _predicted(self.planner.order, self.planner.workload(block), self.hardware)
+        # Fewer rows never take longer than the block's.
+        return blocks * self.seconds + min(self.seconds, sum(last))
 
     def to_json(self) -> dict[str, Any]:
         """All figures but the spans."""
         name, seconds = bound(self.lower_bound)
         return {
+            "answer": self.answer.to_json(),
             "policy": self.policy.to_json(),
             "hardware": self.hardware.name,
             "schedule": self.schedule,
@@ -199,6 +256,7 @@ def plan(
     help_wanted: bool = False,
     num_hosts: int = 1,
     lengths: Lengths | str | os.PathLike[str] | Iterable[int] | None = None,
+    requests: int | None = None,
 ) -> Plan:
     """Predicts one full block.
 
@@ -218,9 +276,11 @@ def plan(
         num_hosts: Machines like ``hardware`` that the stages are spread over, as evenly as can be.
         lengths: New tokens of requests like those to come, as ``LLM`` takes them; none has more
             than ``gen_len``. None: all have as many.
+        requests: Of the job: ``"auto"`` chooses blocks that are no larger than it, and
+            ``Plan.answer`` has its time. None: a long job, and the time of 1,000.
 
     Raises:
-        NothingFitsError: no policy fits the hardware.
+        NothingFitsError: no policy fits the hardware; with ``help_wanted`` it says what would.
         ScheduleError: the schedule is wrong.
         ValueError: a model, lengths or a schedule that cannot be.
     """
@@ -231,6 +291,9 @@ def plan(
         expect(label, value, numbers.Integral, "an integer")
     expect_names("allow", allow)
     expect("fixed", fixed, Mapping, "a dict of a policy's fields", optional=True)
+    expect("requests", requests, numbers.Integral, "an integer", optional=True)
+    if requests is not None and requests < 1:
+        raise ValueError(f"requests must be 1 or more, got {requests}")
     if isinstance(hardware, str):
         hardware = Hardware.preset(hardware)
     assert isinstance(hardware, Hardware)
@@ -259,7 +322,7 @@ def plan(
     known_lengths = None if lengths is None else Lengths.of(lengths)
     with naming(name):
         return _planned(
-            known, policy, auto, (name, order), hardware, job, known_lengths, help_wanted
+            known, policy, auto, (name, order), hardware, job, known_lengths, help_wanted, requests
         )
 
 
@@ -272,11 +335,20 @@ def _planned(
     job: Uniform,
     lengths: Lengths | None,
     help_wanted: bool,
+    requests: int | None,
 ) -> Plan:
     limits, why = Limits.of(hardware), None
     name, order = schedule
     if auto is not None:
-        found = auto.choose(known, job, hardware, limits, schedule=order, lengths=lengths)
+        few = requests is not None and requests <= _MOST_SEARCHED_FOR
+        demand: Demand = job.requests(requests) if few and requests else job
+        try:
+            found = auto.choose(known, demand, hardware, limits, schedule=order, lengths=lengths)
+        except NothingFitsError as error:
+            if not help_wanted:
+                raise
+            would = remedies(known, job, hardware, limits, auto, order)
+            raise DoesNotFitError(str(error), would) from None
         policy, why = found.best.policy, found.why()
     planner = Planner(known, policy, name, order, hardware, why)
     (block,) = planner.blocks(job.requests(policy.block_size))
@@ -305,6 +377,7 @@ def _planned(
         why=why,
         would_help=helps,
         expected=() if lengths is None else _expected(planner, job, lengths),
+        requests=requests or REQUESTS,
     )
 
 
