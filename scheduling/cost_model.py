@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from scheduling.alike import alike
+from scheduling.alike import Kinds, alike
 from scheduling.hardware import Hardware
 from scheduling.ops import (
     Barrier,
@@ -79,6 +80,22 @@ class CostModel:
         """
         if isinstance(op, (FreeWeights, Barrier)):
             return ()
+        key = self.kinds.of(op), unpack
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = self._pieces(op, unpack)
+        return known
+
+    @functools.cached_property
+    def kinds(self) -> Kinds:
+        """Which of the ops cost the same: each kind is priced once."""
+        return Kinds(self.workload)
+
+    @functools.cached_property
+    def _known(self) -> dict[object, tuple[Piece, ...]]:
+        return {}
+
+    def _pieces(self, op: Any, unpack: bool) -> tuple[Piece, ...]:
         found: dict[str, float] = {}
         names = self._names[self.workload.stage_of(op.layer)] if self._names else None
         for _, resource, seconds in self.terms(op, unpack=unpack):
@@ -200,9 +217,9 @@ class CostModel:
         kept: dict[tuple[int, str], list[float]] = {}
         first = min(w.first_step(b) for b in range(w.num_batches))
         steps = w.num_steps - first
+        self._add_experts(first, add)
         for layer in range(w.num_layers):
             if w.has_experts(layer):
-                self._add_experts(layer, first, add)
                 continue
             load = self.pieces(LoadWeights(0, layer))
             add(load, steps)
@@ -211,7 +228,7 @@ class CostModel:
         for (_, resource), each in kept.items():
             spared = sum(sorted(each, reverse=True)[: w.weight_slots])
             total[resource] -= (steps - 1) * spared
-        for (layer, of), count in alike(w).items():
+        for (layer, of), count in alike(w, self.kinds).items():
             if of is None or w.has_experts(layer):
                 continue
             for step in range(w.first_step(of), sizes.batches[of].num_steps):
@@ -222,26 +239,29 @@ class CostModel:
                         add(self.pieces(LoadCache(step, layer, of)), count)
         return total
 
-    def _add_experts(
-        self, layer: int, first: int, add: Callable[[tuple[Piece, ...]], None]
-    ) -> None:
-        """Of a unit of experts what every schedule loads and computes, step by step."""
-        batches = range(self.workload.num_batches)
-        for step in range(first, self.workload.num_steps):
-            there = tuple(b for b in batches if self.workload.first_step(b) <= step)
-            tokens = self.sizes.tokens(LoadChosen(step, layer, there))
-            key = *tokens, self.sizes.matmul_flops[layer], *self.sizes.weights[layer].items()
-            if key not in self._of_experts:
-                ops: tuple[Op, ...] = (
-                    LoadChosen(step, layer, there),
-                    ComputeExperts(step, layer, there),
-                )
-                self._of_experts[key] = tuple(piece for op in ops for piece in self.pieces(op))
-            add(self._of_experts[key])
+    def _add_experts(self, first: int, add: Callable[[tuple[Piece, ...], float], None]) -> None:
+        """Of the units of experts what every schedule loads and computes, step by step."""
+        w = self.workload
+        units: dict[int, list[int]] = {}  # those that are alike
+        for layer in range(w.num_layers):
+            if w.has_experts(layer):
+                units.setdefault(self.kinds.weights[layer], []).append(layer)
+        if not units:
+            return
+        # Most steps are alike too: by how many tokens they have for the experts.
+        steps: dict[tuple[float, float], list[int]] = {}
+        for step in range(first, w.num_steps):
+            there = self._there(step)
+            steps.setdefault(self.sizes.tokens(LoadChosen(step, 0, there)), []).append(step)
+        for (step, *others), layers in itertools.product(steps.values(), units.values()):
+            for op in LoadChosen, ComputeExperts:
+                each = self.pieces(op(step, layers[0], self._there(step)))
+                add(each, (1 + len(others)) * len(layers))
 
-    @functools.cached_property
-    def _of_experts(self) -> dict[object, tuple[Piece, ...]]:
-        return {}
+    def _there(self, step: int) -> tuple[int, ...]:
+        """The batches that have begun by ``step``."""
+        batches = range(self.workload.num_batches)
+        return tuple(b for b in batches if self.workload.first_step(b) <= step)
 
 
 _LATENCIES = {Link.DISK_TO_HOST: "disk_read_latency", Link.HOST_TO_DISK: "disk_write_latency"}

@@ -51,6 +51,8 @@ class Stream(enum.Enum):
     HAND_OVER = "hand over"
     COMPUTE = "compute"
 
+    __hash__ = object.__hash__  # members are singletons; the enum's own is slow in Python
+
 
 _STREAMS: dict[type, Stream] = {
     LoadWeights: Stream.LOAD_WEIGHTS,

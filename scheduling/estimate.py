@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from scheduling.alike import alike
 from scheduling.cost_model import CostModel
-from scheduling.dependencies import Stream, stream_of
+from scheduling.dependencies import Issue, Stream, bind, stream_of
 from scheduling.hardware import Hardware
 from scheduling.ops import (
     Compute,
@@ -22,7 +22,8 @@ from scheduling.ops import (
     StoreCache,
     StoreHidden,
 )
-from scheduling.simulate import simulate
+from scheduling.reported import name_of, naming, reported
+from scheduling.simulate import Simulation
 from scheduling.workload import Workload
 
 Seconds = dict[str, float]
@@ -56,32 +57,51 @@ def shortened(workload: Workload, decode_steps: int) -> Workload:
     )
 
 
+Issues = Callable[[Workload], Iterable[Issue]]
+
+
+def bound_by(schedule: Callable[[Workload], Iterable[Op]]) -> Issues:
+    """What gives the issues of a schedule, named in its errors."""
+
+    def issues(workload: Workload) -> Iterator[Issue]:
+        ops = schedule(workload)
+        with naming(name_of(ops)):
+            yield from bind(reported(ops, workload), workload)
+
+    return issues
+
+
 def estimate(
     schedule: Callable[[Workload], Iterable[Op]],
     workload: Workload,
     hardware: Hardware,
     *,
     decode_steps: int = 3,
+    issues: Issues | None = None,
 ) -> tuple[float, float]:
     """Seconds of prefill and of decode, by simulating a few decode steps.
 
     What passes until a computation ends, since the one before it, is prefill's or decode's as the
     computation is.
 
+    Args:
+        issues: Of the schedule, where they are known; None: the schedule is asked for its ops.
+
     Raises:
         As ``simulate``.
     """
     short = shortened(workload, decode_steps)
-    spans = simulate(schedule(short), short, hardware).spans
     seconds = [0.0, 0.0]
-    before, phase = 0.0, 0
-    for end, step in sorted(
-        (s.end, s.step or 0) for s in spans if s.op in ("Compute", "ComputeExperts")
-    ):
-        phase = int(step > 0)
-        seconds[phase] += end - before
-        before = end
-    seconds[phase] += max((s.end for s in spans), default=0.0) - before
+    before = end = 0.0
+    phase = 0
+    bound = (issues or bound_by(schedule))(short)
+    for worked in Simulation(bound, short, hardware).run():
+        op, end = worked.issue.op, worked.end
+        if isinstance(op, (Compute, ComputeExperts)):
+            phase = int(op.step > 0)
+            seconds[phase] += end - before
+            before = end
+    seconds[phase] += end - before
     steps = short.num_steps - 1
     return seconds[0], seconds[1] * (workload.num_steps - 1) / steps if steps else 0.0
 
@@ -126,7 +146,7 @@ def lanes(workload: Workload, hardware: Hardware) -> dict[str, tuple[Seconds, Se
 
     steps = workload.num_steps - 1
     groups = len(workload.groups())
-    for (layer, number), count in alike(model).items():
+    for (layer, number), count in alike(model, costs.kinds).items():
         for step in (0, 1) if steps else (0,):
             if workload.has_experts(layer):
                 if number is None:

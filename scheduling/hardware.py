@@ -254,6 +254,29 @@ PRESETS: Mapping[str, Hardware] = {
         dequantize=5 * _GB,
         overhead=2e-4,
     ),
+    # NVIDIA's data sheet of the RTX A5000: 24 GB of GDDR6 at 768 GB/s, PCIe 4.0 x16. Of its tensor
+    # cores less than it has: half of what the smaller RTX A4000's data sheet gives (153.4 TFLOP/s
+    # with sparsity, so 76.7 dense); 16 rows are bound by reading at 80% of the memory's rate, and
+    # cached attention reads at half of it. The PCIe link, two channels of DDR4-3200 (51.2 GB/s) and
+    # an NVMe drive of PCIe 4.0 (6 of 7 GB/s, as the H200's here) at what such parts usually reach.
+    "a5000": Hardware(
+        name="NVIDIA RTX A5000 24 GB, PCIe 4.0, 64 GB host memory, NVMe SSD",
+        device_memory=24 * _GB,
+        host_memory=64 * _GB,
+        disk=2000 * _GB,
+        disk_to_host=6 * _GB,
+        host_to_device=24 * _GB,
+        device_to_host_cache=24 * _GB,
+        device_to_host_hidden=24 * _GB,
+        host_to_disk_cache=4 * _GB,
+        host_to_disk_hidden=4 * _GB,
+        matmul=((16, 10 * _T), (256, 36 * _T), (4096, 38 * _T)),
+        attention=20 * _T,
+        cached_attention=380 * _GB,
+        host_attention=40 * _GB,
+        dequantize=190 * _GB,
+        overhead=5e-5,
+    ),
     # NVIDIA's data sheet of the H200 (dense bfloat16, HBM3e), half of each as a rule; PCIe 5.0 x16
     # and a PCIe 4.0 NVMe drive at what such links usually reach.
     "h200": Hardware(

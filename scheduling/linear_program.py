@@ -8,6 +8,7 @@ so is what lies in each tier.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -86,6 +87,16 @@ class Program:
         found = {tier: lanes(workload, hardware) for tier, workload in pure.items()}
         if not policy.overlap:
             found = {tier: one_after_the_other(f) for tier, f in found.items()}
+        stages = range(pure[Tier.DEVICE].num_stages)
+        self.idle = sum(
+            transient_nbytes(pure[Tier.DEVICE], stage, shared=limits.shared) for stage in stages
+        )
+        self.slots: dict[tuple[str, Tier], int] = {}
+        for kind, tier in itertools.product(("weights", "experts"), TIERS):
+            for stage in stages:
+                those = self._weights(tier, of_experts=kind == "experts", stage=stage)
+                most = max((of.get(tier, 0) for of in those), default=0)
+                self.slots[kind, tier] = self.slots.get((kind, tier), 0) + most
         self._times(found)
 
     def _row(self) -> np.ndarray:
@@ -98,7 +109,8 @@ class Program:
         w = self.pure[tier]
         layers = range(w.num_layers) if stage is None else w.layers_of(stage)
         weights = _sizes(w).weights
-        return [weights[layer] for layer in layers if w.has_experts(layer) is of_experts]
+        units = w.experts.layers if w.experts is not None else frozenset()
+        return [weights[layer] for layer in layers if (layer in units) is of_experts]
 
     def _times(self, found: Mapping[Tier, Mapping[str, tuple[Seconds, Seconds]]]) -> None:
         rows, limits = [], []
@@ -144,9 +156,7 @@ class Program:
         for i, kind in enumerate(self.kinds):
             for j, row in enumerate((device, host, disk)):
                 row[3 * i + j] = self.nbytes[kind]
-        idle = sum(
-            transient_nbytes(pure[Tier.DEVICE], stage, shared=limits.shared) for stage in stages
-        )
+        idle = self.idle
         device[-1] = pure[Tier.DEVICE].weight_slots * _SCALE
         slots = []
         for kind in ("weights", "experts")[: 1 + ("experts" in self.kinds)]:
@@ -155,9 +165,7 @@ class Program:
             first = 3 * self.kinds.index(kind)
             for j, tier in enumerate(TIERS[1:], 1):
                 if not (limits.shared and tier is Tier.HOST):
-                    for stage in stages:
-                        those = self._weights(tier, of_experts=kind == "experts", stage=stage)
-                        slot[first + j] += max((of.get(tier, 0) for of in those), default=0)
+                    slot[first + j] += self.slots[kind, tier]
             slots.append(slot)
         host[5] = sum(
             cell.position_nbytes * sizes.chunk_positions

@@ -144,7 +144,10 @@ def transient_nbytes(workload: Workload, stage: int, *, shared: bool) -> int:
     """Bytes of slots and dense copies of a stage."""
     w, sizes = workload, sizes_of(workload)
     layers = w.layers_of(stage)
-    own = [(key[1], cell) for key, cell in sizes.cache.items() if key[0] in layers]
+    # Of cells that are alike, one.
+    own = {
+        (key[1], id(cell)): (key[1], cell) for key, cell in sizes.cache.items() if key[0] in layers
+    }.values()
     cells = [
         cell.position_nbytes * cell.kept(sizes.batches[number].capacity)
         for number, cell in own
@@ -155,10 +158,8 @@ def transient_nbytes(workload: Workload, stage: int, *, shared: bool) -> int:
         for batch in sizes.batches
         if batch.hidden_tier is Tier.DISK or (batch.hidden_tier is Tier.HOST and not shared)
     ]
-    weights = max(
-        by.get(Tier.DISK, 0) + (0 if shared else by.get(Tier.HOST, 0))
-        for by in (sizes.weights[layer] for layer in layers)
-    )
+    loads = {id(by): by for by in sizes.weights[layers.start : layers.stop]}.values()
+    weights = max(by.get(Tier.DISK, 0) + (0 if shared else by.get(Tier.HOST, 0)) for by in loads)
     unpacked = [
         cell.dense_nbytes * cell.kept(sizes.batches[number].capacity) for number, cell in own
     ]

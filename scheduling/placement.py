@@ -25,19 +25,26 @@ def place(sizes: Sequence[int], split: Split) -> list[Tier]:
     Raises:
         ValueError: a negative size.
     """
-    for nbytes in sizes:
-        if nbytes < 0:
-            raise ValueError(f"a cell cannot have {nbytes} bytes")
-    shares = {tier: share / 100 for tier, share in split.shares().items() if share > 0}
-    given = dict.fromkeys(shares, 0)
+    if sizes and min(sizes) < 0:
+        raise ValueError(f"a cell cannot have {min(sizes)} bytes")
+    tiers = [tier for tier, share in split.shares().items() if share > 0]
+    if len(tiers) == 1:
+        return tiers * len(sizes)
+    shares = [split.shares()[tier] / 100 for tier in tiers]
+    given = [0] * len(tiers)
+    places = range(1, len(tiers))
     total = 0
-    tiers = []
+    found = []
     for nbytes in sizes:
         total += nbytes
-        chosen = max(shares, key=lambda tier: shares[tier] * total - given[tier])
+        chosen, most = 0, shares[0] * total - given[0]
+        for place in places:
+            behind = shares[place] * total - given[place]
+            if behind > most:
+                chosen, most = place, behind
         given[chosen] += nbytes
-        tiers.append(chosen)
-    return tiers
+        found.append(tiers[chosen])
+    return found
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -8,17 +8,28 @@ solved again with less room.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from scheduling.estimate import Seconds, busiest, estimate, lanes, moving, one_after_the_other
+from scheduling.estimate import (
+    Seconds,
+    bound_by,
+    busiest,
+    estimate,
+    lanes,
+    moving,
+    one_after_the_other,
+)
+from scheduling.few_layers import few_layers
 from scheduling.hardware import Hardware
 from scheduling.limits import Limits
 from scheduling.linear_program import CONTENTION, SPLITS, Program, with_splits
 from scheduling.ops import Op
 from scheduling.peak import room_nbytes
 from scheduling.policy import Policy, Split, Tier
+from scheduling.registered import is_ours
 from scheduling.transforms import serialized
 from scheduling.workload import Workload
 
@@ -34,6 +45,8 @@ _BATCHES, _MOST_BATCHES = (1, 4, 16), 20
 _SIMULATED, _ALSO_SIMULATED = 3, 3
 _CLOSE = 1.03  # what an estimate may be off by
 _LARGE = 1000  # computations of a step
+_LAYERS = 12  # that are simulated
+_SHAPES = 16  # whose issues are kept
 _TRIES = 10
 _STEPS = (0, 25, 50, 75, 100)
 
@@ -156,6 +169,12 @@ class _Search:
         self.base = Policy(**fixed)  # names what is unknown or out of range
         self.blocks, self.hardware, self.limits = blocks, hardware, limits
         self.schedule = schedule if self.base.overlap else serialized(schedule)
+        self.issues = bound_by(self.schedule)
+        if is_ours(schedule):  # which do not look at sizes: a shape's issues are always the same
+            issues = functools.lru_cache(maxsize=_SHAPES)(
+                lambda w: tuple(bound_by(self.schedule)(w))
+            )
+            self.issues = lambda w: issues(dataclasses.replace(w, sizes=None))
         self.requests, self.fixed = requests, fixed
         unknown = sorted(set(allow) - set(CHOICES))
         if unknown:
@@ -344,11 +363,14 @@ class _Search:
         return found if self.base.overlap else one_after_the_other(found)
 
     def _simulated(self, candidate: Candidate) -> Candidate:
+        """By how much longer a few layers and steps take than their busiest lane."""
         blocks = self.blocks(candidate.policy)
-        first = blocks[0][0]
-        steps = 1 if first.num_layers * first.num_batches > _LARGE else 2
-        seconds = sum(estimate(self.schedule, first, self.hardware, decode_steps=steps))
-        ratio = seconds / busiest(self._lanes(first))
+        few = few_layers(blocks[0][0], _LAYERS)
+        steps = 1 if few.num_layers * few.num_batches > _LARGE else 2
+        seconds = sum(
+            estimate(self.schedule, few, self.hardware, decode_steps=steps, issues=self.issues)
+        )
+        ratio = seconds / busiest(self._lanes(few))
         return dataclasses.replace(candidate, seconds=candidate.seconds * ratio, simulated=True)
 
     def _nothing_fits(self) -> NothingFitsError:

@@ -7,10 +7,10 @@ share it evenly.
 
 from __future__ import annotations
 
-import dataclasses
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from scheduling.cost_model import CostModel, Piece
 from scheduling.dependencies import Issue, Stream, bind, wait_reason
@@ -21,18 +21,16 @@ from scheduling.timeline import Span, Timeline
 from scheduling.workload import Workload
 
 _NUMBER = {stream: number for number, stream in enumerate(Stream)}
+_COMPUTES = (Compute, ComputeExperts)
 
 
-@dataclasses.dataclass
-class _Active:
-    """An issue that a stream works on: what is left of its pieces."""
+class Worked(NamedTuple):
+    """An issue that was work: when it ran, and since when its stream had come to it."""
 
     issue: Issue
     start: float
-    pieces: deque[Piece]
-    left: float  # seconds alone, of the first piece
-    wait: str | None
-    waited: float
+    end: float
+    since: float
 
 
 def simulate(
@@ -51,10 +49,11 @@ def simulate(
     """
     if not isinstance(workload, Workload):
         raise ValueError(f"expected a Workload, got {workload!r}; the operations come first")
-    limit = look_ahead or look_ahead_of(workload)
     with naming(name_of(ops)):
-        run = _Simulation(reported(ops, workload), workload, hardware, limit)
-        return Timeline(spans=tuple(run.run()), label="predicted")
+        run = Simulation(bind(reported(ops, workload), workload), workload, hardware, look_ahead)
+        spans = [run.span(worked) for worked in run.run()]
+    spans.sort(key=lambda span: span.start)
+    return Timeline(spans=tuple(spans), label="predicted")
 
 
 def look_ahead_of(workload: Workload) -> int:
@@ -65,134 +64,170 @@ def look_ahead_of(workload: Workload) -> int:
     return max(64, 4 * (5 * workload.num_batches + 2)) * workload.num_stages
 
 
-class _Simulation:
+class Simulation:
+    """One run of ``issues``, which are numbered from 0 without a gap, on a machine.
+
+    Args:
+        look_ahead: As ``simulate`` takes it.
+
+    Raises:
+        ValueError: the workload has no sizes.
+    """
+
     def __init__(
-        self, ops: Iterable[Op], workload: Workload, hardware: Hardware, limit: int
+        self,
+        issues: Iterable[Issue],
+        workload: Workload,
+        hardware: Hardware,
+        look_ahead: int | None = None,
     ) -> None:
         self._costs = CostModel(workload, hardware)
-        self._issues = bind(ops, workload)
-        self._limit = limit
-        # By stage and stream, as an index: hashing an enum's members a million times is slow.
+        self._issues = iter(issues)
+        self._limit = look_ahead or look_ahead_of(workload)
+        # By stage and stream, as an index.
         lanes = workload.num_stages * len(Stream)
         self._waiting: list[deque[Issue]] = [deque() for _ in range(lanes)]
-        self._active: dict[int, _Active] = {}
+        # What each lane works on: seconds alone that are left of a piece, its resource, the pieces
+        # behind it, the issue, and when that began.
+        self._active: dict[int, list] = {}
+        self._free_since = [0.0] * lanes  # when each stream came to its next issue
         self._look: set[int] = set()  # lanes whose next issue may have become ready
-        self._blocked: dict[int, set[int]] = {}  # index -> the lanes that wait for it
-        # By index: what kind of op it is, whether it crosses stages, when it was done, and whether.
+        # By index: the lane, what kind of op it is, whether it crosses stages, when it was done,
+        # and whether; of those that wait, for how many, and of what is waited for, who does.
+        self._lanes = array("h")
         self._kinds: list[type] = []
         self._crosses = bytearray()
         self._ends = array("d")
         self._done = bytearray()
-        self._free_since = [0.0] * lanes  # when each stream came to its next issue
+        self._unmet: dict[int, int] = {}
+        self._blocks: dict[int, list[int]] = {}
         self._pending = 0
-        self._exhausted = False
         self._fresh: set[int] = set()  # layers loaded and not computed with yet
         self._now = 0.0
 
-    def run(self) -> Iterator[Span]:
-        spans: list[Span] = []
+    def run(self) -> Iterator[Worked]:
+        """Everything that was work, as it ends."""
+        active, now = self._active, self._now
+        users: dict[str, int] = {}
         while True:
-            self._begin()
-            if not self._active:
-                if self._exhausted and not self._pending:
-                    break
-                raise AssertionError("a bound schedule cannot deadlock")
-            self._advance(spans)
-        spans.sort(key=lambda span: span.start)
-        return iter(spans)
+            self._begin(users)
+            if not active:
+                if self._pending:
+                    raise AssertionError("a bound schedule cannot deadlock")
+                return
+            # To the moment at which the next piece is through.
+            step = min([one[0] * users[one[1]] for one in active.values()])
+            now = self._now = self._now + step
+            through = []
+            for lane, one in active.items():
+                one[0] -= step / users[one[1]]
+                if one[0] <= 1e-12 * now:
+                    through.append(lane)
+            for lane in through:
+                one = active[lane]
+                users[one[1]] -= 1
+                behind = one[2]
+                if behind:
+                    one[1], one[0] = behind[0]
+                    one[2] = behind[1:]
+                    users[one[1]] = users.get(one[1], 0) + 1
+                    continue
+                del active[lane]
+                issue = one[3]
+                yield Worked(issue, one[4], now, self._free_since[lane])
+                self._free_since[lane] = now
+                self._finish(issue.index, lane)
 
     def _fetch(self) -> None:
         """More issues into the streams' queues, while there is room."""
-        while not self._exhausted and self._pending < self._limit:
-            issue = next(self._issues, None)
-            if issue is None:
-                self._exhausted = True
-                break
-            self._done.append(0)
+        done, lanes, waiting, number = self._done, self._lanes, self._waiting, _NUMBER
+        look, blocks = self._look, self._blocks
+        room = self._limit - self._pending
+        if room <= 0:
+            return
+        fetched = 0
+        for issue in self._issues:
+            index = issue.index
+            lane = issue.stage * len(number) + number[issue.stream]
+            lanes.append(lane)
+            done.append(0)
             self._ends.append(0.0)
             self._kinds.append(type(issue.op))
             self._crosses.append(issue.crosses)
-            lane = _lane(issue)
-            self._waiting[lane].append(issue)
-            self._look.add(lane)
-            self._pending += 1
+            waiting[lane].append(issue)
+            unmet = 0
+            for need in issue.needs:
+                if not done[need]:
+                    unmet += 1
+                    blocks.setdefault(need, []).append(index)
+            if unmet:
+                self._unmet[index] = unmet
+            else:
+                look.add(lane)
+            fetched += 1
+            if fetched == room:
+                break
+        self._pending += fetched
 
-    def _begin(self) -> None:
-        """Starts everything that can start now; what is no work is done at once."""
-        done, active, look = self._done, self._active, self._look
+    def _begin(self, users: dict[str, int]) -> None:
+        """Starts everything that can start now; what is no work is done at once.
+
+        Args:
+            users: Resource -> how many work on it.
+        """
+        active, look, unmet, waiting = self._active, self._look, self._unmet, self._waiting
         self._fetch()
         while look:
             lane = look.pop()
-            queue = self._waiting[lane]
+            queue = waiting[lane]
             while queue and lane not in active:
                 issue = queue[0]
-                if not all(map(done.__getitem__, issue.needs)):
-                    missing = next(n for n in issue.needs if not done[n])
-                    self._blocked.setdefault(missing, set()).add(lane)
+                if issue.index in unmet:
                     break
                 queue.popleft()
                 pieces = self._pieces(issue.op)
                 if pieces:
-                    active[lane] = _Active(
-                        issue,
-                        self._now,
-                        deque(pieces),
-                        pieces[0][1],
-                        *self._waited(issue, self._free_since[lane]),
-                    )
+                    resource, seconds = pieces[0]
+                    active[lane] = [seconds, resource, pieces[1:], issue, self._now]
+                    users[resource] = users.get(resource, 0) + 1
                 else:
-                    self._finish(issue)
+                    self._finish(issue.index, lane)
             if not look:
                 self._fetch()
 
     def _pieces(self, op: Op) -> tuple[Piece, ...]:
-        if isinstance(op, FreeWeights):
+        kind = type(op)
+        if kind is FreeWeights:
             return ()
-        if isinstance(op, (LoadWeights, LoadChosen)):
-            self._fresh.add(op.layer)
-        unpack = isinstance(op, (Compute, ComputeExperts)) and op.layer in self._fresh
-        if unpack:
-            self._fresh.discard(op.layer)  # type: ignore[union-attr] # a Compute has a layer
+        unpack = False
+        if kind is LoadWeights or kind is LoadChosen:
+            self._fresh.add(op.layer)  # type: ignore[union-attr] # a load has a layer
+        elif kind in _COMPUTES and op.layer in self._fresh:  # type: ignore[union-attr]
+            unpack = True
+            self._fresh.discard(op.layer)  # type: ignore[union-attr]
         return self._costs.pieces(op, unpack=unpack)
 
-    def _waited(self, issue: Issue, since: float) -> tuple[str | None, float]:
-        """What an issue that starts now waited for last, and for how long its stream stood."""
-        waited = self._now - since
-        if waited <= 1e-9 * self._now or not issue.needs:
-            return None, 0.0
+    def _finish(self, index: int, lane: int) -> None:
+        self._done[index] = 1
+        self._ends[index] = self._now
+        self._pending -= 1
+        self._look.add(lane)
+        unmet = self._unmet
+        for other in self._blocks.pop(index, ()):
+            left = unmet[other] - 1
+            if left:
+                unmet[other] = left
+            else:
+                del unmet[other]
+                self._look.add(self._lanes[other])
+
+    def span(self, worked: Worked) -> Span:
+        """What ran, with what it waited for last, and for how long its stream stood."""
+        issue, start, end, since = worked
+        waited = start - since
+        if waited <= 1e-9 * start or not issue.needs:
+            return Span.of(issue, start, end, None, 0.0)
         last = max(issue.needs, key=self._ends.__getitem__)
         crosses = bool(self._crosses[last])
-        return wait_reason(type(issue.op), self._kinds[last], crosses=crosses), waited
-
-    def _finish(self, issue: Issue) -> None:
-        self._done[issue.index] = 1
-        self._ends[issue.index] = self._now
-        self._pending -= 1
-        self._look.add(_lane(issue))
-        self._look.update(self._blocked.pop(issue.index, ()))
-
-    def _advance(self, spans: list[Span]) -> None:
-        """To the moment at which the next piece is through."""
-        active = list(self._active.items())
-        users: dict[str, int] = {}
-        for _, one in active:
-            resource = one.pieces[0][0]
-            users[resource] = users.get(resource, 0) + 1
-        step = min([one.left * users[one.pieces[0][0]] for _, one in active])
-        self._now += step
-        for lane, one in active:
-            one.left -= step / users[one.pieces[0][0]]
-            if one.left > 1e-12 * self._now:
-                continue
-            one.pieces.popleft()
-            if one.pieces:
-                one.left = one.pieces[0][1]
-                continue
-            del self._active[lane]
-            self._free_since[lane] = self._now
-            spans.append(Span.of(one.issue, one.start, self._now, one.wait, one.waited))
-            self._finish(one.issue)
-
-
-def _lane(issue: Issue) -> int:
-    return issue.stage * len(_NUMBER) + _NUMBER[issue.stream]
+        reason = wait_reason(type(issue.op), self._kinds[last], crosses=crosses)
+        return Span.of(issue, start, end, reason, waited)

@@ -36,6 +36,8 @@ class Link(enum.Enum):
     HOST_TO_DISK = "host to disk"
     STAGE_TO_STAGE = "stage to stage"
 
+    __hash__ = object.__hash__  # members are singletons; the enum's own is slow in Python
+
 
 Moved = dict[Link, int]
 

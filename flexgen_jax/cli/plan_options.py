@@ -50,7 +50,7 @@ def _before(required: bool) -> list[Callable[..., Any]]:
             "--hardware",
             required=required,
             metavar="NAME|FILE",
-            help="The machine: a preset (t4, laptop, h200), or a JSON file of 'profile'."
+            help="The machine: a preset (t4, a5000, h200, laptop), or a JSON file of 'profile'."
             + ("" if required else _UNLESS.format("--compare-hardware")),
         ),
         click.option(

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from flexgen_jax.models.family import Config, Kind, Param, Unit
@@ -27,17 +29,20 @@ def _units(config: Config) -> dict[str, Unit]:
     return {unit.name: unit for unit in family_of(config).units(config)}
 
 
+@functools.lru_cache(maxsize=16)
 def unit_kinds(config: Config) -> tuple[Kind, ...]:
     """Of each unit, in order."""
     return tuple(unit.kind for unit in _units(config).values())
 
 
-def unit_experts(config: Config) -> dict[int, tuple[int, ...]]:
+@functools.lru_cache(maxsize=16)
+def unit_experts(config: Config) -> Mapping[int, tuple[int, ...]]:
     """Unit of experts, by its number -> which of its layer's experts it has."""
     units = enumerate(_units(config).values())
-    return {number: unit.experts for number, unit in units if unit.experts}
+    return MappingProxyType({number: unit.experts for number, unit in units if unit.experts})
 
 
+@functools.lru_cache(maxsize=16)
 def expert_numbers(config: Config) -> tuple[int, int] | None:
     """How many experts a layer has, and how many of them a token chooses; None: there are none."""
     kinds = (unit.kind for unit in _units(config).values() if unit.kind.role == "decoder")

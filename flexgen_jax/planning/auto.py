@@ -132,24 +132,22 @@ class Model:
         forecast = _Forecast(lengths)
         room = None if isinstance(job, Uniform) else Room.of(job)
 
-        def blocks(policy: Policy) -> list[tuple[Workload, float]]:
+        @functools.lru_cache(maxsize=64)  # a search asks for each shape again and again
+        def of_shape(size: int, count: int) -> tuple[list[Block], list[float]]:
             requests: Sequence[Request]
             if isinstance(job, Uniform):
-                requests, times = job.requests(policy.block_size), 1 / policy.block_size
+                requests, times = job.requests(size * count), 1 / (size * count)
             else:
                 requests = _some(job)
                 times = len(job) / len(requests)
-            made = list(
-                make_blocks(
-                    requests,
-                    device_batch_size=policy.device_batch_size,
-                    num_device_batches=policy.num_device_batches,
-                )
-            )
+            made = list(make_blocks(requests, device_batch_size=size, num_device_batches=count))
             picked = sorted({round(i) for i in _spread(len(made), _LOOKED_AT)})
             ends = [*picked[1:], len(made)]
             counts = [times * (end - i) for i, end in zip(picked, ends, strict=True)]
-            several = [made[i] for i in picked]
+            return [made[i] for i in picked], counts
+
+        def blocks(policy: Policy) -> list[tuple[Workload, float]]:
+            several, counts = of_shape(policy.device_batch_size, policy.num_device_batches)
             if policy.refill:
                 workloads = self._standing(several, policy, room, forecast)
             else:

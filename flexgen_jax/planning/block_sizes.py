@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from flexgen_jax.models.attention import prompt_workspace_nbytes
 from flexgen_jax.models.family import Config
@@ -25,10 +26,9 @@ from flexgen_jax.planning.blocks import Batch, Block
 from flexgen_jax.planning.cell_layout import (
     CellRoom,
     cache_format,
-    cache_places,
+    cache_tiers,
     cell_room,
     hidden_name,
-    place_cache,
     place_hidden,
 )
 from flexgen_jax.planning.expert_tiles import PROMPT_TILE, decode_tile
@@ -68,7 +68,7 @@ def block_sizes(
     weights = _weights(config, form, policy)
     return Sizes(
         weights=weights.moved,
-        dense=tuple(load.dense for load in _loads(config, form, policy.num_stages)),
+        dense=_dense(config, form, policy.num_stages),
         batches=tuple(
             BatchSizes(
                 rows=batch.rows,
@@ -94,15 +94,19 @@ def block_sizes(
             for stage, first in enumerate(starts)
             if stage
         },
-        windows={
-            layer: kind.window
-            for layer, kind in enumerate(unit_kinds(config))
-            if kind.window is not None
-        },
+        windows=_windows(config),
         experts=_experts(config, policy.block_size),
     )
 
 
+@functools.lru_cache(maxsize=16)
+def _windows(config: Config) -> Mapping[int, int]:
+    """Of the layers that have one."""
+    kinds = enumerate(unit_kinds(config))
+    return {layer: kind.window for layer, kind in kinds if kind.window is not None}
+
+
+@functools.lru_cache(maxsize=256)
 def _experts(config: Config, rows: int) -> ExpertSizes | None:
     """Of a policy whose blocks have so many ``rows``."""
     numbers = expert_numbers(config)
@@ -157,27 +161,34 @@ def _widths(config: Config) -> int:
 
 
 class _Loads(NamedTuple):
-    """What a load of a layer brings, wherever it lies.
+    """What the loads of a stage's layers bring, wherever it lies: of each part that is of one
+    group and one load (parts,) arrays, and of each load its own.
 
     Attributes:
-        parts: (group of the stage, bytes, accesses if they are on disk).
-        dense: Bytes that it is unpacked to.
+        load: (parts,) Its place in the stage.
+        group: (parts,) Of the stage.
+        nbytes: (parts,)
+        files: (parts,) Accesses, if it is on disk.
+        dense: Of each load, bytes that it is unpacked to.
     """
 
-    stage: int
-    parts: tuple[tuple[int, int, int], ...]
-    dense: int
+    load: np.ndarray
+    group: np.ndarray
+    nbytes: np.ndarray
+    files: np.ndarray
+    dense: tuple[int, ...]
 
 
 @functools.lru_cache(maxsize=16)
 def _loads(config: Config, form: WeightFormat, num_stages: int) -> tuple[_Loads, ...]:
-    """Of each layer."""
+    """Of each stage."""
     entries, shapes = form.entries(config), param_shapes(config)
     itemsize, found = jnp.dtype(form.dtype).itemsize, []
     stages = zip(groups_of(config, form, num_stages), layers_of(config, num_stages), strict=True)
-    for stage, (groups, layers) in enumerate(stages):
+    for groups, layers in stages:
         group_of = {name: number for number, group in enumerate(groups) for name in group.names}
-        for layer in layers:
+        rows, dense = [], []
+        for place, layer in enumerate(layers):
             names = loaded_names(config, config.units[layer])
             parts: dict[int, tuple[int, int]] = {}
             for stored in form.order(config, names):
@@ -186,10 +197,19 @@ def _loads(config: Config, form: WeightFormat, num_stages: int) -> tuple[_Loads,
                 # Smaller ones stay in the page cache.
                 accesses += nbytes >= DiskContext.small_nbytes
                 parts[group_of[stored]] = before + nbytes, accesses
-            dense = sum(math.prod(shapes[n]) for n in names if form.unpacked(config, n))
-            each = tuple((number, *part) for number, part in parts.items())
-            found.append(_Loads(stage, each, itemsize * dense))
+            rows += [(place, number, *part) for number, part in parts.items()]
+            unpacked = sum(math.prod(shapes[n]) for n in names if form.unpacked(config, n))
+            dense.append(itemsize * unpacked)
+        columns = np.array(rows, np.int64).reshape(-1, 4).T
+        of_load, of_group, sizes, accesses_of = columns
+        found.append(_Loads(of_load, of_group, sizes, accesses_of, tuple(dense)))
     return tuple(found)
+
+
+@functools.lru_cache(maxsize=16)
+def _dense(config: Config, form: WeightFormat, num_stages: int) -> tuple[int, ...]:
+    """Of each layer."""
+    return tuple(n for of_stage in _loads(config, form, num_stages) for n in of_stage.dense)
 
 
 class _Weights(NamedTuple):
@@ -212,21 +232,32 @@ def _weights_of(
     config: Config, form: WeightFormat, weights: Split, experts: Split, num_stages: int
 ) -> _Weights:
     policy = Policy(weights=weights, experts=experts, num_stages=num_stages)
-    tiers = tiers_of(config, form, policy)
-    moved, reads, resident = [], [], []
-    for load in _loads(config, form, num_stages):
-        by_tier, accesses, of_stage = dict.fromkeys(Tier, 0), 0, tiers[load.stage]
-        for group, nbytes, files in load.parts:
-            tier = of_stage[group]
-            by_tier[tier] += nbytes
-            accesses += files if tier is Tier.DISK else 0
-        moved.append(by_tier)
-        reads.append(accesses)
-    for groups, of_stage in zip(groups_of(config, form, num_stages), tiers, strict=True):
-        held = dict.fromkeys(Tier, 0)
-        for whole, tier in zip(groups, of_stage, strict=True):
-            held[tier] += whole.nbytes
-        resident.append(held)
+    count, codes = len(Tier), {tier: code for code, tier in enumerate(Tier)}
+    moved: list[Mapping[Tier, int]] = []
+    reads: list[int] = []
+    resident = []
+    same: dict[tuple[int, ...], Mapping[Tier, int]] = {}  # most layers' are alike
+    stages = zip(
+        _loads(config, form, num_stages),
+        groups_of(config, form, num_stages),
+        tiers_of(config, form, policy),
+        strict=True,
+    )
+    for loads, groups, tiers in stages:
+        of_group = np.array([codes[tier] for tier in tiers], np.int64)
+        of_part = of_group[loads.group]
+        many = len(loads.dense)
+        # Sums of 64-bit floats are exact up to 2**53 bytes.
+        place = loads.load * count + of_part
+        nbytes = np.bincount(place, loads.nbytes, many * count).astype(np.int64)
+        for each in nbytes.reshape(many, count).tolist():
+            key = tuple(each)
+            moved.append(same.setdefault(key, dict(zip(Tier, key, strict=True))))
+        files = np.where(of_part == codes[Tier.DISK], loads.files, 0)
+        reads += np.bincount(loads.load, files, many).astype(np.int64).tolist()
+        whole = np.array([group.nbytes for group in groups], np.int64)
+        held = np.bincount(of_group, whole, count).astype(np.int64).tolist()
+        resident.append(dict(zip(Tier, held, strict=True)))
     return _Weights(tuple(moved), tuple(reads), tuple(resident))
 
 
@@ -255,13 +286,9 @@ def _cache(
             positions=room.capacity if room.ring else None,
         )
 
-    places = list(cache_places(block, config))
-    dealt = place_cache(block, config, form.dtype, policy).cells  # in the same order
     return {
         (layer, number): cell(
-            block.batches[number].rows,
-            placed.tier,
-            cell_room(block.batches[number], kinds[layer]),
+            block.batches[number].rows, tier, cell_room(block.batches[number], kinds[layer])
         )
-        for (layer, number), placed in zip(places, dealt, strict=True)
+        for (layer, number), (_, tier) in cache_tiers(block, config, form.dtype, policy).items()
     }

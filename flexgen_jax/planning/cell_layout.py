@@ -15,7 +15,7 @@ from flexgen_jax.models.kv_cache import CacheFormat
 from flexgen_jax.models.params import unit_kinds
 from flexgen_jax.planning.blocks import CACHE_MULTIPLE, Batch, Block
 from scheduling.placement import Placement, place
-from scheduling.policy import Policy, Split
+from scheduling.policy import Policy, Split, Tier
 
 
 def cache_name(config: Config, layer: int, batch: int) -> str:
@@ -76,16 +76,18 @@ def hidden_nbytes(batch: Batch, config: Config, dtype: Any) -> int:
 
 def cache_places(block: Block, config: Config) -> Iterator[tuple[int, int]]:
     """(layer, batch) of the cells of the cache, in the order in which they are dealt."""
+    # One new token needs no cache.
+    batches = [number for number, batch in enumerate(block.batches) if batch.num_steps > 1]
     for layer, kind in enumerate(unit_kinds(config)):
-        if kind.role != "decoder":
-            continue
-        for number, batch in enumerate(block.batches):
-            if batch.num_steps > 1:  # one new token needs no cache
+        if kind.role == "decoder":
+            for number in batches:
                 yield layer, number
 
 
-def place_cache(block: Block, config: Config, dtype: Any, policy: Policy) -> Placement:
-    """Deals the cells of the cache to tiers, layer after layer."""
+def cache_tiers(
+    block: Block, config: Config, dtype: Any, policy: Policy
+) -> dict[tuple[int, int], tuple[int, Tier]]:
+    """(layer, batch) -> bytes of a cell of the cache, and where it is dealt to."""
     form = cache_format(policy)
     kinds = unit_kinds(config)
     sizes = {
@@ -93,11 +95,16 @@ def place_cache(block: Block, config: Config, dtype: Any, policy: Policy) -> Pla
         for kind in set(kinds)
         for number, batch in enumerate(block.batches)
     }
-    cells = [
-        (cache_name(config, layer, number), sizes[kinds[layer], number])
-        for layer, number in cache_places(block, config)
-    ]
-    return _dealt(cells, policy.cache)
+    places = list(cache_places(block, config))
+    nbytes = [sizes[kinds[layer], number] for layer, number in places]
+    tiers = place(nbytes, policy.cache)
+    return dict(zip(places, zip(nbytes, tiers, strict=True), strict=True))
+
+
+def place_cache(block: Block, config: Config, dtype: Any, policy: Policy) -> Placement:
+    """Deals the cells of the cache to tiers, layer after layer."""
+    dealt = cache_tiers(block, config, dtype, policy)
+    return Placement.of((cache_name(config, *where), *cell) for where, cell in dealt.items())
 
 
 def place_hidden(block: Block, config: Config, dtype: Any, split: Split) -> Placement:

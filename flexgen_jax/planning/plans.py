@@ -33,13 +33,13 @@ from flexgen_jax.weights.coded_leaves import planned_format
 from scheduling.advice import advice
 from scheduling.busy import busy
 from scheduling.cost_model import CostModel, bound
-from scheduling.estimate import estimate
+from scheduling.estimate import estimate, shortened
 from scheduling.hardware import Hardware
 from scheduling.limits import Limits
 from scheduling.peak import highest, peak_nbytes
 from scheduling.placement import Placement
 from scheduling.policy import Policy, Tier
-from scheduling.registered import is_ours
+from scheduling.registered import SCHEDULES, is_ours
 from scheduling.reported import naming
 from scheduling.schedules import Schedule
 from scheduling.search import NothingFitsError
@@ -371,7 +371,7 @@ def _planned(
         job=job,
         seconds=prefill + decode,
         prefill_seconds=prefill,
-        peak=peak_nbytes(ordered(workload), workload, shared=limits.shared),
+        peak=_peak(order, workload, shared=limits.shared),
         workspace_bytes=max(b.workspace for b in workload.sizes.batches),
         lower_bound=CostModel(workload, hardware).lower_bound(),
         why=why,
@@ -379,6 +379,15 @@ def _planned(
         expected=() if lengths is None else _expected(planner, job, lengths),
         requests=requests or REQUESTS,
     )
+
+
+def _peak(order: Schedule, w: Workload, *, shared: bool) -> dict[str, dict[Tier, int]]:
+    """Phase -> bytes per tier, as the order has them."""
+    # Where all batches are at the same step, or pass one by one, those in the middle are alike.
+    # A diagonal's batches are at different steps, and of others nobody knows.
+    if is_ours(order) and order is not SCHEDULES["diagonal"] and w.num_steps > 1:
+        w = shortened(w, min(1 + w.num_stages, w.num_steps - 1))
+    return peak_nbytes(order(w), w, shared=shared)
 
 
 def _expected(planner: Planner, job: Uniform, lengths: Lengths) -> tuple[Forecast, ...]:

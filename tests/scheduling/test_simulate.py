@@ -257,7 +257,7 @@ def test_a_faster_link_is_never_slower_for_one_batch(w, machine):
 
 
 def test_hardware_goes_to_json_and_back(tmp_path):
-    for name in ("t4", "laptop", "h200"):
+    for name in ("a5000", "t4", "laptop", "h200"):
         hardware = Hardware.preset(name)
         again = Hardware.from_json(json.loads(json.dumps(hardware.to_json())))
         assert again == hardware
@@ -265,7 +265,7 @@ def test_hardware_goes_to_json_and_back(tmp_path):
     file.write_text(json.dumps(MACHINE.to_json()))
     assert Hardware.load(str(file)) == MACHINE
     assert Hardware.load("t4") == Hardware.preset("t4")
-    with pytest.raises(ValueError, match="no hardware 'abacus'; presets: h200, laptop, t4"):
+    with pytest.raises(ValueError, match="no hardware 'abacus'; presets: a5000, h200, laptop, t4"):
         Hardware.preset("abacus")
     with pytest.raises(ValueError, match="neither a preset"):
         Hardware.load(str(tmp_path / "none.json"))
