@@ -27,8 +27,6 @@ from random_gguf import write_random
 from tables import experts
 
 HERE = Path(__file__).resolve().parent
-# FlexGen's six numbers: weights, cache and hidden states in memory. Experts have their own two.
-PERCENT = (100, 0, 100, 0, 100, 0)
 
 
 class Bench:
@@ -69,12 +67,15 @@ class Bench:
         """One block, with the experts on disk or with everything in memory."""
         batch, num_batches = block
         told = {"name": "ours", "batch": batch, "num_batches": num_batches}
-        told["limit_nbytes"] = limit
+        told |= {"limit_nbytes": limit, "cache_percent": self.args.cache_percent}
         command = [sys.executable, str(HERE / "ours.py"), "--store", str(self.store)]
         command += ["--scratch", str(self.args.work / "scratch"), "--parent", str(os.getpid())]
         command += ["--batch", str(batch), "--num-batches", str(num_batches), "--no-warm-up"]
         command += ["--prompt-len", str(self.args.prompt_len), "--gen-len", str(self.args.gen_len)]
-        command += ["--percent", *map(str, PERCENT), "--schedule", self.args.schedule]
+        # FlexGen's six numbers. Experts have their own two.
+        cache = 100 if in_memory else self.args.cache_percent
+        percent = (100, 0, cache, 0, 100, 0)
+        command += ["--percent", *map(str, percent), "--schedule", self.args.schedule]
         command += ["--weight-bits", str(self.args.bits)] if self.args.bits else []
         command += [] if in_memory else ["--experts-percent", "0", "0"]
         found = self._run(command, limit)
@@ -85,6 +86,8 @@ class Bench:
         if not in_memory and "seconds" in found:
             read = found["disk_tier_nbytes"]
             found["io_alone_seconds"] = round(read / found["disk_bytes_per_second"], 3)
+        if not in_memory and "seconds" in found and self.args.cache_percent == 100:
+            # All that is read are experts.
             whole = self._experts_nbytes() * self.args.gen_len
             found["experts_share"] = round(read / whole, 4)
             found["experts_share_planned"] = round(found["planned_disk_nbytes"][0] / whole, 4)
@@ -92,10 +95,13 @@ class Bench:
 
     def llama(self, rows: int, limit: int | None) -> None:
         """llama.cpp's batched bench, its weights mapped: what does not fit is read again."""
+        shared, steps = self.args.llama_shared_prompt, self.args.llama_gen_len or self.args.gen_len
         told = {"name": "llama.cpp", "batch": rows, "num_batches": 1, "limit_nbytes": limit}
-        positions = rows * (self.args.prompt_len + self.args.gen_len)
+        told |= {"gen_len": steps, "shared_prompt": shared}
+        positions = rows * (self.args.prompt_len + steps)
         command = [str(self.args.llama), "-m", str(self.gguf), "-c", str(positions)]
-        command += ["-npp", str(self.args.prompt_len), "-ntg", str(self.args.gen_len)]
+        command += ["-npp", str(self.args.prompt_len), "-ntg", str(steps)]
+        command += ["-pps", "-kvu"] if shared else []
         command += ["-npl", str(rows), "-t", str(os.cpu_count()), "--no-repack"]
         command += ["--output-format", "jsonl", "-b", "2048", "-ub", str(self.args.llama_ubatch)]
         evict(self.gguf.parent)
@@ -107,7 +113,7 @@ class Bench:
                 "seconds": round(seconds, 3),
                 "prefill_seconds": round(found["t_pp"], 3),
                 "decode_seconds": round(found["t_tg"], 3),
-                "tokens_per_second": round(rows * self.args.gen_len / seconds, 3),
+                "tokens_per_second": round(rows * steps / seconds, 3),
                 "disk_bytes_per_second": round(speed),
             }
         self._told("run", {**told, **found})
@@ -134,7 +140,7 @@ class Bench:
 
 
 def _block(text: str) -> Iterator[tuple[int, int]]:
-    for part in text.split(","):
+    for part in filter(None, text.split(",")):
         batch, _, num_batches = part.partition("x")
         yield int(batch), int(num_batches or 1)
 
@@ -149,11 +155,15 @@ def parse() -> argparse.Namespace:
     add("--limit-by", choices=("auto", "systemd", "balloon"), default="auto")
     add("--prompt-len", type=int, default=32)
     add("--gen-len", type=int, default=32)
+    add("--cache-percent", type=float, default=100, help="in memory; the rest is on disk")
     add("--schedule", default="zigzag")
     add("--no-compute-alone", action="store_true", help="leave out what needs all the memory")
     add("--llama", type=Path, help="llama.cpp's llama-batched-bench, built from its sources")
     add("--llama-rows", type=lambda text: [int(n) for n in text.split(",")], default=[16])
     add("--llama-ubatch", type=int, default=512)
+    add("--llama-gen-len", type=int, help="fewer decode steps than ours, which are alike")
+    shared = "compute one prompt for all rows: only the decode steps are of interest"
+    add("--llama-shared-prompt", action="store_true", help=shared)
     add("--timeout", type=float, default=7200, help="seconds of one run")
     add("--work", type=Path, required=True, help="weights and scratch files stay here")
     add("--out", type=Path, help="append the JSON lines here instead of printing them")

@@ -105,24 +105,28 @@ def refill(records: list[dict]) -> str:
 def experts(records: list[dict]) -> str:
     """Of each model; ours beside what the same block takes in memory, and what reading takes."""
     parts = []
-    for model, gen_len in dict.fromkeys((r["model"], r["gen_len"]) for r in records):
-        own = [r for r in records if r["model"] == model and r["gen_len"] == gen_len]
-        alone = {(r["batch"], r["num_batches"]): r for r in own if r["kind"] == "compute"}
+    for model, bits in dict.fromkeys((r["model"], r["weight_bits"]) for r in records):
+        own = [r for r in records if r["model"] == model and r["weight_bits"] == bits]
+        alone = {_block_of(r): r for r in own if r["kind"] == "compute"}
         runs = [r for r in own if r["kind"] == "run"]
         if not runs:
             continue
-        bits = f"{runs[0]['weight_bits']} bits" if runs[0]["weight_bits"] else "bfloat16"
         machine = next(r for r in own if r["kind"] == "machine")
         note = (
-            f"{model}, {bits}, prompt {runs[0]['prompt_len']}, {gen_len} generated, "
-            f"{machine['cores']} CPU cores, one run each. Experts on disk, what all tokens use in "
-            f"memory. Compiling is left out of tokens/s. {machine['limit_note'] or ''}"
+            f"{model}, {f'{bits} bits' if bits else 'bfloat16'}, {machine['cores']} CPU cores, one "
+            "run each. Experts on disk, what all tokens use in memory. Compiling is left out of "
+            f"tokens/s. {machine['limit_note'] or ''}"
         ).rstrip()
-        header = ("memory", "", "rows", "tokens/s", "prefill", "decode", "compute alone")
-        header += ("I/O alone", "ratio", "experts read", "planned")
-        rows = [_experts_row(r, alone.get((r["batch"], r["num_batches"]))) for r in runs]
+        header = ("memory", "", "rows", "cache in memory", "tokens", "tokens/s", "prefill")
+        header += ("a decode step", "its tokens/s", "compute alone", "I/O alone", "ratio")
+        header += ("experts read", "planned")
+        rows = [_experts_row(r, alone.get(_block_of(r))) for r in runs]
         parts.append(f"{note}\n\n{table(header, rows)}")
     return "\n\n".join(parts)
+
+
+def _block_of(r: dict) -> tuple:
+    return tuple(r[n] for n in ("batch", "num_batches", "prompt_len", "gen_len"))
 
 
 def _experts_row(r: dict, alone: dict | None) -> tuple[str, ...]:
@@ -134,18 +138,39 @@ def _experts_row(r: dict, alone: dict | None) -> tuple[str, ...]:
         computed = f"{alone['seconds']:.1f} s"
         ratio = f"{r['seconds'] / max(alone['seconds'], r['io_alone_seconds']):.2f}"
     shares = ("experts_share", "experts_share_planned")
+    # Our first token comes from the prefill, llama.cpp's bench has it in the decode steps.
+    step = r["decode_seconds"] / max(1, r["gen_len"] - (r["name"] == "ours"))
+    # One prompt for all rows: only the decode steps compare.
+    shared = r.get("shared_prompt", False)
     return (
         "all" if limit is None else f"{limit / 2**30:g} GiB",
         r["name"],
         f"{r['batch']} x {r['num_batches']}",
-        f"{r['tokens_per_second']:.2f}",
-        f"{r['prefill_seconds']:.1f} s",
-        f"{r['decode_seconds']:.1f} s",
+        f"{r.get('cache_percent', 100):g}%",
+        f"{r['prompt_len']} + {r['gen_len']}",
+        "" if shared else f"{r['tokens_per_second']:.2f}",
+        "shared" if shared else f"{r['prefill_seconds']:.1f} s",
+        f"{step:.1f} s",
+        f"{r['batch'] * r['num_batches'] / step:.2f}",
         computed,
         read,
         ratio,
         *(f"{r[n]:.0%}" if n in r else "" for n in shares),
     )
+
+
+def experts_read(records: list[dict]) -> str:
+    """By the rows of a block."""
+    parts = []
+    for count, chosen in dict.fromkeys((r["experts"], r["chosen"]) for r in records):
+        own = [r for r in records if r["experts"] == count]
+        lines = [
+            (str(r["rows"]), *(f"{r[n]:.0%}" for n in ("read", "expected", "if_alike")))
+            for r in own
+        ]
+        header = ("rows", "read", "planned", f"1 - (1 - {chosen}/{count})^rows")
+        parts.append(f"{chosen} of {count} experts:\n\n{table(header, lines)}")
+    return "\n\n".join(parts)
 
 
 def long_prompt(records: list[dict]) -> str:

@@ -100,9 +100,9 @@ def test_the_policys_block_decides_the_tiles_of_decode_steps(store_of, monkeypat
     shape = {"device_batch_size": 32, "num_device_batches": 4, "max_tokens": 3}
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(100)]
     tokens, bits, _ = run(store_of("qwen3_moe"), prompts, **shape)
-    assert taken == {32, 128}  # 128 rows of three choices among eight experts; and prompts
+    assert taken == {64, 128}  # 128 rows of three choices among eight experts; and prompts
     again, same, _ = run(store_of("qwen3_moe"), prompts, "row_by_row", weights=DISK, **shape)
-    assert taken == {32, 128}
+    assert taken == {64, 128}
     assert again == tokens
     equal_bits(same, bits)
 

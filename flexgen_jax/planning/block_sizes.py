@@ -31,7 +31,7 @@ from flexgen_jax.planning.cell_layout import (
     hidden_name,
     place_hidden,
 )
-from flexgen_jax.planning.expert_tiles import PROMPT_TILE, decode_tile
+from flexgen_jax.planning.expert_tiles import LARGEST, decode_tile
 from flexgen_jax.planning.stage_layout import (
     check_experts,
     groups_of,
@@ -114,7 +114,7 @@ def _experts(config: Config, rows: int) -> ExpertSizes | None:
         return None
     count, chosen = numbers
     units = {layer: len(own) for layer, own in unit_experts(config).items()}
-    tiles = decode_tile(rows, chosen, count), PROMPT_TILE
+    tiles = decode_tile(rows, chosen, count), LARGEST
     return ExpertSizes(units=units, count=count, chosen=chosen, tiles=tiles)
 
 

@@ -54,8 +54,8 @@ def test_rows_of_tiles_are_those_of_random_choices(tokens, tile):
 
 
 def test_tiles_of_decode_steps_are_at_most_what_chooses_an_expert_on_average():
-    sizes = {rows: decode_tile(rows, 8, 128) for rows in (1, 256, 511, 512, 1024, 2048, 10**6)}
-    assert sizes == {1: 16, 256: 16, 511: 16, 512: 32, 1024: 64, 2048: 128, 10**6: 128}
+    sizes = {rows: decode_tile(rows, 8, 128) for rows in (1, 196, 256, 420, 512, 900, 1024, 10**6)}
+    assert sizes == {1: 16, 196: 16, 256: 32, 420: 32, 512: 64, 900: 64, 1024: 128, 10**6: 128}
 
 
 def planned(model, *arguments):
