@@ -173,6 +173,37 @@ def experts_read(records: list[dict]) -> str:
     return "\n\n".join(parts)
 
 
+def published(records: list[dict]) -> str:
+    """Predicted, beside each published figure."""
+    rows = []
+    for r in records:
+        for who, measured in (r["measured"] or {"": None}).items():
+            rows.append(
+                (
+                    f"{r['card']}, {r['host_gb']} GB",
+                    r["model"].partition("/")[2],
+                    f"{r['prompt_len']:,} + {r['gen_len']}",
+                    f"{r['weight_bits']} bits" if r["weight_bits"] else "",
+                    "{} x {}".format(*r["block"]),
+                    "host" if r["attends_on_host"] else "card",
+                    f"{r['predicted']:.1f}{' in decode' if r['decode_alone'] else ''}",
+                    f"{r['bound']}, {r['bound_over_time']:.0%}",
+                    f"{measured:g}, {who}" if measured else "",
+                    f"{r['predicted'] / measured:.2f}" if measured else "",
+                    f"{r['planning_seconds']:.0f} s",
+                )
+            )
+    header = ("card, host memory", "model", "tokens", "weights", "block", "attention")
+    header += (
+        "predicted tokens/s",
+        "bound, its share of the time",
+        "published",
+        "ratio",
+        "planned in",
+    )
+    return table(header, rows)
+
+
 def long_prompt(records: list[dict]) -> str:
     rows = [
         (
@@ -475,7 +506,7 @@ TARGETS: dict[str, dict[str, Callable[[list[dict]], str]]] = {
         "startup": startup,
     },
     "docs/throughput.md": {"growth": growth},
-    "docs/experts.md": {"experts": experts},
+    "docs/experts.md": {"experts": experts, "experts_read": experts_read, "published": published},
     "docs/scaling.md": {"stages": stages},
     "docs/planning.md": {"paper": paper, "predict": predict, "auto": auto},
     "docs/compression.md": {"quality": quality, "compressed": compressed_speed},
