@@ -84,7 +84,10 @@ class LLM:
         say: Called with a message before slow steps (a conversion); None: the ``flexgen_jax``
             logger.
         hardware: Of this machine, for ``"auto"`` and for predicting every run; None: what
-            ``flexgen-jax profile`` has saved, or else the nearest preset.
+            ``flexgen-jax profile`` has saved, or else what is measured now.
+        profile: Whether a machine of which no profile is saved is measured briefly, and the
+            profile saved; ``False``, or ``FLEXGEN_JAX_PROFILE=off`` in the environment: predictions
+            are those of the nearest preset.
         fixed: Fields of the policy that ``"auto"`` has to keep, such as ``device_batch_size``.
         allow: Methods that ``"auto"`` may use if they help: ``"host_attention"``,
             ``"weight_bits"``, ``"cache_bits"``, ``"attention_sparsity"``.
@@ -122,6 +125,7 @@ class LLM:
         disk: DiskContext | None = None,
         say: Callable[[str], None] | None = None,
         hardware: Hardware | None = None,
+        profile: bool = True,
         slots: Mapping[str, int] | None = None,
         wrap_store: WrapStore | None = None,
         fixed: Mapping[str, Any] | None = None,
@@ -136,6 +140,7 @@ class LLM:
         expect("fixed", fixed, Mapping, "a dict of a policy's fields", optional=True)
         expect("disk", disk, DiskContext, "a DiskContext", optional=True)
         expect("runner", runner, Runner, "a Runner", optional=True)
+        expect("profile", profile, bool, "True or False")
         expect_names("allow", allow)
         for name, function in (("say", say), ("wrap_store", wrap_store)):
             expect_callable(name, function)
@@ -165,6 +170,7 @@ class LLM:
             hardware=hardware,
             say=say or _log,
             lengths=None if lengths is None else Lengths.of(lengths),
+            profile=profile,
         )
         self.seed, self._calls = int(seed), 0
         self.report: Report | None = None

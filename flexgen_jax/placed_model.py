@@ -11,7 +11,7 @@ from pathlib import Path
 
 from flexgen_jax.engine.runner import Runner
 from flexgen_jax.logs import event
-from flexgen_jax.machine.this_machine import this_machine
+from flexgen_jax.machine.first_profile import known_machine
 from flexgen_jax.models.family import Config
 from flexgen_jax.planning.auto import Auto, Demand, Model, Uniform, kind_of, limits_of_this_machine
 from flexgen_jax.planning.lengths import Lengths
@@ -38,6 +38,7 @@ class Asked:
         schedule: Its name, and the function.
         chunk_positions: Of the cache on disk.
         lengths: Of requests, which ``"auto"`` chooses for; None: nothing is known.
+        profile: Whether a machine without a profile is measured.
     """
 
     dtype: str | None
@@ -50,6 +51,7 @@ class Asked:
     hardware: Hardware | None
     say: Callable[[str], None]
     lengths: Lengths | None = None
+    profile: bool = True
 
 
 class PlacedModel:
@@ -76,11 +78,14 @@ class PlacedModel:
         self.store: Path
         self.tokenizer: Tokenizer | None
         self._open(model, policy)
-        self.hardware = asked.hardware or (
-            this_machine(self._runner.model.dtype)
-            if runner.machine is None
-            else runner.machine.hardware
-        )
+        if asked.hardware is not None:
+            self.hardware = asked.hardware
+        elif runner.machine is not None:
+            self.hardware = runner.machine.hardware
+        else:
+            self.hardware = known_machine(
+                runner.model.dtype, asked.scratch, measure=asked.profile, say=asked.say
+            )
         self._planner: Planner | None = None
         self._chosen_for: object = None
         if auto is None:

@@ -141,6 +141,8 @@ class CostModel:
             latency = _LATENCIES.get(link)
             if latency is not None and (each := getattr(self.hardware, latency)):
                 found.append(Term(latency, link.value, each * self.sizes.accesses(op)))
+        if found and self.hardware.load_overhead and isinstance(op, (LoadWeights, LoadChosen)):
+            found.append(Term("load_overhead", DEVICE, self.hardware.load_overhead))
         return found
 
     def _constant(self, link: Link, kind: str, op: Op) -> str:
@@ -161,7 +163,9 @@ class CostModel:
         positions = batch.positions(op.step)
         head = op.layer == self.workload.num_layers - 1
         come, length = batch.newcomers(op.step)
-        found = [Term("overhead", DEVICE, h.overhead)]
+        found = self._overhead()
+        if op.layer == 0 and h.step_overhead:
+            found.append(Term("step_overhead", DEVICE, h.step_overhead))
         for count, each in ((batch.rows, positions), (come, length)):
             rows = count * (1 if head else each)  # logits: of the last position only
             if flops := rows * sizes.matmul_flops[op.layer]:
@@ -187,10 +191,18 @@ class CostModel:
             found.append(Term("dequantize", where, unpacked / h.dequantize))
         return found
 
+    def _overhead(self) -> list[Term]:
+        """Of a computation."""
+        h = self.hardware
+        found = [Term("overhead", DEVICE, h.overhead)]
+        if h.compute_overhead:
+            found.append(Term("compute_overhead", DEVICE, h.compute_overhead))
+        return found
+
     def _experts(self, op: ComputeExperts, unpack: bool) -> list[Term]:
         h, sizes = self.hardware, self.sizes
         assert sizes.experts is not None
-        tokens, found = sizes.tokens(op), [Term("overhead", DEVICE, self.hardware.overhead)]
+        tokens, found = sizes.tokens(op), self._overhead()
         for count, tile in zip(tokens, sizes.experts.tiles, strict=True):
             if count:
                 rows = sizes.experts.units[op.layer] * sizes.experts.rows(count, tile)

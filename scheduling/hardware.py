@@ -37,6 +37,10 @@ class Hardware:
             ``host_attention``: on the host.
         dequantize: Bytes of dense arrays per second that unpacking codes makes.
         overhead: Seconds that any op takes beside its work.
+        compute_overhead: Seconds that a computation takes on top of that in a run, whose streams
+            are threads. ``load_overhead``: seconds of computing that a load of weights takes away.
+        step_overhead: Seconds that each step of a batch takes on the host beside its layers:
+            sampling, booking the tokens, looking them up.
         host_to_device_cache: Bandwidth for a KV cache that lies in host memory, where that has to
             be brought into a pinned buffer first; None: that of ``host_to_device``.
         disk_to_host_cache: Bandwidth of reading the KV cache, which is brought into another layout
@@ -44,6 +48,7 @@ class Hardware:
         disk_read_latency, disk_write_latency: Seconds that each access takes beside its bytes.
         stage_to_stage: Bandwidth from one pipeline stage's device to the next's; None: that of
             ``host_to_device``, and nothing where there is none.
+        short: Whether it was measured briefly, before a first run.
 
     Raises:
         ValueError: a value that is not positive, or points out of order.
@@ -70,6 +75,10 @@ class Hardware:
     disk_read_latency: float = 0.0
     disk_write_latency: float = 0.0
     stage_to_stage: float | None = None
+    compute_overhead: float = 0.0
+    load_overhead: float = 0.0
+    step_overhead: float = 0.0
+    short: bool = False
 
     def __post_init__(self) -> None:
         optional = (
@@ -82,10 +91,12 @@ class Hardware:
         )
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name in ("name", "matmul") or (field.name in optional and value is None):
+            if field.name in _CHECKED_APART or (field.name in optional and value is None):
                 continue
             if not (_positive(value) or (field.name in FIXED and value == 0)):
                 raise ValueError(f"{field.name} must be a positive number, got {value!r}")
+        if not isinstance(self.short, bool):
+            raise ValueError(f"short must be true or false, got {self.short!r}")
         points = tuple((float(rows), float(rate)) for rows, rate in self.matmul)
         rows = [r for r, _ in points]
         if not points or rows != sorted(set(rows)) or not all(map(_positive, sum(points, ()))):
@@ -187,8 +198,16 @@ class Hardware:
             raise ValueError(f"{name} is not a hardware file: {error}") from error
 
 
+_CHECKED_APART = ("name", "matmul", "short")
 # Seconds that something takes however little it moves; may be 0.
-FIXED = ("overhead", "disk_read_latency", "disk_write_latency")
+FIXED = (
+    "overhead",
+    "compute_overhead",
+    "load_overhead",
+    "step_overhead",
+    "disk_read_latency",
+    "disk_write_latency",
+)
 RATES = (
     "disk_to_host",
     "disk_to_host_cache",

@@ -17,6 +17,9 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # No test may touch the user's own cache of converted models.
 os.environ["FLEXGEN_JAX_CACHE"] = "/nonexistent/flexgen-jax-tests-must-pass-offload-dir"
 
+# Nor is any to measure the machine, unless it asks for that.
+os.environ["FLEXGEN_JAX_PROFILE"] = "off"
+
 # Programs are kept for this run of the tests only, which workers and the processes that they start
 # share: the same ones are asked for again and again.
 if "PYTEST_XDIST_WORKER" not in os.environ:

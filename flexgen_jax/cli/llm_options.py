@@ -97,7 +97,13 @@ _AFTER = [
         "--hardware",
         metavar="FILE",
         help="A file with this machine's figures, as 'profile' measured them. "
-        "[default: what 'profile' saved, or a preset]",
+        "[default: what 'profile' saved, or what the first run measures]",
+    ),
+    click.option(
+        "--no-profile",
+        is_flag=True,
+        help="Do not measure a machine of which no profile is saved: predict as for the nearest "
+        "preset.",
     ),
     click.option(
         "--disk-mode",
@@ -127,6 +133,7 @@ NAMES = (
     "weight_slots",
     "cache_slots",
     "hardware",
+    "no_profile",
     "disk_mode",
     "verify",
 )
@@ -321,6 +328,7 @@ class Chosen:
             "seed": self._seed,
             "generation_config": "vllm",  # a job says itself what its requests get
             "hardware": Hardware.load(v["hardware"]) if v["hardware"] else None,
+            "profile": not v["no_profile"],
             "disk": DiskContext(mode=v["disk_mode"], verify=v["verify"]),
             "slots": {name: count for name, count in slots.items() if count is not None},
             **searching,

@@ -1,7 +1,8 @@
 """Measures this machine: disk, links, arithmetic, capacities -> :class:`scheduling.Hardware`.
 
 Every figure is the median of repeats on the shapes of OPT-1.3B, with the very functions that a run
-calls. Takes under two minutes and a gigabyte of disk, which is given back.
+calls. Takes under two minutes and a gigabyte of disk, which is given back. A short profile has
+fewer points, a small file and few repeats: some seconds, beside compiling.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy as np
 
 from flexgen_jax.engine import kernels
 from flexgen_jax.engine.unpacking import Dense
+from flexgen_jax.machine.operation_costs import operation_costs
 from flexgen_jax.models.attention import attend_prompt
 from flexgen_jax.models.family import Config, Kind
 from flexgen_jax.models.kv_cache import CacheFormat, LayerCache
@@ -39,9 +41,12 @@ from storage.memory import aligned_bytes, available_memory
 from storage.slots import Slot
 
 _ROWS = (2, 8, 16, 32, 64, 128, 512, 1024)
+_SHORT_ROWS = (2, 16, 64, 512)
 _MOST_DECODE_ROWS, _PROMPT = 128, 64
 _WIDTH, _FFN, _HEADS, _HEAD_DIM = 2048, 8192, 32, 64
 _FILE_NBYTES, _CALL_NBYTES, _SMALL_NBYTES = 1 << 30, 32 << 20, 64 << 10
+SHORT_REPEATS, SHORT_FILE_NBYTES = 2, 128 << 20
+_STEPS, _RUNS = 16, 3  # of the engine, to time what operations cost beside their work
 
 Say = Callable[[str], None]
 
@@ -52,6 +57,7 @@ def profile(
     dtype: str = "bfloat16",
     repeats: int = 5,
     file_nbytes: int = _FILE_NBYTES,
+    short: bool = False,
     say: Say = lambda line: None,
 ) -> Hardware:
     """Measures the machine, and the disk that ``directory`` is on.
@@ -60,6 +66,8 @@ def profile(
         dtype: Of the arithmetic.
         repeats: Of each figure, whose median counts.
         file_nbytes: Of the temporary file that is written and read.
+        short: Leave out what can be told from the rest: the cache on disk is as fast as the disk,
+            and dequantisation as much faster than the preset's as attending to the cache is.
         say: Told each figure as it comes.
 
     Raises:
@@ -70,7 +78,9 @@ def profile(
     read, write, cached = disk_speed(directory, repeats, file_nbytes)
     say(f"disk: read {_gb(read)}, write {_gb(write)}, through the page cache {_gb(cached)}")
     read_latency, write_latency = _latencies(directory, repeats, read, write)
-    cache_read, cache_write = _cells(directory, dtype, repeats, read_latency, write_latency)
+    cache_read, cache_write = (
+        (read, write) if short else _cells(directory, dtype, repeats, read_latency, write_latency)
+    )
     say(
         f"KV cache on disk: read {_gb(cache_read)}, write {_gb(cache_write)}; each access takes "
         f"{read_latency * 1e3:.2f} ms to read, {write_latency * 1e3:.2f} ms to write"
@@ -79,7 +89,9 @@ def profile(
     inward, outward = _links(device, repeats)
     if inward is not None and outward is not None:
         say(f"host to device {_gb(inward)}, device to host {_gb(outward)}")
-    points = tuple((float(n), _layers(n, dtype, repeats)) for n in _ROWS)
+    points = tuple(
+        (float(n), _layers(n, dtype, repeats)) for n in (_SHORT_ROWS if short else _ROWS)
+    )
     say(
         "decoder layers, GFLOP/s by rows: "
         + ", ".join(f"{rows:.0f}: {rate / 1e9:.0f}" for rows, rate in points)
@@ -88,16 +100,27 @@ def profile(
     cached_attention = _cached_attention(dtype, repeats, device)
     host = jax.local_devices(backend="cpu")[0]
     hosted = cached_attention if host == device else _cached_attention(dtype, repeats, host)
-    unpacking = _dequantize(dtype, repeats)
+    if short:
+        near = Hardware.preset("laptop" if device.platform == "cpu" else "h200")
+        unpacking = near.dequantize * cached_attention / near.cached_attention
+    else:
+        unpacking = _dequantize(dtype, repeats)
     overhead = _overhead(dtype, repeats)
+    runs = min(repeats, _RUNS)
+    costs = operation_costs(directory, dtype, overhead, steps=_STEPS, repeats=runs)
     decode = f"{_gb(cached_attention)} of cache, on the host {_gb(hosted)}"
     say(f"attention: prefill {attention / 1e9:.0f} GFLOP/s, decode {decode}")
     say(f"dequantising {_gb(unpacking)}; {overhead * 1e6:.0f} us an op")
+    say(
+        f"in a run {costs.compute_overhead * 1e6:.0f} us more a computation, "
+        f"{costs.load_overhead * 1e6:.0f} us a load, {costs.step_overhead * 1e6:.0f} us a step"
+    )
     memory = available_memory()
     shared = device.platform == "cpu"
     name = f"{os.cpu_count()} {_processor()} cores" if shared else device.device_kind
+    briefly = ", measured briefly" if short else ""
     return Hardware(
-        name=f"{name}, {memory / 1e9:.0f} GB of host memory available, {dtype}",
+        name=f"{name}, {memory / 1e9:.0f} GB of host memory available, {dtype}{briefly}",
         # On a CPU device and host are one memory: half of it for each.
         device_memory=memory // 2 if shared else device_memory(),
         host_memory=memory // 2 if shared else memory,
@@ -117,6 +140,8 @@ def profile(
         disk_to_host_cache=cache_read,
         disk_read_latency=read_latency,
         disk_write_latency=write_latency,
+        **costs._asdict(),
+        short=short,
     )
 
 

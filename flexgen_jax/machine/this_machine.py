@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -19,15 +20,18 @@ def profile_path(dtype: str) -> Path:
     return cache_directory() / f"hardware-{dtype}.json"
 
 
-def this_machine(dtype: str) -> Hardware:
-    """The saved profile, or else a preset of the same kind, with this machine's memory.
+def saved_profile(dtype: str) -> Hardware | None:
+    """The profile that was saved for this machine; None: there is none.
 
     Raises:
-        ValueError: a saved profile that cannot be read; the message names it.
+        ValueError: it cannot be read; the message names it.
     """
     saved = profile_path(dtype)
-    if saved.is_file():
-        return Hardware.load(str(saved))
+    return Hardware.load(str(saved)) if saved.is_file() else None
+
+
+def nearest_preset() -> Hardware:
+    """A preset of the same kind, with this machine's memory."""
     device = jax.local_devices()[0]
     shared = device.platform == "cpu"
     preset = Hardware.preset("laptop" if shared else "h200")
@@ -40,13 +44,27 @@ def this_machine(dtype: str) -> Hardware:
     )
 
 
+def this_machine(dtype: str) -> Hardware:
+    """The saved profile, or else the nearest preset.
+
+    Raises:
+        ValueError: a saved profile that cannot be read; the message names it.
+    """
+    return saved_profile(dtype) or nearest_preset()
+
+
 def save(hardware: Hardware, path: Path) -> None:
-    """Writes ``hardware`` as JSON.
+    """Writes ``hardware`` as JSON: all of it, or nothing.
 
     Raises:
         OSError: it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        json.dumps(hardware.to_json(), indent=2, allow_nan=False) + "\n", encoding="utf-8"
-    )
+    text = json.dumps(hardware.to_json(), indent=2, allow_nan=False) + "\n"
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise

@@ -18,6 +18,7 @@ def hardware(tmp_path_factory):
     said = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(profiling, "_ROWS", (2, 8))
+        patch.setattr(profiling, "_STEPS", 4)
         directory = tmp_path_factory.mktemp("disk")
         found = profiling.profile(
             directory, dtype="float32", repeats=1, file_nbytes=1 << 20, say=said.append
