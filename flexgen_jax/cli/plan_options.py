@@ -30,7 +30,10 @@ def _before(required: bool) -> list[Callable[..., Any]]:
     """
     return [
         click.option(
-            "--model", required=True, help="A preset, or a config.json or directory that has one."
+            "--model",
+            required=True,
+            help="A preset, in the codes that it is published in unless --weight-bits is given; "
+            "or a config.json, or a directory that has one.",
         ),
         click.option(
             "--prompt-len",

@@ -13,6 +13,7 @@ import abc
 import dataclasses
 import reprlib
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -182,12 +183,14 @@ class Family(abc.ABC):
     Attributes:
         model_types: Its values of ``model_type`` in ``config.json``.
         presets: Hub name -> config, of the published sizes.
+        published_as: The ``quantization_config`` that its presets are published with; empty: none.
         prefixes: What its tensors' names begin with: the first in :meth:`source`, any of them in a
             checkpoint.
     """
 
     model_types: tuple[str, ...]
     presets: Mapping[str, Config]
+    published_as: Mapping[str, Any] = MappingProxyType({})
     prefixes: tuple[str, ...] = ("model.", "")
 
     @abc.abstractmethod

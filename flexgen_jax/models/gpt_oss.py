@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -40,6 +41,7 @@ class GptOss(SparseDecoder):
 
     model_types = ("gpt_oss",)
     architecture = "GptOssForCausalLM"
+    published_as = MappingProxyType({"quant_method": "mxfp4"})  # of the experts
     config_class = GptOssConfig
     rope_theta = 150_000.0
     defaults = {  # noqa: RUF012 # read only

@@ -29,7 +29,7 @@ from flexgen_jax.planning.refilling import Life
 from flexgen_jax.planning.remedies import DoesNotFitError, remedies
 from flexgen_jax.planning.schedule_names import named_schedule
 from flexgen_jax.weights.checkpoint import dtype_of_model
-from flexgen_jax.weights.coded_leaves import planned_format
+from flexgen_jax.weights.coded_leaves import planned_format, preset_format
 from scheduling.advice import advice
 from scheduling.busy import busy
 from scheduling.cost_model import CostModel, bound
@@ -261,8 +261,8 @@ def plan(
     """Predicts one full block.
 
     Args:
-        model: A preset, the path of a ``config.json`` (or of a directory that has one), or a
-            config.
+        model: A preset (in the codes that it is published in, if ``weight_bits`` asks for no
+            others), the path of a ``config.json`` (or of a directory that has one), or a config.
         policy: ``"auto"``: the best within the hardware's memory for a job of many such blocks.
         hardware: Or the name of a preset, such as ``"t4"``.
         prompt_len: Tokens of each prompt; padded as a run would.
@@ -316,6 +316,8 @@ def plan(
     stored = None
     if named is not None and os.path.exists(named):
         stored = planned_format(Path(named), config, dtype)
+    elif named is not None and policy.weight_bits is None:
+        stored = preset_format(config, dtype)
     known = Model(config, dtype, stored, slots=slots or {}, hosts=hosts)
     job = Uniform(prompt_len, gen_len)
     name, order = named_schedule(schedule)

@@ -12,7 +12,7 @@ from flexgen_jax.models.registry import family_of
 from flexgen_jax.weights.huggingface import read_scheme
 from flexgen_jax.weights.manifest import TensorEntry
 from flexgen_jax.weights.published_format import Leaf, PublishedFormat, float_leaf
-from flexgen_jax.weights.schemes import Codes, Scheme
+from flexgen_jax.weights.schemes import Codes, Scheme, scheme_of
 from flexgen_jax.weights.weight_format import WeightFormat
 from storage.json_text import read_json
 
@@ -58,6 +58,17 @@ def planned_format(path: Path, config: Config, dtype: str) -> WeightFormat | Non
     values = read_json(path / "config.json" if path.is_dir() else path)
     said = values.get("dtype", values.get("torch_dtype"))
     published = said if said in ("float16", "bfloat16", "float32") else dtype
+    return _planned(scheme, config, dtype, published)
+
+
+def preset_format(config: Config, dtype: str) -> WeightFormat | None:
+    """The same of a preset, as its family is published; None: not in codes."""
+    scheme = scheme_of({"quantization_config": family_of(config).published_as})
+    return None if scheme is None else _planned(scheme, config, dtype, "bfloat16")
+
+
+def _planned(scheme: Scheme, config: Config, dtype: str, published: str) -> WeightFormat:
+    """With what is not in codes in the dtype ``published``."""
     form = PublishedFormat.of(dtype, {}, scheme.name, scheme.layout)
     leaves = {}
     for name in param_records(config):

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 import flexgen_jax as fg
 from flexgen_jax.cli.app import main
-from flexgen_jax.models.registry import preset
+from flexgen_jax.models.registry import family_of, preset
 from flexgen_jax.planning.expert_tiles import decode_tile
 from flexgen_jax.planning.stage_layout import place_stages
 from flexgen_jax.weights.weight_format import WeightFormat
@@ -135,3 +135,21 @@ def test_auto_keeps_what_is_said_of_experts():
         assert {name: getattr(found, name) for name in said} == said
         if "weights" in said:
             assert found.experts is None
+
+
+def test_a_preset_is_planned_in_the_codes_that_it_is_published_in(tmp_path):
+    """gpt-oss has MXFP4 experts: 13.8 GB, which are 41.8 in bfloat16."""
+    config = preset("openai/gpt-oss-20b")
+    said = {"quantization_config": {"quant_method": "mxfp4"}, "dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(family_of(config).write(config) | said))
+    policy = fg.Policy(device_batch_size=2, num_device_batches=1)
+
+    def weights(model, **choices):
+        chosen = dataclasses.replace(policy, **choices)
+        found = fg.plan(model, chosen, "h200", prompt_len=16, gen_len=4)
+        return found.placement["weights"].nbytes()
+
+    assert weights("openai/gpt-oss-20b") == weights(tmp_path) == pytest.approx(13.76e9, rel=0.01)
+    assert weights(config) == pytest.approx(41.8e9, rel=0.01)
+    # Other codes are asked for: of what it was before.
+    assert weights("openai/gpt-oss-20b", weight_bits=8) == pytest.approx(22.2e9, rel=0.02)
