@@ -14,7 +14,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,6 +46,7 @@ _MOST_DECODE_ROWS, _PROMPT = 128, 64
 _WIDTH, _FFN, _HEADS, _HEAD_DIM = 2048, 8192, 32, 64
 _FILE_NBYTES, _CALL_NBYTES, _SMALL_NBYTES = 1 << 30, 32 << 20, 64 << 10
 SHORT_REPEATS, SHORT_FILE_NBYTES = 2, 128 << 20
+_ENOUGH = 1.0  # seconds of one figure's repeats
 _STEPS, _RUNS = 16, 3  # of the engine, to time what operations cost beside their work
 
 Say = Callable[[str], None]
@@ -89,9 +90,7 @@ def profile(
     inward, outward = _links(device, repeats)
     if inward is not None and outward is not None:
         say(f"host to device {_gb(inward)}, device to host {_gb(outward)}")
-    points = tuple(
-        (float(n), _layers(n, dtype, repeats)) for n in (_SHORT_ROWS if short else _ROWS)
-    )
+    points = _layers(_SHORT_ROWS if short else _ROWS, dtype, repeats)
     say(
         "decoder layers, GFLOP/s by rows: "
         + ", ".join(f"{rows:.0f}: {rate / 1e9:.0f}" for rows, rate in points)
@@ -158,10 +157,13 @@ def _processor() -> str:
 
 
 def _seconds(call: Callable[[], Any], repeats: int) -> float:
-    """The median time of ``call`` until its results are ready; the first, which compiles, aside."""
+    """The median time of ``call`` until its results are ready; the first, which compiles, aside.
+
+    Fewer ``repeats`` where they take long: on a machine that others use nothing gets exact.
+    """
     jax.block_until_ready(call())
-    found = []
-    for _ in range(repeats):
+    found: list[float] = []
+    while len(found) < repeats and sum(found) < _ENOUGH:
         started = time.perf_counter()
         jax.block_until_ready(call())
         found.append(time.perf_counter() - started)
@@ -276,14 +278,18 @@ def _normal(*shape: int, dtype: str) -> jax.Array:
     return jax.device_put(np.resize(values, shape))
 
 
-def _layers(rows: int, dtype: str, repeats: int) -> float:
-    """FLOP per second of a decoder layer in which attention is next to nothing.
+def _layers(counts: Sequence[int], dtype: str, repeats: int) -> tuple[tuple[float, float], ...]:
+    """Rows, and FLOP per second of a decoder layer of which attention is next to nothing.
 
     Decode's kernel up to as many rows as a batch may have, prefill's beyond.
     """
     config = preset(MEASURED_WITH)
+    params = _layer(config, dtype)  # made once: it is as large as a file that is measured
+    return tuple((float(n), _layer_rate(config, params, n, dtype, repeats)) for n in counts)
+
+
+def _layer_rate(config: Config, params: Any, rows: int, dtype: str, repeats: int) -> float:
     shapes, kind = unit_shapes(config, "layer_0"), unit_kinds(config)[1]
-    params = _layer(config, dtype)
     flops = rows * sum(2.0 * math.prod(s) for n, s in shapes.items() if n.endswith(".kernel"))
     form = CacheFormat()
     if rows <= _MOST_DECODE_ROWS:
