@@ -62,7 +62,7 @@ def main() -> None:
             record |= {"what": what, "percent": percent, "choices": choices, "measured": measured}
             print(json.dumps(record), file=out, flush=True)
         for model in SEARCHED:
-            record = predicted(model, "auto", "zigzag", allow=["host_attention"])
+            record = predicted(model, "auto", "zigzag")
             record |= {"what": "policy auto", "choices": {}, "measured": None}
             print(json.dumps(record), file=out, flush=True)
 

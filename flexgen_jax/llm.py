@@ -89,8 +89,10 @@ class LLM:
             profile saved; ``False``, or ``FLEXGEN_JAX_PROFILE=off`` in the environment: predictions
             are those of the nearest preset.
         fixed: Fields of the policy that ``"auto"`` has to keep, such as ``device_batch_size``.
-        allow: Methods that ``"auto"`` may use if they help: ``"host_attention"``,
-            ``"weight_bits"``, ``"cache_bits"``, ``"attention_sparsity"``.
+        allow: Methods that ``"auto"`` may use if they help, though results may change slightly:
+            ``"weight_bits"``, ``"cache_bits"``, ``"attention_sparsity"``. ``"host_attention"``
+            need not be named: greedy tokens stay the same.
+        forbid: ``"host_attention"``: ``"auto"`` is not to use it all the same.
         lengths: New tokens of requests like those to come, which ``"auto"`` chooses for:
             numbers, or the path of a file with a number a line or of a job's output; None: every
             request is expected to run to its limit.
@@ -130,6 +132,7 @@ class LLM:
         wrap_store: WrapStore | None = None,
         fixed: Mapping[str, Any] | None = None,
         allow: Iterable[str] = (),
+        forbid: Iterable[str] = (),
         lengths: Lengths | str | os.PathLike[str] | Iterable[int] | None = None,
         runner: Runner | None = None,
     ) -> None:
@@ -142,9 +145,10 @@ class LLM:
         expect("runner", runner, Runner, "a Runner", optional=True)
         expect("profile", profile, bool, "True or False")
         expect_names("allow", allow)
+        expect_names("forbid", forbid)
         for name, function in (("say", say), ("wrap_store", wrap_store)):
             expect_callable(name, function)
-        base, auto = Auto.asked(policy, fixed, allow)
+        base, auto = Auto.asked(policy, fixed, allow, forbid)
         memory = parse_bytes(device_memory), parse_bytes(host_memory)
         if auto is None and memory != (None, None):
             raise ValueError(

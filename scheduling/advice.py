@@ -1,16 +1,17 @@
-"""What would help: the same search again, near the same shape, with one thing changed."""
+"""What would help: the same search again, from the same shape on, with one thing changed."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
+from scheduling.candidates import Blocks
 from scheduling.hardware import Hardware
 from scheduling.limits import Limits
 from scheduling.ops import Op
 from scheduling.policy import Policy
-from scheduling.search import CHOICES, Blocks, best_near
+from scheduling.search import CHOICES, NothingFitsError, search
 from scheduling.workload import Workload
 
 # Less than this is within what an estimate may be off by.
@@ -26,8 +27,10 @@ class Change:
     choices: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def changes(hardware: Hardware, limits: Limits, policy: Policy) -> dict[str, Change]:
-    """What could be otherwise, in words."""
+def changes(
+    hardware: Hardware, limits: Limits, policy: Policy, free: Collection[str] = ()
+) -> dict[str, Change]:
+    """What could be otherwise, in words; but methods that the search is ``free`` to use."""
     found = {
         "twice the device memory": Change(
             limits=dataclasses.replace(limits, device=2 * limits.device)
@@ -49,11 +52,12 @@ def changes(hardware: Hardware, limits: Limits, policy: Policy) -> dict[str, Cha
     if hardware.host_to_device is None:
         del found["twice the bandwidth between host and device"]
         del found["twice the host memory"]  # is the device's
-    if policy.weight_bits != 4:
+    if policy.weight_bits != 4 and "weight_bits" not in free:
         found["4-bit weights"] = Change(choices={"weight_bits": 4})
-    if policy.cache_bits != 4:
+    if policy.cache_bits != 4 and "cache_bits" not in free:
         found["a 4-bit cache"] = Change(choices={"cache_bits": 4})
-    if not policy.host_attention and hardware.host_to_device is not None:
+    hosted = policy.host_attention or "host_attention" in free
+    if not hosted and hardware.host_to_device is not None:
         found["attention on the host"] = Change(choices={"host_attention": True})
     return found
 
@@ -65,29 +69,41 @@ def advice(
     policy: Policy,
     *,
     schedule: Callable[[Workload], Iterable[Op]],
+    allow: Iterable[str] = (),
 ) -> dict[str, float]:
     """What would help, and how many times the throughput it would give; the best first.
 
-    Estimates: compared with the best near ``policy``'s shape as things are.
+    By what a search finds with each change, beginning near ``policy``'s shape: blocks and places
+    may be others then. Compared with the best that it finds so as things are.
+
+    Args:
+        allow: Methods that the search may use, as ``policy``'s did.
     """
-    names = (*CHOICES, "overlap", "group_size", "num_stages")
-    kept = {name: getattr(policy, name) for name in names}
+    free = tuple(allow)
+    names = (*CHOICES, "overlap", "group_size", "num_stages", "refill")
+    kept = {name: getattr(policy, name) for name in names if name not in free}
 
     def seconds(change: Change) -> float | None:
-        return best_near(
-            blocks,
-            change.hardware or hardware,
-            change.limits or limits,
-            policy,
-            schedule=schedule,
-            fixed={**kept, **change.choices},
-        )
+        try:
+            found = search(
+                blocks,
+                change.hardware or hardware,
+                change.limits or limits,
+                schedule=schedule,
+                requests=10**9,
+                fixed={**kept, **change.choices},
+                allow=free,
+                near=policy,
+            )
+        except NothingFitsError:
+            return None
+        return found.best.seconds
 
     now = seconds(Change())
     if now is None:
         return {}
     gains = {}
-    for name, change in changes(hardware, limits, policy).items():
+    for name, change in changes(hardware, limits, policy, free).items():
         then = seconds(change)
         if then is not None and now / then >= WORTH_SAYING:
             gains[name] = now / then

@@ -117,14 +117,16 @@ def lanes(workload: Workload, hardware: Hardware) -> dict[str, tuple[Seconds, Se
         raise ValueError("the workload has no sizes: make it with LLM.workload or plan")
     # One decode step in the middle stands for all of its batch; the third only for there to be
     # a step after it, for which its cache is stored.
-    middle = tuple(
-        dataclasses.replace(
+    alone = {id(batch): batch for batch in sizes.batches}  # most are one and the same
+    shorter = {
+        key: dataclasses.replace(
             batch,
             stride=max(1.0, float(batch.num_steps - 1)),
             num_steps=min(3, batch.num_steps + (batch.num_steps > 1)),
         )
-        for batch in sizes.batches
-    )
+        for key, batch in alone.items()
+    }
+    middle = tuple(shorter[id(batch)] for batch in sizes.batches)
     model = dataclasses.replace(
         workload, num_steps=3, sizes=dataclasses.replace(sizes, batches=middle)
     )

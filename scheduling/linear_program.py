@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,14 +38,24 @@ def with_splits(policy: Policy, splits: Mapping[str, Split]) -> Policy:
     return dataclasses.replace(policy, **changes)
 
 
+class Solution(NamedTuple):
+    """Shares, and how long a job takes with them if nothing waits for anything.
+
+    Attributes:
+        seconds: As the program has it, of which it is the least: whole tensors may take longer.
+        bound: No placement of this shape takes less.
+    """
+
+    splits: dict[str, Split]
+    seconds: float
+    bound: float
+
+
 class Program:
     """The linear program of one shape.
 
     Variables: the share of each of weights, cache, hidden states and, apart from the weights,
     experts in each tier; then the seconds of prefill and of decode, and the GB of a slot.
-
-    Args:
-        together: Experts are to lie where the other weights do.
     """
 
     def __init__(
@@ -54,11 +64,8 @@ class Program:
         blocks: Callable[[Policy], Sequence[tuple[Workload, float]]],
         hardware: Hardware,
         limits: Limits,
-        fixed: Mapping[str, Any],
-        *,
-        together: bool = False,
     ) -> None:
-        self.limits, self.fixed, self.together = limits, fixed, together
+        self.limits = limits
         if policy.num_groups is None:  # the same in all tiers, since time is to be linear in them
             policy = dataclasses.replace(policy, num_groups=policy.num_stages)
         pure = {}
@@ -66,7 +73,10 @@ class Program:
             everything = Split(**{t.value: 100 if t is tier else 0 for t in TIERS})
             whole = with_splits(policy, dict.fromkeys(SPLITS, everything))
             whole = dataclasses.replace(whole, experts=None)  # where the weights lie
-            pure[tier] = blocks(whole)[0][0]
+            (pure[tier], times), *others = blocks(whole)
+            # Blocks like the first; of a job with shorter ones it is not known what bounds it.
+            self.times = 0.0 if others else times
+            self.blocks = times + sum(count for _, count in others)
         self.pure = pure
         self.kinds: tuple[str, ...] = SPLITS
         if pure[Tier.DEVICE].experts is not None:
@@ -193,8 +203,16 @@ class Program:
         most = [r - less[tier] for r, tier in zip(room, TIERS, strict=True)]
         return rows, most + [0.0] * len(slots)
 
-    def solve(self, less: Mapping[Tier, float]) -> dict[str, Split] | None:
-        """The shares, with ``less`` room than the limits; None: there are none."""
+    def solve(
+        self, less: Mapping[Tier, float], fixed: Mapping[str, Any], *, together: bool = False
+    ) -> Solution | None:
+        """The best shares; None: there are none.
+
+        Args:
+            less: Than the limits, so much room.
+            fixed: Fields of the policy; of these splits there is nothing to choose.
+            together: Experts are to lie where the other weights do.
+        """
         from scipy.optimize import linprog  # slow to import
 
         rows, room = self._memory(less)
@@ -203,12 +221,12 @@ class Program:
         bounds = [(0.0, 1.0)] * self.shares + [(0.0, None)] * 3
         for i, kind in enumerate(self.kinds):
             equal[i][3 * i : 3 * i + 3] = 1
-            if self.fixed.get(kind) is not None:
-                shares = self.fixed[kind].shares()
+            if fixed.get(kind) is not None:
+                shares = fixed[kind].shares()
                 for j, tier in enumerate(TIERS):
                     bounds[3 * i + j] = (shares[tier] / 100, shares[tier] / 100)
         total = [1.0] * len(self.kinds)
-        if "experts" in self.kinds and self.together:
+        if "experts" in self.kinds and together:
             for j in range(len(TIERS)):
                 row = self._row()
                 row[j], row[3 * self.kinds.index("experts") + j] = 1, -1
@@ -225,11 +243,13 @@ class Program:
         )
         if solution.x is None or not solution.success:
             return None
-        return {
-            kind: self.fixed.get(kind) or _split(solution.x[3 * i : 3 * i + 3])
+        splits = {
+            kind: fixed.get(kind) or _split(solution.x[3 * i : 3 * i + 3])
             for i, kind in enumerate(self.kinds)
-            if not (kind == "experts" and self.together)
+            if not (kind == "experts" and together)
         }
+        least = float(sum(solution.x[self.shares : self.shares + 2]))
+        return Solution(splits, solution.fun * self.blocks, least * self.times)
 
 
 def _split(shares: np.ndarray) -> Split:

@@ -132,11 +132,19 @@ def room_nbytes(workload: Workload, *, shared: bool) -> dict[Tier, int]:
             room[_place(w, stage, batch.hidden_tier, shared)] += hidden
             positions = max(batch.prompt_len, batch.longest_prompt)
             room[device] += batch.routed_nbytes * positions
+    # Most cells are one of a few objects.
+    cells: dict[tuple[int, int, int], int] = defaultdict(int)
+    known = {}
+    stages = [w.stage_of(layer) for layer in range(w.num_layers)]
     for (layer, number), cell in sizes.cache.items():
-        stage = w.stage_of(layer)
-        nbytes = cell.position_nbytes * cell.kept(sizes.batches[number].capacity)
-        room[_place(w, stage, cell.tier, shared)] += nbytes
-        room[_place(w, stage, Tier.HOST, shared)] += sizes.buffered(cell)
+        key = stages[layer], sizes.batches[number].capacity, id(cell)
+        cells[key] += 1
+        known[id(cell)] = cell
+    for (stage, capacity, of_cell), count in cells.items():
+        cell = known[of_cell]
+        nbytes = cell.position_nbytes * cell.kept(capacity)
+        room[_place(w, stage, cell.tier, shared)] += count * nbytes
+        room[_place(w, stage, Tier.HOST, shared)] += count * sizes.buffered(cell)
     return _fullest(room)
 
 

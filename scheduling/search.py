@@ -1,5 +1,6 @@
 """The best policy for a job: block shapes by enumeration, percentages by a linear program, and then
-the integer placement and the simulation of the best, so that what is promised is what will run.
+the integer placement and the simulation of the best and of what is near (``scheduling.climb``), so
+that what is promised is what will run.
 
 The program's solution is rounded by dealing out whole tensors; where that does not fit, it is
 solved again with less room.
@@ -13,24 +14,13 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from scheduling.estimate import (
-    Seconds,
-    bound_by,
-    busiest,
-    estimate,
-    lanes,
-    moving,
-    one_after_the_other,
-)
-from scheduling.few_layers import few_layers
+from scheduling.candidates import Blocks, Candidate, Dealer, shape_of, size, work_of
+from scheduling.climb import climb
 from scheduling.hardware import Hardware
 from scheduling.limits import Limits
-from scheduling.linear_program import CONTENTION, SPLITS, Program, with_splits
+from scheduling.linear_program import SPLITS, Program
 from scheduling.ops import Op
-from scheduling.peak import room_nbytes
 from scheduling.policy import Policy, Split, Tier
-from scheduling.registered import is_ours
-from scheduling.transforms import serialized
 from scheduling.workload import Workload
 
 CHOICES: Mapping[str, tuple[Any, ...]] = {
@@ -39,37 +29,22 @@ CHOICES: Mapping[str, tuple[Any, ...]] = {
     "cache_bits": (None, 8, 4),
     "attention_sparsity": (1.0, 0.1),
 }
+# Of these, those with which greedy tokens stay the same.
+EXACT = ("host_attention",)
 # Where looking begins, and where it ends.
 _SIZES, _MOST_REQUESTS = (1, 4, 16, 64, 256), 256
-_BATCHES, _MOST_BATCHES = (1, 4, 16), 20
+_BATCHES, _MOST_BATCHES = (1, 4, 16), 32
+# How many are dealt out, of which methods, and simulated.
+_DEALT, _DEALT_OF_EACH = 8, 2
 _SIMULATED, _ALSO_SIMULATED = 3, 3
 _CLOSE = 1.03  # what an estimate may be off by
-_LARGE = 1000  # computations of a step
-_LAYERS = 12  # that are simulated
-_SHAPES = 16  # whose issues are kept
 _TRIES = 10
+_SOLVING = 1000  # the work of it (``Dealer.work``)
 _STEPS = (0, 25, 50, 75, 100)
-
-# The blocks of a policy, and how many there are like each; the one that takes most memory first.
-Blocks = Callable[[Policy], Sequence[tuple[Workload, float]]]
 
 
 class NothingFitsError(ValueError):
     """There is no policy within the limits; the message says what the least would take."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A policy that fits.
-
-    Attributes:
-        seconds: Of the whole job, estimated.
-        simulated: By simulation, or else by the linear program's model.
-    """
-
-    policy: Policy
-    seconds: float
-    simulated: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,8 +66,8 @@ class Found:
         text = f"best of {self.considered} considered"
         if self.others:
             other = self.others[0]
-            shape = f"{other.policy.device_batch_size} x {other.policy.num_device_batches}"
-            text += f"; next: {shape}, {other.seconds / self.best.seconds:.2f} times as long"
+            longer = other.seconds / self.best.seconds
+            text += f"; next: {shape_of(other.policy)}, {longer:.2f} times as long"
         return text
 
 
@@ -105,6 +80,8 @@ def search(
     requests: int,
     fixed: Mapping[str, Any] | None = None,
     allow: Iterable[str] = (),
+    near: Policy | None = None,
+    uphill: bool = True,
 ) -> Found:
     """The policy with which a job of ``requests`` takes the least time within ``limits``.
 
@@ -114,29 +91,16 @@ def search(
         fixed: Fields of the policy that are given.
         allow: Of ``CHOICES``: methods that may be used though they change results slightly, or
             where attention is computed; without, only what is fixed is.
+        near: Whose block's shape looking begins with, which is quicker; None: from a grid.
+        uphill: Go on from the best to what simulation finds faster; without, only whether anything
+            fits is certain.
 
     Raises:
         NothingFitsError: no policy within the limits.
         ValueError: an unknown field or choice.
     """
-    return _Search(blocks, hardware, limits, schedule, requests, dict(fixed or {}), allow).run()
-
-
-def best_near(
-    blocks: Blocks,
-    hardware: Hardware,
-    limits: Limits,
-    policy: Policy,
-    *,
-    schedule: Callable[[Workload], Iterable[Op]],
-    fixed: Mapping[str, Any],
-) -> float | None:
-    """Estimated seconds of a job with the best policy near ``policy``'s shape; None: none fits."""
-    found = _Search(blocks, hardware, limits, schedule, 10**9, dict(fixed), ())
-    size, batches = policy.device_batch_size, policy.num_device_batches
-    for shape in ((size, batches), (size, 2 * batches)):
-        found.attempt(*shape, {})
-    return min((c.seconds for c in found.fitting()), default=None)
+    fields = dict(fixed or {})
+    return _Search(blocks, hardware, limits, schedule, requests, fields, allow, near).run(uphill)
 
 
 def _promising(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -148,9 +112,9 @@ def _promising(candidates: Sequence[Candidate]) -> list[Candidate]:
     for candidate in candidates[_SIMULATED:]:
         if len(found) == _SIMULATED + _ALSO_SIMULATED:
             break
-        size = candidate.policy.device_batch_size
-        if size not in sizes and candidate.seconds <= _CLOSE * candidates[0].seconds:
-            sizes.add(size)
+        rows = candidate.policy.device_batch_size
+        if rows not in sizes and candidate.seconds <= _CLOSE * candidates[0].seconds:
+            sizes.add(rows)
             found.append(candidate)
     return found
 
@@ -165,17 +129,11 @@ class _Search:
         requests: int,
         fixed: dict[str, Any],
         allow: Iterable[str],
+        near: Policy | None,
     ) -> None:
         self.base = Policy(**fixed)  # names what is unknown or out of range
-        self.blocks, self.hardware, self.limits = blocks, hardware, limits
-        self.schedule = schedule if self.base.overlap else serialized(schedule)
-        self.issues = bound_by(self.schedule)
-        if is_ours(schedule):  # which do not look at sizes: a shape's issues are always the same
-            issues = functools.lru_cache(maxsize=_SHAPES)(
-                lambda w: tuple(bound_by(self.schedule)(w))
-            )
-            self.issues = lambda w: issues(dataclasses.replace(w, sizes=None))
-        self.requests, self.fixed = requests, fixed
+        self.limits, self.requests, self.fixed, self.near = limits, requests, fixed, near
+        self.dealer = Dealer(blocks, hardware, limits, schedule, overlap=self.base.overlap)
         unknown = sorted(set(allow) - set(CHOICES))
         if unknown:
             raise ValueError(
@@ -186,24 +144,62 @@ class _Search:
         # Fewer batches than stages leave stages idle.
         self.counts = _BATCHES if stages == 1 else (stages, 2 * stages, 4 * stages)
         self.most_batches = max(_MOST_BATCHES, self.counts[-1])
+        # What is said of weights holds for experts, unless those are said.
+        self._together = self.base.experts is None and bool({"weights", "experts"} & set(fixed))
+        # By shape and choices: what the program says, and the candidate that it was dealt out to.
+        self.values: dict[Policy, float | None] = {}
         self.solved: dict[Policy, Candidate | None] = {}
-        self.least: tuple[float, str] | None = None  # the smallest excess, for the message
+        self.program = functools.lru_cache(maxsize=None)(self._program)
+        self._first = functools.lru_cache(maxsize=None)(
+            lambda policy: self.program(policy).solve(
+                dict.fromkeys(Tier, 0.0), fixed, together=self._together
+            )
+        )
 
-    def run(self) -> Found:
-        self._look({})
-        for choices in self._choices():
-            self._look(choices)
-        if not self.fitting():
-            raise self._nothing_fits()
-        # On the host nothing is attended to where all of the cache lies on the device.
-        distinct = [
-            c for c in self.fitting() if not c.policy.host_attention or c.policy.cache.device < 100
-        ]
-        promising = _promising(distinct or self.fitting())
+    def _program(self, policy: Policy) -> Program:
+        dealer = self.dealer
+        program = Program(policy, dealer.blocks, dealer.hardware, self.limits)
+        dealer.work += sum(map(work_of, program.pure.values()))
+        return program
+
+    def run(self, uphill: bool) -> Found:
+        choices = [{}, *self._choices()]
+        for chosen in choices:
+            self._look(chosen)
+        fitting = self._fitting(choices)
+        promising = _promising(list(filter(self.differs, fitting)) or fitting)
         for candidate in promising[:_SIMULATED]:
             promising += self._before_experts(candidate)
-        simulated = sorted(map(self._simulated, promising), key=_seconds)
-        return Found(best=simulated[0], others=tuple(simulated[1:]), considered=len(self.solved))
+        if self.near is not None:
+            splits = {kind: getattr(self.near, kind) for kind in (*SPLITS, "experts")} | self.fixed
+            shape = self.value(_shape(self.near), {n: getattr(self.near, n) for n in self.allow})
+            same = None if shape is None else self.dealer.dealt(shape, splits, {})
+            promising += [] if same is None else [same]
+        best, *others = climb(self, promising) if uphill else promising
+        return Found(best=best, others=tuple(others), considered=len(self.values))
+
+    def _fitting(self, choices: Sequence[Mapping[str, Any]]) -> list[Candidate]:
+        """Of the shapes that the program likes best, those that fit as dealt out, the best first.
+
+        Raises:
+            NothingFitsError: none of all does.
+        """
+        wanted = self._ranked({})[:_DEALT]
+        for chosen in choices[1:]:
+            wanted += [p for p in self._ranked(chosen)[:_DEALT_OF_EACH] if p not in wanted]
+        found = [c for c in map(self.solve, wanted) if c is not None]
+        if not found:
+            found = [c for c in map(self.solve, self.values) if c is not None]
+        if not found:
+            raise self._nothing_fits()
+        return sorted(found, key=_seconds)
+
+    def differs(self, candidate: Candidate) -> bool:
+        """Whether its methods matter: nothing is attended to on the host if all of the cache lies
+        on the device."""
+        policy = candidate.policy
+        chosen = policy.host_attention and "host_attention" in self.allow
+        return not (chosen and policy.cache.device == 100)
 
     def _before_experts(self, candidate: Candidate) -> list[Candidate]:
         """The same shape with what every pass uses on the device before any experts are.
@@ -219,54 +215,72 @@ class _Search:
         for kinds in (("weights",), SPLITS):
             near = {kind: Split() for kind in kinds} | self.fixed
             if any(getattr(policy, kind) != near[kind] for kind in kinds):
-                found.append(self._rounded(policy, near, together=False))
+                found.append(self.rounded(self.shape(policy), near, together=False))
         return [c for c in found if c is not None]
+
+    def shape(self, policy: Policy) -> Policy:
+        """A policy of the same shape and methods, whose splits are not chosen."""
+        splits = {kind: getattr(self.base, kind) for kind in (*SPLITS, "experts")}
+        return dataclasses.replace(policy, **splits)
 
     def _look(self, choices: Mapping[str, Any]) -> None:
         """A coarse grid of shapes, or those near the best so far; then uphill."""
         if choices:
-            for best in self.fitting()[:3]:
-                shape = best.policy.device_batch_size, best.policy.num_device_batches
-                self.attempt(*shape, choices)
-        if not self._with(choices):
+            for best in self._ranked({})[:3]:
+                self.value(_shape(best), choices)
+        elif self.near is not None:
+            self.value(_shape(self.near), choices)
+        if not self._ranked(choices):
             given = self.fixed
             sizes = (given["device_batch_size"],) if "device_batch_size" in given else _SIZES
             fixed = "num_device_batches" in given
             batches = (given["num_device_batches"],) if fixed else self.counts
-            for size, count in itertools.product(sizes, batches):
-                self.attempt(size, count, choices)
+            for shape in itertools.product(sizes, batches):
+                self.value(shape, choices)
         climbed: set[Policy] = set()
         while True:
-            tops = [c for c in self._with(choices)[:2] if c.policy not in climbed]
+            tops = [p for p in self._ranked(choices)[:2] if p not in climbed]
             if not tops:
                 return
             for top in tops:
-                climbed.add(top.policy)
-                for shape in self._neighbours(top.policy):
-                    self.attempt(*shape, choices)
+                climbed.add(top)
+                for shape in self.neighbours(top):
+                    self.value(shape, choices)
+            if self.near is not None:
+                return
 
-    def _neighbours(self, policy: Policy) -> Iterator[tuple[int, int]]:
+    def neighbours(self, policy: Policy, *, both: bool = False) -> Iterator[tuple[int, int]]:
+        """Shapes of blocks near its own: half to twice as many rows or batches.
+
+        Args:
+            both: Also fewer of one and more of the other.
+        """
         size, batches = policy.device_batch_size, policy.num_device_batches
-        if "device_batch_size" not in self.fixed:
-            for other in (size // 2, size * 3 // 4, size * 3 // 2, size * 2):
-                if 1 <= other <= _MOST_REQUESTS and other % (4 if other > 4 else 1) == 0:
-                    yield other, batches
-        if "num_device_batches" not in self.fixed:
-            for other in sorted({batches // 2, batches * 3 // 4, batches * 3 // 2, batches * 2}):
-                if 1 <= other <= self.most_batches:
-                    yield size, other
+        steps = [(a, 1.0) for a in (0.5, 0.75, 1.5, 2.0)] + [(1.0, a) for a in (0.5, 0.75, 1.5, 2)]
+        if both:
+            steps += [(2.0, 0.5), (0.5, 2.0), (1.5, 0.75), (0.75, 1.5)]
+        seen = {(size, batches)}
+        for of_size, of_batches in steps:
+            rows, count = int(size * of_size), int(batches * of_batches)
+            if "device_batch_size" in self.fixed:
+                rows = size
+            if "num_device_batches" in self.fixed:
+                count = batches
+            whole = rows % (1 if rows <= 4 else 2 if rows <= 8 else 4) == 0
+            possible = 1 <= rows <= _MOST_REQUESTS and 1 <= count <= self.most_batches and whole
+            if possible and (rows, count) not in seen:
+                seen.add((rows, count))
+                yield rows, count
 
-    def _with(self, choices: Mapping[str, Any]) -> list[Candidate]:
-        """Those of the fitting that make these choices."""
-        return [
-            c
-            for c in self.fitting()
-            if all(getattr(c.policy, name) == value for name, value in choices.items())
+    def _ranked(self, choices: Mapping[str, Any]) -> list[Policy]:
+        """Shapes with these choices for which the program has a solution, the best first."""
+        there = [
+            (value, number, policy)
+            for number, (policy, value) in enumerate(self.values.items())
+            if value is not None
+            and all(getattr(policy, name) == chosen for name, chosen in choices.items())
         ]
-
-    def fitting(self) -> list[Candidate]:
-        """Those that fit, the best first."""
-        return sorted(filter(None, self.solved.values()), key=_seconds)
+        return [policy for _, _, policy in sorted(there, key=lambda each: each[:2])]
 
     def _choices(self) -> Iterator[dict[str, Any]]:
         for values in itertools.product(*(CHOICES[name] for name in self.allow)):
@@ -274,41 +288,81 @@ class _Search:
             if any(getattr(self.base, name) != value for name, value in choices.items()):
                 yield choices
 
-    def attempt(self, size: int, batches: int, choices: Mapping[str, Any]) -> None:
-        """Solves one shape, unless the job is too small for it or it is known."""
-        if size > 1 and size >= 2 * self.requests and "device_batch_size" not in self.fixed:
-            return
-        few = size * (batches - 1) >= self.requests  # the last batch would be empty
-        if batches > 1 and few and "num_device_batches" not in self.fixed:
-            return
+    def value(self, shape: tuple[int, int], choices: Mapping[str, Any]) -> Policy | None:
+        """What the program says of a shape, unless the job is too small for it or it is known."""
+        if not self.possible(shape):
+            return None
+        rows, batches = shape
         policy = dataclasses.replace(
-            self.base, device_batch_size=size, num_device_batches=batches, **choices
+            self.base, device_batch_size=rows, num_device_batches=batches, **choices
         )
+        if policy not in self.values:
+            solution = self._first(policy)
+            self.values[policy] = None if solution is None else solution.seconds
+        return policy
+
+    def attempt(
+        self, shape: tuple[int, int], choices: Mapping[str, Any], within: float
+    ) -> Candidate | None:
+        """The best of a shape, if it may take less than ``within`` seconds."""
+        policy = self.value(shape, choices)
+        if policy is None:
+            return None
+        solution = self._first(policy)
+        if policy not in self.solved and solution is not None and solution.bound >= within:
+            return None
+        return self.solve(policy)
+
+    def possible(self, shape: tuple[int, int]) -> bool:
+        """Whether the job has enough requests for blocks of so many rows and batches."""
+        rows, batches = shape
+        if rows > 1 and rows >= 2 * self.requests and "device_batch_size" not in self.fixed:
+            return False
+        few = rows * (batches - 1) >= self.requests  # the last batch would be empty
+        return not (batches > 1 and few and "num_device_batches" not in self.fixed)
+
+    def solve(self, policy: Policy) -> Candidate | None:
+        """The best shares of a shape, dealt out and found to fit."""
         if policy not in self.solved:
             self.solved[policy] = self._solve(policy)
+        return self.solved[policy]
 
     def _solve(self, policy: Policy) -> Candidate | None:
-        """The best shares of a shape, dealt out and found to fit."""
         if not any(name in self.fixed for name in SPLITS):
-            found = self._dealt(policy, {}, {})
+            found = self.dealer.dealt(policy, {}, {})
             if found is not None:
                 return found  # everything on the device
-        # What is said of weights holds for experts, unless those are said.
-        together = self.base.experts is None and bool({"weights", "experts"} & set(self.fixed))
-        return self._rounded(policy, self.fixed, together=together) or self._in_steps(policy)
+        return self.rounded(policy, self.fixed) or self._in_steps(policy)
 
-    def _rounded(
-        self, policy: Policy, fixed: Mapping[str, Any], *, together: bool
+    def rounded(
+        self,
+        policy: Policy,
+        fixed: Mapping[str, Any],
+        *,
+        together: bool | None = None,
+        within: float | None = None,
     ) -> Candidate | None:
-        """The program's solution, solved with ever less room until it fits as it is dealt out."""
+        """The program's solution, solved with ever less room until it fits as it is dealt out.
+
+        Args:
+            fixed: Fields of the policy that are not to be chosen.
+            together: Experts lie where the other weights do; None: where those are fixed.
+            within: Nothing that is estimated to take as many seconds is wanted; None: anything is.
+        """
+        if together is None:
+            together = self._together
         less = dict.fromkeys(Tier, 0.0)
-        program = Program(policy, self.blocks, self.hardware, self.limits, fixed, together=together)
+        program = self.program(policy)
         for attempt in range(_TRIES):
-            splits = program.solve(less)
-            if splits is None:
+            if not attempt and fixed is self.fixed and together is self._together:
+                solution = self._first(policy)
+            else:
+                solution = program.solve(less, fixed, together=together)
+                self.dealer.work += _SOLVING
+            if solution is None or (within is not None and solution.bound >= within):
                 break
             over: dict[Tier, float] = {}
-            found = self._dealt(policy, splits, over)
+            found = self.dealer.dealt(policy, solution.splits, over)
             if found is not None:
                 return found
             for tier, nbytes in over.items():
@@ -328,71 +382,21 @@ class _Search:
                 "hidden": Split(device=0, disk=100),
             }
             splits |= {name: self.fixed[name] for name in SPLITS if name in self.fixed}
-            found.append(self._dealt(policy, splits, {}))
+            found.append(self.dealer.dealt(policy, splits, {}))
         return min(filter(None, found), key=_seconds, default=None)
-
-    def _dealt(
-        self, policy: Policy, splits: Mapping[str, Split], less: dict[Tier, float]
-    ) -> Candidate | None:
-        """The policy with these splits, or None: it does not fit, by what is added to ``less``."""
-        dealt = with_splits(policy, splits)
-        blocks = self.blocks(dealt)
-        over = self.limits.exceeded(room_nbytes(blocks[0][0], shared=self.limits.shared))
-        if not over:
-            seconds = sum(count * self._seconds(workload) for workload, count in blocks)
-            return Candidate(policy=dealt, seconds=seconds)
-        excess = sum(over.values())
-        if self.least is None or excess < self.least[0]:
-            words = ", ".join(f"{t.value} {_size(n)}" for t, n in over.items())
-            self.least = excess, f"nearest, {size_of(policy)}: too much by {words}"
-        for tier, nbytes in over.items():
-            # What the fullest device or host has too much, all of them are to have less.
-            hosts = max(1, len(set(blocks[0][0].hosts)))
-            of_device = tier is Tier.DEVICE and not self.limits.shared
-            several = policy.num_stages if of_device else hosts
-            less[tier] = less.get(tier, 0.0) + 1.05 * nbytes * several
-        return None
-
-    def _seconds(self, workload: Workload) -> float:
-        found = self._lanes(workload)
-        contended = CONTENTION * moving(found) if self.limits.shared else 0.0
-        return busiest(found) + contended
-
-    def _lanes(self, workload: Workload) -> dict[str, tuple[Seconds, Seconds]]:
-        found = lanes(workload, self.hardware)
-        return found if self.base.overlap else one_after_the_other(found)
-
-    def _simulated(self, candidate: Candidate) -> Candidate:
-        """By how much longer a few layers and steps take than their busiest lane."""
-        blocks = self.blocks(candidate.policy)
-        few = few_layers(blocks[0][0], _LAYERS)
-        steps = 1 if few.num_layers * few.num_batches > _LARGE else 2
-        seconds = sum(
-            estimate(self.schedule, few, self.hardware, decode_steps=steps, issues=self.issues)
-        )
-        ratio = seconds / busiest(self._lanes(few))
-        return dataclasses.replace(candidate, seconds=candidate.seconds * ratio, simulated=True)
 
     def _nothing_fits(self) -> NothingFitsError:
         room = self.limits
-        least = f"; {self.least[1]}" if self.least else ""
-        host = "" if room.shared and not room.host else f"host {_size(room.host)}, "
+        least = f"; {self.dealer.nearest}" if self.dealer.nearest else ""
+        host = "" if room.shared and not room.host else f"host {size(room.host)}, "
         return NothingFitsError(
-            f"nothing fits within device {_size(room.device)}, {host}disk {_size(room.disk)}"
+            f"nothing fits within device {size(room.device)}, {host}disk {size(room.disk)}"
             f"{least}: give more memory, shorter prompts, or 4-bit weights"
         )
 
 
-def _size(nbytes: float) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if nbytes >= size:
-            return f"{nbytes / size:.2f} {unit}"
-    return f"{nbytes / 1e3:.2f} kB"
-
-
-def size_of(policy: Policy) -> str:
-    """The shape of a policy's block, in words."""
-    return f"{policy.device_batch_size} x {policy.num_device_batches}"
+def _shape(policy: Policy) -> tuple[int, int]:
+    return policy.device_batch_size, policy.num_device_batches
 
 
 def _seconds(candidate: Candidate) -> float:

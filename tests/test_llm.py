@@ -672,6 +672,8 @@ def test_auto_keeps_what_is_fixed_and_uses_what_is_allowed(offload):
         ({"fixed": {"speed": 1}}, "no policy field speed; known: device_batch_size"),
         ({"fixed": {"cache_bits": 3}}, "cache_bits must be None, 4 or 8"),
         ({"allow": ["magic"]}, "nothing to allow by magic"),
+        ({"forbid": ["cache_bits"]}, "nothing to forbid by cache_bits; known: host_attention"),
+        ({"policy": fg.Policy(), "forbid": ["host_attention"]}, "are for policy='auto'"),
         ({"policy": fg.Policy(), "allow": ["cache_bits"]}, "are for policy='auto'"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -13,7 +13,7 @@ import click
 
 from flexgen_jax.cli.failures import plain_errors
 from flexgen_jax.cli.policy_options import NAMES as POLICY_NAMES
-from flexgen_jax.cli.policy_options import allowed, policy_options, read_policy
+from flexgen_jax.cli.policy_options import allowed, named, policy_options, read_policy
 
 if TYPE_CHECKING:
     from flexgen_jax.llm import LLM
@@ -180,8 +180,9 @@ class Chosen:
         policy, changes = read_policy(self._values)
         stages_given = "num_stages" in changes
         self._allow = allowed(self._values["allow"])
+        self._forbid = named(self._values["forbid"])
         if policy != "auto":
-            searching = ("device_memory", "host_memory", "allow", "lengths")
+            searching = ("device_memory", "host_memory", "allow", "forbid", "lengths")
             given = [name for name in searching if self._values[name]]
             if given:
                 names = " and ".join(f"--{name.replace('_', '-')}" for name in given)
@@ -314,7 +315,7 @@ class Chosen:
             )
         limits = {name: v[name] for name in ("device_memory", "host_memory")}
         searching: dict[str, Any] = {**limits, "fixed": wanted, "allow": self._allow}
-        searching["lengths"] = self._lengths
+        searching |= {"forbid": self._forbid, "lengths": self._lengths}
         if policy == "auto" and recorded is not None:
             # What is given differently now is for the job to notice.
             policy, searching = dataclasses.replace(recorded, **wanted), {}

@@ -12,7 +12,7 @@ import click
 from flexgen_jax.cli.failures import Failure
 from flexgen_jax.cli.llm_options import DTYPES, schedule_option
 from flexgen_jax.cli.pictures import check_pictures, force_option
-from flexgen_jax.cli.policy_options import NAMES, allowed, policy_options, read_policy
+from flexgen_jax.cli.policy_options import NAMES, allowed, named, policy_options, read_policy
 
 if TYPE_CHECKING:
     from flexgen_jax.planning.plans import Plan
@@ -116,10 +116,10 @@ def arguments(options: dict[str, Any]) -> dict[str, Any]:
         ValueError: options that exclude each other.
     """
     chosen, changes = read_policy({name: options[name] for name in NAMES})
-    allow = allowed(options["allow"])
+    allow, forbid = allowed(options["allow"]), named(options["forbid"])
     if chosen != "auto":
-        if allow:
-            raise Failure("--allow is for --policy auto: it searches; --percent says it all")
+        for name in [name for name in ("allow", "forbid") if options[name]]:
+            raise Failure(f"--{name} is for --policy auto: it searches; --percent says it all")
         chosen, changes = dataclasses.replace(chosen, **changes), {}
     return {
         "model": options["model"],
@@ -128,6 +128,7 @@ def arguments(options: dict[str, Any]) -> dict[str, Any]:
         "dtype": options["dtype"],
         "fixed": changes,
         "allow": allow,
+        "forbid": forbid,
         "num_hosts": options["num_hosts"],
         "lengths": options.get("lengths"),
     }
@@ -151,7 +152,7 @@ def planned(
 
     asked = arguments(options)
     if policy is not None:
-        asked |= {"policy": policy, "fixed": {}, "allow": ()}
+        asked |= {"policy": policy, "fixed": {}, "allow": (), "forbid": ()}
     check_pictures(options["trace"], options["plot"], force=options["force"])
     return plan(
         hardware=Hardware.load(options["hardware"]),

@@ -33,6 +33,7 @@ _DOES = {
 def answered(found: Plan) -> list[str]:
     """Does it fit and where, how fast is it, what limits it, what would help: a line each."""
     from flexgen_jax.planning.answer import ALLOWED_BY
+    from scheduling.search import EXACT
 
     answer, job = found.answer, found.job
     lines = [_fits(answer)]
@@ -50,7 +51,9 @@ def answered(found: Plan) -> list[str]:
     helps = []
     if answer.to_allow is not None:
         name, times = answer.to_allow
-        option = f"--allow {ALLOWED_BY[name].replace('_', '-')}"
+        option = ALLOWED_BY[name].replace("_", "-")
+        # What is exact needs no leave: it is left out where something else was asked for.
+        option = f"--{option}" if ALLOWED_BY[name] in EXACT else f"--allow {option}"
         helps.append(f"to allow, {name} ({option}): {times:.2f} times as fast")
     if answer.to_buy is not None:
         name, times = answer.to_buy

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import click
 
+from flexgen_jax.cli.failures import say
 from scheduling.policy import Policy, Split
 from storage.json_text import read_json
 
@@ -31,7 +32,16 @@ _OPTIONS = [
         "--allow",
         multiple=True,
         type=click.Choice(["host-attention", "weight-bits", "cache-bits", "attention-sparsity"]),
-        help="A method that 'auto' may use if it helps; repeatable. [default: none]",
+        help="A method that 'auto' may use if it helps, though results may change slightly; "
+        "repeatable. Attention on the host, with which greedy tokens stay the same, need not be "
+        "named. [default: none]",
+    ),
+    click.option(
+        "--forbid",
+        multiple=True,
+        type=click.Choice(["host-attention"]),
+        help="A method that 'auto' may not use, although greedy tokens stay the same with it. "
+        "[default: none]",
     ),
     click.option(
         "--percent",
@@ -135,6 +145,7 @@ _OPTIONS = [
 NAMES = (
     "policy",
     "allow",
+    "forbid",
     "percent",
     "experts_percent",
     "device_batch_size",
@@ -156,9 +167,19 @@ NAMES = (
 )
 
 
-def allowed(values: Iterable[str]) -> tuple[str, ...]:
-    """What ``--allow`` names, as a policy's fields."""
+def named(values: Iterable[str]) -> tuple[str, ...]:
+    """What ``--allow`` or ``--forbid`` names, as a policy's fields."""
     return tuple(value.replace("-", "_") for value in values)
+
+
+def allowed(values: Iterable[str]) -> tuple[str, ...]:
+    """What ``--allow`` names; says so where it need not be."""
+    if "host-attention" in values:
+        say(
+            "--allow host-attention is not needed any more: auto uses attention on the host where "
+            "it helps, unless --forbid host-attention says otherwise"
+        )
+    return named(values)
 
 
 def read_policy(values: Mapping[str, Any]) -> tuple[Policy | Literal["auto"], dict[str, Any]]:

@@ -8,7 +8,7 @@ import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 
@@ -24,11 +24,12 @@ from flexgen_jax.planning.stage_layout import stage_starts
 from flexgen_jax.requests.request import Request
 from flexgen_jax.requests.sampling_params import SamplingParams
 from flexgen_jax.weights.weight_format import WeightFormat
+from scheduling.candidates import Blocks
 from scheduling.hardware import Hardware
 from scheduling.limits import Limits
 from scheduling.policy import Policy
 from scheduling.schedules import Schedule
-from scheduling.search import CHOICES, Blocks, Found, search
+from scheduling.search import CHOICES, EXACT, Found, search
 from scheduling.sizes import BatchSizes, ExpertSizes
 from scheduling.workload import Experts, Workload
 from storage.disk import DiskContext
@@ -146,47 +147,63 @@ class Model:
             counts = [times * (end - i) for i, end in zip(picked, ends, strict=True)]
             return [made[i] for i in picked], counts
 
+        @functools.lru_cache(maxsize=64)
+        def standing(size: int, count: int) -> list[_Standing]:
+            return [_Standing.of(block, room, forecast) for block in of_shape(size, count)[0]]
+
         def blocks(policy: Policy) -> list[tuple[Workload, float]]:
-            several, counts = of_shape(policy.device_batch_size, policy.num_device_batches)
+            shape = policy.device_batch_size, policy.num_device_batches
+            several, counts = of_shape(*shape)
             if policy.refill:
-                workloads = self._standing(several, policy, room, forecast)
+                workloads = [
+                    each.workload(self.workload(each.block, policy), forecast)
+                    for each in standing(*shape)
+                ]
             else:
                 workloads = [forecast.ended(self.workload(block, policy)) for block in several]
             return list(zip(workloads, counts, strict=True))
 
         return blocks
 
-    def _standing(
-        self,
-        blocks: Sequence[Block],
-        policy: Policy,
-        room: Room | None,
-        forecast: _Forecast,
-    ) -> list[Workload]:
-        """Of ``blocks``, as they are amid a job of many like each, whose rows come and go.
+
+class _Standing(NamedTuple):
+    """A block as it is amid a job of many like it, whose rows come and go.
+
+    Attributes:
+        steps: That a row takes on average.
+        alike: Whether rows that begin together end together.
+    """
+
+    block: Block
+    steps: int
+    alike: bool
+
+    @classmethod
+    def of(cls, block: Block, room: Room | None, forecast: _Forecast) -> _Standing:
+        """Of a block that begins and ends at once.
 
         Args:
-            room: Of each row; None: the job is endless, and all of it like the one block.
+            room: Of each row; None: the job is endless, and all of it like the block.
         """
-        room = room or Room.of(blocks[0].requests)
-        found = []
-        for block in blocks:
-            rolling = Block(tuple(dataclasses.replace(b, room=room) for b in block.batches))
-            workload = self.workload(rolling, policy)
-            assert workload.sizes is not None
-            steps = max(1, round(forecast.mean(block.requests)))
-            alike = forecast.alike(block.requests)
-            batches = tuple(
-                dataclasses.replace(
-                    batch,
-                    num_steps=steps,
-                    standing=None if alike else _standing(batch, forecast),
-                )
-                for batch in workload.sizes.batches
+        room = room or Room.of(block.requests)
+        rolling = Block(tuple(dataclasses.replace(b, room=room) for b in block.batches))
+        steps = max(1, round(forecast.mean(block.requests)))
+        return cls(rolling, steps, forecast.alike(block.requests))
+
+    def workload(self, whole: Workload, forecast: _Forecast) -> Workload:
+        """Of so many steps; ``whole`` is that of all steps that there may be."""
+        assert whole.sizes is not None
+        shorter = {  # most batches are one and the same
+            id(batch): dataclasses.replace(
+                batch,
+                num_steps=self.steps,
+                standing=None if self.alike else _standing(batch, forecast),
             )
-            sizes = dataclasses.replace(workload.sizes, batches=batches)
-            found.append(dataclasses.replace(workload, num_steps=steps, sizes=sizes))
-        return found
+            for batch in whole.sizes.batches
+        }
+        batches = tuple(shorter[id(batch)] for batch in whole.sizes.batches)
+        sizes = dataclasses.replace(whole.sizes, batches=batches)
+        return dataclasses.replace(whole, num_steps=self.steps, sizes=sizes)
 
 
 def _experts(sizes: ExpertSizes | None) -> Experts | None:
@@ -299,12 +316,18 @@ def part_of_this_machine(parts: int) -> dict[str, int]:
 class Auto:
     """``policy="auto"``: what it has to keep, and what it may use.
 
+    Attributes:
+        allow: Of ``CHOICES``: methods that results may depend on slightly. Of ``EXACT`` ones, which
+            are used where they help, nothing need be said.
+        forbid: Of ``EXACT``: not to be used all the same.
+
     Raises:
         ValueError: an unknown field or method, or a value out of range.
     """
 
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     allow: tuple[str, ...] = ()
+    forbid: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         fields = [f.name for f in dataclasses.fields(Policy)]
@@ -314,6 +337,15 @@ class Auto:
         wrong = sorted(set(self.allow) - set(CHOICES))
         if wrong:
             raise ValueError(f"nothing to allow by {', '.join(wrong)}; known: {', '.join(CHOICES)}")
+        wrong = sorted(set(self.forbid) - set(EXACT))
+        if wrong:
+            raise ValueError(
+                f"nothing to forbid by {', '.join(wrong)}; known: {', '.join(EXACT)}. "
+                "Other methods are used only where they are allowed"
+            )
+        both = sorted(set(self.allow) & set(self.forbid))
+        if both:
+            raise ValueError(f"{', '.join(both)} is both allowed and forbidden: leave one out")
         _ = self.base
 
     @classmethod
@@ -322,6 +354,7 @@ class Auto:
         policy: Policy | Literal["auto"],
         fixed: Mapping[str, Any] | None,
         allow: Iterable[str],
+        forbid: Iterable[str] = (),
     ) -> tuple[Policy, Auto | None]:
         """The arguments of a call: the policy they give, or what ``"auto"`` begins with and is.
 
@@ -329,17 +362,25 @@ class Auto:
             ValueError: neither, or arguments that go with ``"auto"`` only.
         """
         if policy == "auto":
-            auto = cls(dict(fixed or {}), tuple(allow))
+            auto = cls(dict(fixed or {}), tuple(allow), tuple(forbid))
             return auto.base, auto
         expect("policy", policy, Policy, "'auto' or a Policy")
-        if fixed or tuple(allow):
-            raise ValueError("fixed and allow are for policy='auto'; change the policy instead")
+        if fixed or tuple(allow) or tuple(forbid):
+            raise ValueError(
+                "fixed, allow and forbid are for policy='auto'; change the policy instead"
+            )
         return policy, None
 
     @property
     def base(self) -> Policy:
         """The default with what is fixed."""
         return Policy(**self.fixed)
+
+    def methods(self, limits: Limits) -> tuple[str, ...]:
+        """Those that may be used: where host and device are one memory, what is computed on the
+        one or the other is the same."""
+        exact = () if limits.shared else tuple(n for n in EXACT if n not in self.forbid)
+        return (*exact, *(name for name in self.allow if name not in EXACT))
 
     def choose(
         self,
@@ -351,10 +392,12 @@ class Auto:
         schedule: Schedule,
         placed: Policy | None = None,
         lengths: Lengths | None = None,
+        uphill: bool = True,
     ) -> Found:
         """The best policy for a job.
 
         Args:
+            uphill: As ``search`` takes it.
             lengths: Of its requests; None: all run to their limits.
             placed: Whose weights are where they are; None: they can go anywhere.
 
@@ -376,5 +419,6 @@ class Auto:
             schedule=schedule,
             requests=10**9 if isinstance(job, Uniform) else _rows(job),
             fixed=fixed,
-            allow=self.allow,
+            allow=self.methods(limits),
+            uphill=uphill,
         )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexgen_jax.models.attention import prompt_workspace_nbytes
-from flexgen_jax.models.family import Config
+from flexgen_jax.models.family import Config, Kind
 from flexgen_jax.models.params import (
     expert_numbers,
     loaded_names,
@@ -22,7 +22,7 @@ from flexgen_jax.models.params import (
     unit_records,
 )
 from flexgen_jax.models.pieces import positions_per_call, rows_per_call
-from flexgen_jax.planning.blocks import Batch, Block
+from flexgen_jax.planning.blocks import Block
 from flexgen_jax.planning.cell_layout import (
     CellRoom,
     cache_format,
@@ -66,20 +66,34 @@ def block_sizes(
     itemsize = jnp.dtype(form.dtype).itemsize
     starts = stage_starts(config, policy.num_stages)
     weights = _weights(config, form, policy)
+
+    @functools.cache  # most batches of a block are alike
+    def of_batch(
+        rows: int, prompt_len: int, capacity: int, num_steps: int, longest: int, tier: Tier
+    ) -> BatchSizes:
+        return BatchSizes(
+            rows=rows,
+            prompt_len=prompt_len,
+            capacity=capacity,
+            num_steps=num_steps,
+            hidden_tier=tier,
+            hidden_nbytes=rows * config.hidden_size * itemsize,
+            workspace=_workspace(rows, longest, config, itemsize),
+            routed_nbytes=_routed_nbytes(rows, config, itemsize),
+            longest_prompt=longest,
+        )
+
     return Sizes(
         weights=weights.moved,
         dense=_dense(config, form, policy.num_stages),
         batches=tuple(
-            BatchSizes(
-                rows=batch.rows,
-                prompt_len=batch.prompt_len,
-                capacity=batch.cache_len,
-                num_steps=batch.num_steps,
-                hidden_tier=hidden[hidden_name(number)],
-                hidden_nbytes=batch.rows * config.hidden_size * itemsize,
-                workspace=_workspace(batch, config, itemsize),
-                routed_nbytes=_routed_nbytes(batch, config, itemsize),
-                longest_prompt=batch.longest_prompt,
+            of_batch(
+                batch.rows,
+                batch.prompt_len,
+                batch.cache_len,
+                batch.num_steps,
+                batch.longest_prompt,
+                hidden[hidden_name(number)],
             )
             for number, batch in enumerate(block.batches)
         ),
@@ -118,35 +132,36 @@ def _experts(config: Config, rows: int) -> ExpertSizes | None:
     return ExpertSizes(units=units, count=count, chosen=chosen, tiles=tiles)
 
 
-def _routed_nbytes(batch: Batch, config: Config, itemsize: int) -> int:
+def _routed_nbytes(rows: int, config: Config, itemsize: int) -> int:
     """Of one position of all rows: hidden states and inputs, and both again in the pool.
 
     There the sum is kept in float32.
     """
     if expert_numbers(config) is None:
         return 0
-    return batch.rows * config.hidden_size * (3 * itemsize + 4)
+    return rows * config.hidden_size * (3 * itemsize + 4)
 
 
-def _workspace(batch: Batch, config: Config, itemsize: int) -> int:
+@functools.lru_cache(maxsize=256)
+def _workspace(of_rows: int, seq: int, config: Config, itemsize: int) -> int:
     """Bytes that the largest computation takes beside its arguments: prefill's, or the head's.
 
     Of some rows, and of a long prompt some positions, what a layer makes of them, the MLP's width
     foremost, in float32, and attention's scores; of all rows the layer's results: hidden states,
     and queries, keys and values.
     """
-    seq, hidden = batch.longest_prompt, config.hidden_size
+    hidden = config.hidden_size
     heads, kv_heads, head_dim = (
         config.num_attention_heads,
         config.num_key_value_heads,
         config.head_dim,
     )
-    rows = rows_per_call(batch.rows, seq)
+    rows = rows_per_call(of_rows, seq)
     some = rows * positions_per_call(seq) * (_widths(config) + hidden) * 4
     scores = prompt_workspace_nbytes(rows, seq, heads, kv_heads, head_dim, itemsize=itemsize)
     attended = rows * seq * heads * head_dim * (4 + itemsize)
-    results = batch.rows * seq * 2 * (hidden + kv_heads * head_dim) * itemsize
-    return max(max(some, scores) + attended + results, 3 * batch.rows * config.vocab_size * 4)
+    results = of_rows * seq * 2 * (hidden + kv_heads * head_dim) * itemsize
+    return max(max(some, scores) + attended + results, 3 * of_rows * config.vocab_size * 4)
 
 
 @functools.lru_cache(maxsize=64)
@@ -286,9 +301,12 @@ def _cache(
             positions=room.capacity if room.ring else None,
         )
 
+    @functools.cache
+    def room(number: int, kind: Kind) -> CellRoom:
+        return cell_room(block.batches[number], kind)
+
+    rows = [batch.rows for batch in block.batches]
     return {
-        (layer, number): cell(
-            block.batches[number].rows, tier, cell_room(block.batches[number], kinds[layer])
-        )
+        (layer, number): cell(rows[number], tier, room(number, kinds[layer]))
         for (layer, number), (_, tier) in cache_tiers(block, config, form.dtype, policy).items()
     }

@@ -253,6 +253,7 @@ def plan(
     slots: Mapping[str, int] | None = None,
     fixed: Mapping[str, Any] | None = None,
     allow: Iterable[str] = (),
+    forbid: Iterable[str] = (),
     help_wanted: bool = False,
     num_hosts: int = 1,
     lengths: Lengths | str | os.PathLike[str] | Iterable[int] | None = None,
@@ -270,8 +271,9 @@ def plan(
         dtype: Of weights, cache and hidden states, quantisation aside; ``"auto"``: what the model
             is computed with, and bfloat16 for a preset.
         fixed: Fields that ``"auto"`` has to keep.
-        allow: Methods that ``"auto"`` may use: ``host_attention``, ``weight_bits``,
+        allow: Methods that ``"auto"`` may use though results may change slightly: ``weight_bits``,
             ``cache_bits``, ``attention_sparsity``.
+        forbid: ``host_attention``: not to be used, as otherwise it is where it helps.
         help_wanted: Find out what would help, which takes about as long again.
         num_hosts: Machines like ``hardware`` that the stages are spread over, as evenly as can be.
         lengths: New tokens of requests like those to come, as ``LLM`` takes them; none has more
@@ -290,6 +292,7 @@ def plan(
     for label, value in (("prompt_len", prompt_len), ("gen_len", gen_len)):
         expect(label, value, numbers.Integral, "an integer")
     expect_names("allow", allow)
+    expect_names("forbid", forbid)
     expect("fixed", fixed, Mapping, "a dict of a policy's fields", optional=True)
     expect("requests", requests, numbers.Integral, "an integer", optional=True)
     if requests is not None and requests < 1:
@@ -297,7 +300,7 @@ def plan(
     if isinstance(hardware, str):
         hardware = Hardware.preset(hardware)
     assert isinstance(hardware, Hardware)
-    policy, auto = Auto.asked(policy, fixed, allow)
+    policy, auto = Auto.asked(policy, fixed, allow, forbid)
     config = model if isinstance(model, Config) else config_of(model)
     room = config.max_position_embeddings
     if prompt_len < 1 or gen_len < 1 or prompt_len + gen_len > room:
@@ -361,7 +364,11 @@ def _planned(
     ordered = planner.order
     helps = {}
     if help_wanted:
-        helps = advice(known.blocks_of(job, lengths), hardware, limits, policy, schedule=order)
+        methods = () if auto is None else auto.methods(limits)
+        fixed = {} if auto is None else auto.fixed
+        free = [name for name in methods if name not in fixed]
+        blocks = known.blocks_of(job, lengths)
+        helps = advice(blocks, hardware, limits, policy, schedule=order, allow=free)
     prefill, decode = _predicted(ordered, workload, hardware)
     return Plan(
         policy=policy,

@@ -10,7 +10,7 @@ from flexgen_jax.planning.auto import Auto, Model, Uniform
 from scheduling.hardware import Hardware
 from scheduling.limits import Limits
 from scheduling.schedules import Schedule
-from scheduling.search import NothingFitsError
+from scheduling.search import EXACT, NothingFitsError
 
 # The room that is missing is found within a sixteenth of itself, if it is not absurd.
 _HALVINGS, _DOUBLINGS = 4, 8
@@ -73,9 +73,11 @@ class _Trial:
     def fits(self, limits: Limits, fixed: Mapping[str, Any]) -> bool:
         """Whether any policy does: with the smallest block, which takes least."""
         smallest = {"device_batch_size": 1, "num_device_batches": self.auto.base.num_stages}
-        auto = Auto({**self.auto.fixed, **fixed, **smallest})
+        auto = Auto({**self.auto.fixed, **fixed, **smallest}, forbid=EXACT)
         try:
-            auto.choose(self.model, self.job, self.hardware, limits, schedule=self.schedule)
+            auto.choose(
+                self.model, self.job, self.hardware, limits, schedule=self.schedule, uphill=False
+            )
         except NothingFitsError:
             return False
         return True

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from flexgen_jax.weights.checkpoint import StoredModel
 
 _LIMITS = ("device_memory", "host_memory")
-_SEARCHING = (*_LIMITS, "fixed", "allow", "lengths")
+_SEARCHING = (*_LIMITS, "fixed", "allow", "forbid", "lengths")
 _POLL = 1.0  # seconds: Ray's waiting is not interrupted otherwise
 
 

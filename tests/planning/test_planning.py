@@ -159,10 +159,15 @@ def test_the_commands(tmp_path):
         predicted["seconds"]
     )
     assert figures["lower_bound_seconds"] <= predicted["seconds"] * (1 + 1e-9)
-    auto = json.loads(run("plan", *common, "--allow", "host-attention", "--json").stdout)
+    auto = json.loads(run("plan", *common, "--json").stdout)
     assert auto["predicted"]["tokens_per_second"] >= predicted["tokens_per_second"]
+    assert auto["policy"]["host_attention"]
     assert auto["why"].startswith("best of")
+    forbidden = json.loads(run("plan", *common, "--forbid", "host-attention", "--json").stdout)
+    assert not forbidden["policy"]["host_attention"]
+    assert forbidden["would_help"]["attention on the host"] > 1.5
     shown = run("plan", *common, "--allow", "host-attention")
+    assert "--allow host-attention is not needed any more" in shown.stderr
     assert "chosen: best of" in shown.output
     assert "what would help: " in shown.output
     shown = run("plan", *common, *policy)
@@ -191,6 +196,8 @@ def test_the_commands(tmp_path):
         (["--prompt-len", 3000], "at most the model's 2048 positions"),
         (["--schedule", "zigzga"], "no schedule 'zigzga'"),
         (["--percent", *(0,) * 6, "--allow", "cache-bits"], "--allow is for --policy auto"),
+        (["--percent", *(0,) * 6, "--forbid", "host-attention"], "--forbid is for --policy auto"),
+        (["--allow", "host-attention", "--forbid", "host-attention"], "both allowed and forbidden"),
         (["--hardware", "laptop", "--model", "facebook/opt-175b"], "nothing fits within"),
     ],
 )
@@ -251,8 +258,8 @@ def test_the_search_plans_for_stages():
     one, four = found(1, 1), found(4, 4)
     assert not four.misfits
     assert four.policy.num_device_batches >= 4
-    # Four devices hold what one has to fetch.
-    assert four.tokens_per_second > 4 * one.tokens_per_second
+    # Each has a link of its own, and a quarter of the weights to fetch.
+    assert four.tokens_per_second > 2.5 * one.tokens_per_second
 
 
 @pytest.mark.parametrize("hosts", [0, 3])
@@ -289,7 +296,7 @@ def test_the_search_predicts_no_less_than_the_papers_policy(model):
     common = {"prompt_len": 512, "gen_len": 32, "schedule": ZIGZAG}
     hardware = fg.Hardware.preset("t4")
     theirs = fg.plan(model, paper_policy(model), hardware, **common)
-    ours = fg.plan(model, "auto", hardware, **common, allow=["host_attention"], help_wanted=True)
+    ours = fg.plan(model, "auto", hardware, **common, help_wanted=True)
     assert ours.misfits == []
     assert ours.tokens_per_second >= 0.99 * theirs.tokens_per_second
     assert ours.why.startswith("best of")
