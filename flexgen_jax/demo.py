@@ -31,13 +31,14 @@ def run_demo(
     policy = fg.Policy(
         device_batch_size=4, num_device_batches=3, weights=fg.Split(device=0, disk=100)
     )
-    # The demo converts the model anew each time: it is part of what there is to see.
+    # The demo converts the model anew each time: it is part of what there is to see. Its directory
+    # is a temporary one, on whose disk no later run may be: nothing is to be measured there.
     with (
         resources.as_file(files) as model,
         tempfile.TemporaryDirectory(prefix="flexgen-jax-demo-") as offload,
         JobInput(model / "prompts.jsonl") as source,
         FileResults(completions, restart=True, force=force) as results,
-        fg.LLM(str(model), policy=policy, offload_dir=offload, say=say) as llm,
+        fg.LLM(str(model), policy=policy, offload_dir=offload, say=say, profile=False) as llm,
     ):
         defaults = fg.SamplingParams(max_tokens=max_tokens, temperature=0.7, top_k=40)
         job = Job(llm, Completing(llm, defaults, "demo"), source, results)
