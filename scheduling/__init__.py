@@ -17,6 +17,7 @@ from scheduling.dependencies import (
 from scheduling.hardware import Hardware
 from scheduling.limits import Limits
 from scheduling.ops import (
+    Attend,
     Barrier,
     Compute,
     ComputeExperts,
@@ -26,6 +27,7 @@ from scheduling.ops import (
     LoadHidden,
     LoadWeights,
     Op,
+    Project,
     StoreCache,
     StoreHidden,
     format_schedule,
@@ -46,6 +48,7 @@ from scheduling.workload import Experts, Workload
 
 __all__ = [
     "SCHEDULES",
+    "Attend",
     "Barrier",
     "Cell",
     "Compute",
@@ -66,6 +69,7 @@ __all__ = [
     "Op",
     "Placement",
     "Policy",
+    "Project",
     "ScheduleError",
     "Sizes",
     "Span",

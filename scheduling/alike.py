@@ -39,6 +39,7 @@ class Kinds:
         self.layers = _layers(
             workload.num_layers,
             sizes.matmul_flops,
+            sizes.query_flops or (0.0,) * workload.num_layers,
             sizes.dense,
             tuple(sizes.borders),
             workload.stages,
@@ -86,6 +87,7 @@ class Kinds:
 def _layers(
     num_layers: int,
     flops: tuple[float, ...],
+    query_flops: tuple[float, ...],
     dense: tuple[int, ...],
     borders: tuple[int, ...],
     stages: tuple[int, ...],
@@ -109,6 +111,7 @@ def _layers(
     for layer in range(num_layers):
         key = (
             flops[layer],
+            query_flops[layer],
             dense[layer],
             layer if layer in edges else -1,
             w.stage_of(layer),

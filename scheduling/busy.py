@@ -10,15 +10,8 @@ from scheduling.cost_model import CostModel
 from scheduling.dependencies import stream_of
 from scheduling.estimate import shortened
 from scheduling.hardware import Hardware
-from scheduling.ops import (
-    Barrier,
-    Compute,
-    ComputeExperts,
-    FreeWeights,
-    LoadChosen,
-    LoadWeights,
-    Op,
-)
+from scheduling.in_order import InOrder
+from scheduling.ops import Barrier, FreeWeights, Op
 from scheduling.workload import Workload
 
 
@@ -61,22 +54,16 @@ def busy(
     short = shortened(workload, decode_steps)
     steps = short.num_steps - 1
     times = (workload.num_steps - 1) / steps if steps else 0.0
-    costs = CostModel(short, hardware)
+    costs = InOrder(CostModel(short, hardware))
     resources: defaultdict[str, float] = defaultdict(float)
     streams: defaultdict[str, float] = defaultdict(float)
-    fresh: set[int] = set()
     for op in schedule(short):
         if isinstance(op, (FreeWeights, Barrier)):
             continue
-        if isinstance(op, (LoadWeights, LoadChosen)):
-            fresh.add(op.layer)
-        unpack = isinstance(op, (Compute, ComputeExperts)) and op.layer in fresh
-        if unpack:
-            fresh.discard(op.layer)
         name = stream_of(op, short).value
         if short.num_stages > 1:
             name = f"{name} of stage {short.stage_of(op.layer)}"
-        for resource, seconds in costs.pieces(op, unpack=unpack):
+        for resource, seconds in costs.pieces(op):
             counted = seconds * (times if op.step else 1.0)
             resources[resource] += counted
             streams[name] += counted

@@ -17,7 +17,8 @@ import numpy as np
 
 from scheduling.cost_model import CostModel
 from scheduling.hardware import Hardware
-from scheduling.ops import Compute, ComputeExperts, LoadChosen, LoadWeights, Op
+from scheduling.in_order import InOrder
+from scheduling.ops import Op
 from scheduling.simulate import simulate
 from scheduling.timeline import Span, Timeline
 from scheduling.workload import Workload
@@ -75,17 +76,11 @@ def observations(
     Args:
         ops: Of the block that ``measured`` is of.
     """
-    costs = CostModel(workload, hardware)
+    costs = InOrder(CostModel(workload, hardware))
     last = workload.num_layers - 1
     seconds: dict[_Key, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    fresh: set[int] = set()
     for op in ops:
-        if isinstance(op, (LoadWeights, LoadChosen)):
-            fresh.add(op.layer)
-        unpack = isinstance(op, (Compute, ComputeExperts)) and op.layer in fresh
-        if isinstance(op, (Compute, ComputeExperts)):
-            fresh.discard(op.layer)
-        for term in costs.terms(op, unpack=unpack):
+        for term in costs.terms(op):
             step, layer = getattr(op, "step", 0), getattr(op, "layer", 0)
             seconds[_key(type(op).__name__, step, layer, last)][term.constant] += term.seconds
     predicted = _grouped(simulate(ops, workload, hardware).spans, last)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from scheduling.alike import Kinds, alike
 from scheduling.hardware import Hardware
 from scheduling.ops import (
+    Attend,
     Barrier,
     Compute,
     ComputeExperts,
@@ -26,6 +27,7 @@ from scheduling.ops import (
     LoadChosen,
     LoadWeights,
     Op,
+    Project,
     StoreCache,
 )
 from scheduling.policy import Tier
@@ -72,18 +74,19 @@ class CostModel:
         assert self.workload.sizes is not None
         return self.workload.sizes
 
-    def pieces(self, op: Op, *, unpack: bool = False) -> tuple[Piece, ...]:
+    def pieces(self, op: Op, *, unpack: bool = False, rest: bool = False) -> tuple[Piece, ...]:
         """(resource, seconds alone on it) of ``op``, one after another; empty: it is no work.
 
         Args:
             unpack: ``op`` is the first Compute since its layer was loaded, which dequantises it.
+            rest: ``op`` is a Compute behind the Project of its cell.
         """
         if isinstance(op, (FreeWeights, Barrier)):
             return ()
-        key = self.kinds.of(op), unpack
+        key = self.kinds.of(op), unpack, rest
         known = self._known.get(key)
         if known is None:
-            known = self._known[key] = self._pieces(op, unpack)
+            known = self._known[key] = self._pieces(op, unpack, rest)
         return known
 
     @functools.cached_property
@@ -95,10 +98,10 @@ class CostModel:
     def _known(self) -> dict[object, tuple[Piece, ...]]:
         return {}
 
-    def _pieces(self, op: Any, unpack: bool) -> tuple[Piece, ...]:
+    def _pieces(self, op: Any, unpack: bool, rest: bool) -> tuple[Piece, ...]:
         found: dict[str, float] = {}
         names = self._names[self.workload.stage_of(op.layer)] if self._names else None
-        for _, resource, seconds in self.terms(op, unpack=unpack):
+        for _, resource, seconds in self.terms(op, unpack=unpack, rest=rest):
             name = resource if names is None else names[resource]
             found[name] = found.get(name, 0.0) + seconds
         return tuple(found.items())
@@ -119,13 +122,17 @@ class CostModel:
 
         return [{r: name(r, stage) for r in every} for stage in range(w.num_stages)]
 
-    def terms(self, op: Op, *, unpack: bool = False) -> list[Term]:
+    def terms(self, op: Op, *, unpack: bool = False, rest: bool = False) -> list[Term]:
         """The same by what of the hardware each part is priced by."""
         batch = getattr(op, "batch", None)
         if batch is not None and getattr(op, "step", 0) >= self.sizes.batches[batch].num_steps:
             return []
         if isinstance(op, Compute):
-            return self._compute(op, unpack)
+            return self._compute(op, unpack, rest)
+        if isinstance(op, Project):
+            return self._project(op, unpack)
+        if isinstance(op, Attend):
+            return self._attend(op)
         if isinstance(op, ComputeExperts):
             return self._experts(op, unpack)
         kind = "cache" if isinstance(op, (LoadCache, StoreCache)) else "hidden"
@@ -157,8 +164,48 @@ class CostModel:
                 return "host_to_device_cache"
         return _CONSTANTS[link, kind]
 
-    def _compute(self, op: Compute, unpack: bool) -> list[Term]:
+    def apart(self, op: Project | Attend | Compute) -> bool:
+        """Whether the parts of the layer are computed apart; else its Compute does all."""
+        cell = self.sizes.cache[op.layer, op.batch]
+        return cell.apart and not self.sizes.batches[op.batch].begins(op.step)
+
+    def _project(self, op: Project, unpack: bool) -> list[Term]:
+        h, sizes, rows = self.hardware, self.sizes, self.sizes.batches[op.batch].rows
+        if not self.apart(op):
+            return []
+        found = self._overhead()
+        if flops := rows * self._query_flops(op.layer):
+            found.append(Term(f"matmul@{rows}", DEVICE, flops / h.matmul_rate(rows)))
+        if unpack and sizes.dense[op.layer]:
+            found.append(Term("dequantize", DEVICE, sizes.dense[op.layer] / h.dequantize))
+        return found
+
+    def _query_flops(self, layer: int) -> float:
+        return self.sizes.query_flops[layer] if self.sizes.query_flops else 0.0
+
+    def _attend(self, op: Attend) -> list[Term]:
+        if not self.apart(op):
+            return []
+        found = self._attention(op)
+        return [*self._overhead(found[0].resource), *found]
+
+    def _attention(self, op: Attend | Compute) -> list[Term]:
+        """To the cache."""
+        h, sizes, cell = self.hardware, self.sizes, self.sizes.cache[op.layer, op.batch]
+        filled = cell.kept(sizes.batches[op.batch].cached(op.step))
+        read = filled * (cell.dense_nbytes or cell.position_nbytes)
+        # Where the device's memory is the host's, so are its processors.
+        where = HOST if cell.hosted and h.host_to_device is not None else DEVICE
+        name = "host_attention" if cell.hosted else "cached_attention"
+        found = [Term(name, where, read / getattr(h, name))]
+        if unpacked := sizes.unpacked(op):
+            found.append(Term("dequantize", where, unpacked / h.dequantize))
+        return found
+
+    def _compute(self, op: Compute, unpack: bool, rest: bool) -> list[Term]:
         h, sizes = self.hardware, self.sizes
+        rest = rest and self.apart(op)
+        before = self._query_flops(op.layer) if rest else 0.0
         batch = sizes.batches[op.batch]
         positions = batch.positions(op.step)
         head = op.layer == self.workload.num_layers - 1
@@ -166,9 +213,9 @@ class CostModel:
         found = self._overhead()
         if op.layer == 0 and h.step_overhead:
             found.append(Term("step_overhead", DEVICE, h.step_overhead))
-        for count, each in ((batch.rows, positions), (come, length)):
+        for count, each, done in ((batch.rows, positions, before), (come, length, 0.0)):
             rows = count * (1 if head else each)  # logits: of the last position only
-            if flops := rows * sizes.matmul_flops[op.layer]:
+            if flops := rows * (sizes.matmul_flops[op.layer] - done):
                 found.append(Term(f"matmul@{rows}", DEVICE, flops / h.matmul_rate(rows)))
         if unpack and sizes.dense[op.layer]:
             found.append(Term("dequantize", DEVICE, sizes.dense[op.layer] / h.dequantize))
@@ -180,23 +227,14 @@ class CostModel:
         if pairs := sum(count * each * min(each, window) for count, each in prompts):
             seconds = 4.0 * pairs * sizes.hidden_size / h.attention
             found.append(Term("attention", DEVICE, seconds))
-        if begins:
-            return found
-        cell = sizes.cache[op.layer, op.batch]
-        read = cell.kept(batch.cached(op.step)) * (cell.dense_nbytes or cell.position_nbytes)
-        where = HOST if cell.hosted else DEVICE
-        name = "host_attention" if cell.hosted else "cached_attention"
-        found.append(Term(name, where, read / getattr(h, name)))
-        if unpacked := sizes.unpacked(op):
-            found.append(Term("dequantize", where, unpacked / h.dequantize))
-        return found
+        return found if begins or rest else found + self._attention(op)
 
-    def _overhead(self) -> list[Term]:
+    def _overhead(self, where: str = DEVICE) -> list[Term]:
         """Of a computation."""
         h = self.hardware
-        found = [Term("overhead", DEVICE, h.overhead)]
+        found = [Term("overhead", where, h.overhead)]
         if h.compute_overhead:
-            found.append(Term("compute_overhead", DEVICE, h.compute_overhead))
+            found.append(Term("compute_overhead", where, h.compute_overhead))
         return found
 
     def _experts(self, op: ComputeExperts, unpack: bool) -> list[Term]:

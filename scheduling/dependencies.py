@@ -9,6 +9,9 @@ handed over: its StoreHidden is on a stream of its own, which puts it where the 
 Between hosts that takes both sides, which must agree on the order: there all hand-overs are on one
 stream, in the order of the schedule; so each can happen once those before it have.
 
+A layer may be computed in parts: Project, Attend and what is left for the Compute. What was loaded
+is held until the Compute also then, so that slots do not depend on where attention is computed.
+
 A batch goes through step and layer in one order only, since each layer needs the hidden states of
 the one before. So one number per batch tells how far it is, and tells late ops from early ones.
 """
@@ -25,6 +28,8 @@ from typing import Any
 
 from scheduling.ops import (
     OF_BATCHES,
+    PARTS,
+    Attend,
     Barrier,
     Compute,
     ComputeExperts,
@@ -34,6 +39,7 @@ from scheduling.ops import (
     LoadHidden,
     LoadWeights,
     Op,
+    Project,
     StoreCache,
     StoreHidden,
 )
@@ -50,6 +56,7 @@ class Stream(enum.Enum):
     STORE_HIDDEN = "store hidden"
     HAND_OVER = "hand over"
     COMPUTE = "compute"
+    ATTEND = "attend"
 
     __hash__ = object.__hash__  # members are singletons; the enum's own is slow in Python
 
@@ -62,6 +69,8 @@ _STREAMS: dict[type, Stream] = {
     StoreCache: Stream.STORE_CACHE,
     LoadHidden: Stream.LOAD_HIDDEN,
     StoreHidden: Stream.STORE_HIDDEN,
+    Project: Stream.COMPUTE,
+    Attend: Stream.ATTEND,
     Compute: Stream.COMPUTE,
     ComputeExperts: Stream.COMPUTE,
     Barrier: Stream.COMPUTE,
@@ -85,8 +94,10 @@ def wait_reason(op: type, needed: type, *, crosses: bool = False) -> str:
         return "barrier"
     if op is LoadChosen and needed in (Compute, ComputeExperts):
         return "router"
-    if needed in (FreeWeights, Compute, ComputeExperts):
-        return "compute" if op in (StoreCache, StoreHidden) else "slot"
+    if op is Compute and needed is Attend:
+        return "attention"
+    if needed in (FreeWeights, Project, Compute, ComputeExperts):
+        return "compute" if op in (StoreCache, StoreHidden, Attend) else "slot"
     if op is Compute and needed in (StoreCache, StoreHidden):
         return "stores"
     return "bubble" if crosses else _WHAT[needed]
@@ -120,7 +131,8 @@ def needs(op: Op, workload: Workload) -> tuple[Need, ...]:
 
     Weights are known by their layer alone: batches at different steps may share one load. What a
     layer's experts have computed of a batch counts as a Compute of the batch, one a unit. A
-    FreeWeights waits for every Compute that used its load, too; ``bind`` knows which those are.
+    FreeWeights waits for all that was computed with its load, too, and a Compute for the Attend of
+    its cell where a Project came before: ``bind`` knows which those are.
     """
     return tuple(map(_need_of, _keys(op, workload)))
 
@@ -138,6 +150,11 @@ def _keys(op: Any, workload: Workload) -> tuple[_Key, ...]:
         if step > 0 and workload.has_cache(layer):
             return weights, hidden, (LoadCache, step, layer, batch)
         return weights, hidden
+    if kind is Project:
+        return (Weights, 0, op.layer, 0), (LoadHidden, op.step, op.layer, op.batch)
+    if kind is Attend:
+        step, layer, batch = op.step, op.layer, op.batch
+        return (Project, step, layer, batch), (LoadCache, step, layer, batch)
     if kind is LoadHidden:
         if op.layer > 0:
             return ((StoreHidden, op.step, op.layer - 1, op.batch),)
@@ -244,7 +261,8 @@ def bind(ops: Iterable[Op], workload: Workload) -> Iterator[Issue]:
     its latest issue. What is remembered grows with layers and batches, not with steps or ops.
 
     No order is endless: each cell is computed and stored once and loaded into few slots, each
-    computation needs one load of a layer at most, and ten barriers for each other op are plenty.
+    computation needs one load of a layer at most, a Project another, and ten barriers for each
+    other op are plenty.
 
     Raises:
         ScheduleError: at the first op that breaks a rule.
@@ -280,7 +298,7 @@ class _Binder:
         self.workload = workload
         self.latest: dict[_Key, int] = {}
         self.slots: dict[int, int] = {}  # of the layers that are held
-        self.reader: dict[int, int] = {}  # the last Compute that uses the layer
+        self.reader: dict[int, int] = {}  # what was computed with the layer last
         self.stage_of = [workload.stage_of(layer) for layer in range(workload.num_layers)]
         self.hands_over = [workload.hands_over(layer) for layer in range(workload.num_layers)]
         self.begins = set(workload.stages) if workload.num_stages > 1 else set()
@@ -350,11 +368,13 @@ class _Binder:
             else:
                 if kind is Compute:
                     self._compute(op, found)
+                elif kind is Project:
+                    self.loads_left[op.layer] += 1
                 elif kind is StoreCache or kind is StoreHidden:
                     if kind is StoreHidden and self.hands_over[op.layer]:
                         stream, crosses = Stream.HAND_OVER, True
                     self.stores[stage, stream].append(index)
-                else:
+                elif kind is not Attend:
                     slot = self._load_cell(op, found)
                     crosses = kind is LoadHidden and op.layer in self.begins
                 self._remember(op)
@@ -431,7 +451,13 @@ class _Binder:
         return slot
 
     def _compute(self, op: Any, found: list[int]) -> None:
-        """Gives back what was loaded for it; waits for stores that are far behind."""
+        """Gives back what was loaded for it; waits for attention, and for stores far behind."""
+        cell = op.step, op.layer, op.batch
+        if (Project, *cell) in self.latest:
+            attended = self.latest.get((Attend, *cell))
+            if attended is None:
+                raise self._unmet(op, (Attend, *cell))
+            found.append(attended)
         for kind in (LoadCache, LoadHidden):
             for slot in self.held.pop((kind, op.step, op.layer, op.batch), ()):
                 self.free[kind, self.stage_of[op.layer]].append((slot, self.index))
@@ -482,6 +508,8 @@ class _Binder:
             raise self._outside(op, "batch", w.num_batches)
         if w.experts is not None:
             self._check_beside_experts(op)
+        if kind in PARTS:
+            self._check_part(op)
         if kind is LoadCache or kind is StoreCache:
             if not w.has_cache(layer):
                 raise self._error(op, f"layer {layer} keeps no cache; leave the op out")
@@ -496,6 +524,11 @@ class _Binder:
             if place < reached:
                 then = Compute(reached // w.num_layers, reached % w.num_layers, op.batch)
                 raise self._error(op, f"is late: {then} came before it; issue it before {then}")
+        elif kind is LoadCache and (Attend, step, layer, op.batch) in self.latest:
+            attend = Attend(step, layer, op.batch)
+            raise self._error(
+                op, f"is late: {attend}, which it is for, came before it; issue it before that"
+            )
         elif kind is not StoreCache and place <= reached:
             this = Compute(step, layer, op.batch)
             if kind is Compute:
@@ -503,6 +536,21 @@ class _Binder:
             else:
                 reason = f"is late: {this}, which it is for, came before it; issue it before that"
             raise self._error(op, reason)
+
+    def _check_part(self, op: Any) -> None:
+        """Of what attends to a cache, each part once."""
+        if not self.workload.has_cache(op.layer):
+            raise self._error(
+                op,
+                f"layer {op.layer} attends to no cache, so it has no parts; its Compute does all: "
+                "leave this out",
+            )
+        if op.step == 0:
+            raise self._error(
+                op, "step 0 computes whole prompts in one: its Compute does all; leave this out"
+            )
+        if (type(op), op.step, op.layer, op.batch) in self.latest:
+            raise self._error(op, "came before; each step, layer and batch has it once: drop this")
 
     def _check_experts(self, op: Any) -> None:
         w, kind = self.workload, type(op)
@@ -550,12 +598,16 @@ class _Binder:
         """Only what later ops can still need is kept: memory does not grow with the steps."""
         latest, kind, step, layer, batch = self.latest, type(op), op.step, op.layer, op.batch
         latest[kind, step, layer, batch] = self.index
-        if kind is Compute:
+        if kind is Project:
+            self.reader[layer] = self.index
+        elif kind is Compute:
             self.reader[layer] = self.index
             layers = self.workload.num_layers
             self.reached[batch] = self._place(op)
             latest.pop((LoadHidden, step, layer, batch), None)
             latest.pop((LoadCache, step, layer, batch), None)
+            latest.pop((Project, step, layer, batch), None)
+            latest.pop((Attend, step, layer, batch), None)
             latest.pop((StoreCache, step - 1, layer, batch), None)
             latest.pop((Compute, step - 1, layer, batch), None)
             if layer:

@@ -52,6 +52,7 @@ def few_layers(workload: Workload, count: int) -> Workload:
                 if (n, batch) in sizes.cache
             },
             matmul_flops=tuple(sizes.matmul_flops[n] for n in kept),
+            query_flops=tuple(sizes.query_flops[n] for n in kept) if sizes.query_flops else (),
             reads=tuple(sizes.reads[n] for n in kept) if sizes.reads else (),
             windows={place[n]: width for n, width in sizes.windows.items() if n in place},
             experts=of_experts,

@@ -65,8 +65,26 @@ class StoreHidden(Cell):
     __slots__ = ()
 
 
+class Project(Cell):
+    """``query, new_keys_and_values = before_attention(weights, device_hidden)``
+
+    Of a step of one new token per row; of rows that begin, the Compute does it.
+    """
+
+    __slots__ = ()
+
+
+class Attend(Cell):
+    """``attended = attention(query, new_keys_and_values, cache)``, beside what the device does"""
+
+    __slots__ = ()
+
+
 class Compute(Cell):
-    """``device_hidden, device_cache = layer(weights, device_hidden, device_cache)``"""
+    """``device_hidden, device_cache = layer(weights, device_hidden, device_cache)``
+
+    Behind a Project and an Attend of the same step, layer and batch: what is left of it.
+    """
 
     __slots__ = ()
 
@@ -117,11 +135,14 @@ Op = (
     | StoreCache
     | LoadHidden
     | StoreHidden
+    | Project
+    | Attend
     | Compute
     | LoadChosen
     | ComputeExperts
     | Barrier
 )
+PARTS = (Project, Attend)
 OF_BATCHES = (LoadChosen, ComputeExperts)
 
 _KINDS: dict[str, tuple[Any, tuple[str, ...]]] = {
@@ -133,6 +154,8 @@ _KINDS: dict[str, tuple[Any, tuple[str, ...]]] = {
         (StoreCache, ("step", "layer", "batch")),
         (LoadHidden, ("step", "layer", "batch")),
         (StoreHidden, ("step", "layer", "batch")),
+        (Project, ("step", "layer", "batch")),
+        (Attend, ("step", "layer", "batch")),
         (Compute, ("step", "layer", "batch")),
         (LoadChosen, ("step", "layer", "batches")),
         (ComputeExperts, ("step", "layer", "batches")),

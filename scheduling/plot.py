@@ -11,6 +11,7 @@ from scheduling.timeline import GENERATOR, Span, Timeline
 _COLOURS = {
     "prefill": "#1b6ca8",
     "decode": "#59a5d8",
+    "attend": "#5aa469",
     "load": "#e08e45",
     "store": "#8a6fb0",
     "free": "#6b6b6b",
@@ -42,9 +43,9 @@ def check_format(path: str | Path) -> None:
 
 
 def _kind(span: Span) -> str:
-    if span.op == "Compute":
+    if span.op in ("Project", "Compute", "ComputeExperts"):
         return "decode" if span.step else "prefill"
-    for prefix in ("Load", "Store", "Free"):
+    for prefix in ("Load", "Store", "Free", "Attend"):
         if span.op.startswith(prefix):
             return prefix.lower()
     return "barrier"

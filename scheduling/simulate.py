@@ -12,16 +12,15 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from scheduling.cost_model import CostModel, Piece
+from scheduling.cost_model import CostModel
 from scheduling.dependencies import Issue, Stream, bind, wait_reason
 from scheduling.hardware import Hardware
-from scheduling.ops import Compute, ComputeExperts, FreeWeights, LoadChosen, LoadWeights, Op
+from scheduling.in_order import InOrder
 from scheduling.reported import Given, name_of, naming, reported
 from scheduling.timeline import Span, Timeline
 from scheduling.workload import Workload
 
 _NUMBER = {stream: number for number, stream in enumerate(Stream)}
-_COMPUTES = (Compute, ComputeExperts)
 
 
 class Worked(NamedTuple):
@@ -81,7 +80,7 @@ class Simulation:
         hardware: Hardware,
         look_ahead: int | None = None,
     ) -> None:
-        self._costs = CostModel(workload, hardware)
+        self._costs = InOrder(CostModel(workload, hardware))
         self._issues = iter(issues)
         self._limit = look_ahead or look_ahead_of(workload)
         # By stage and stream, as an index.
@@ -102,7 +101,6 @@ class Simulation:
         self._unmet: dict[int, int] = {}
         self._blocks: dict[int, list[int]] = {}
         self._pending = 0
-        self._fresh: set[int] = set()  # layers loaded and not computed with yet
         self._now = 0.0
 
     def run(self) -> Iterator[Worked]:
@@ -185,7 +183,7 @@ class Simulation:
                 if issue.index in unmet:
                     break
                 queue.popleft()
-                pieces = self._pieces(issue.op)
+                pieces = self._costs.pieces(issue.op)
                 if pieces:
                     resource, seconds = pieces[0]
                     active[lane] = [seconds, resource, pieces[1:], issue, self._now]
@@ -194,18 +192,6 @@ class Simulation:
                     self._finish(issue.index, lane)
             if not look:
                 self._fetch()
-
-    def _pieces(self, op: Op) -> tuple[Piece, ...]:
-        kind = type(op)
-        if kind is FreeWeights:
-            return ()
-        unpack = False
-        if kind is LoadWeights or kind is LoadChosen:
-            self._fresh.add(op.layer)  # type: ignore[union-attr] # a load has a layer
-        elif kind in _COMPUTES and op.layer in self._fresh:  # type: ignore[union-attr]
-            unpack = True
-            self._fresh.discard(op.layer)  # type: ignore[union-attr]
-        return self._costs.pieces(op, unpack=unpack)
 
     def _finish(self, index: int, lane: int) -> None:
         self._done[index] = 1

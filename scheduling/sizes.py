@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 from scheduling.ops import (
+    Attend,
     Compute,
     ComputeExperts,
     LoadCache,
@@ -63,6 +64,12 @@ class CacheCell:
     dense_nbytes: int = 0
     hosted: bool = False
     positions: int | None = None
+
+    @property
+    def apart(self) -> bool:
+        """Whether what attends to it is a program of its own, which Attend runs: on the host, or
+        of a selection. Else the layer is one program, and its Compute runs it."""
+        return self.hosted or self.sent < 1.0
 
     def kept(self, positions: int) -> int:
         """How many of so many positions it keeps."""
@@ -217,6 +224,7 @@ class Sizes:
         cache: (layer, batch) -> its cell.
         resident: Bytes of weights per tier, of each stage.
         matmul_flops: Per layer, FLOP of its matrix products per position.
+        query_flops: Of these, per layer, what comes before attention; empty: nothing.
         hidden_size: Width of a query or a key, over all heads: attention's FLOP are four times it
             per pair of positions.
         chunk_positions: What the cache on disk is written and read by; newer positions wait in
@@ -236,6 +244,7 @@ class Sizes:
     matmul_flops: tuple[float, ...]
     hidden_size: int
     chunk_positions: int = 1
+    query_flops: tuple[float, ...] = ()
     reads: tuple[int, ...] = ()
     borders: Mapping[int, bool] = dataclasses.field(default_factory=dict)
     windows: Mapping[int, int] = dataclasses.field(default_factory=dict)
@@ -357,7 +366,7 @@ class Sizes:
 
     def unpacked(self, op: Op) -> int:
         """Bytes of cache that computing ``op`` unpacks; its weights come on top, once per load."""
-        if not isinstance(op, Compute) or not op.step:
+        if not isinstance(op, (Attend, Compute)) or not op.step:
             return 0
         cell = self.cache.get((op.layer, op.batch))
         if cell is None:

@@ -23,6 +23,7 @@ class Span:
         op: The name of its kind, such as ``Compute``.
         wait: What it started late for: ``weights``, ``cache``, ``hidden``, ``compute``, ``slot``
             (nothing was free to load into), ``stores`` (too many results wait), ``barrier``,
+            ``attention`` (of the host, beside it), ``router``,
             ``bubble`` (another pipeline stage); None: it started as soon as its stream came to it.
         waited: Seconds that its stream stood still for that.
         stage: Whose stream it is.

@@ -16,6 +16,7 @@ from scheduling.ops import (
     LoadChosen,
     LoadWeights,
     Op,
+    Project,
     StoreCache,
     StoreHidden,
 )
@@ -103,7 +104,7 @@ def _only(ops: Iterable[Op], kept: Callable[[int, int], bool]) -> Iterator[Op]:
         elif not isinstance(op, Barrier):
             if not kept(op.step, op.batch):
                 continue
-            if isinstance(op, Compute):
+            if isinstance(op, (Project, Compute)):
                 undecided.pop(op.layer, None)
         held.append(op)
         if not undecided:

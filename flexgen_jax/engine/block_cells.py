@@ -201,16 +201,22 @@ class BlockCells:
             arrays = (*arrays, *cell.store.load(_newcomers(cell.name), slot))
         return arrays
 
-    def taken(self, op: Load) -> tuple[jax.Array, ...]:
+    def seen(self, op: Load) -> tuple[jax.Array, ...]:
         """What was loaded, or what need not be; of hidden states the newcomers' behind them."""
         cell = self.of(op)
         assert cell is not None
         if cell.store.free_load:
             return self._load(cell, _NO_SLOT)
-        return self._arrived.pop(_key(op))
+        return self._arrived[_key(op)]
+
+    def taken(self, op: Load) -> tuple[jax.Array, ...]:
+        """Likewise; it is there no more."""
+        arrays = self.seen(op)
+        self.drop(op)
+        return arrays
 
     def drop(self, op: Load) -> None:
-        """What was loaded for ``op`` is not needed: the batch begins anew."""
+        """What was loaded for ``op`` is not needed any more."""
         self._arrived.pop(_key(op), None)
 
     def read(self, layer: int, batch: int, markers: Sequence[jax.Array]) -> None:

@@ -117,17 +117,18 @@ class Cells:
         wrap: WrapStore | None,
     ) -> Stores:
         hosted = kind == "cache" and self.policy.host_attention
-        device = jax.local_devices(backend="cpu")[0] if hosted else device
+        # Attention to what lies on the device is computed there all the same.
+        home = jax.local_devices(backend="cpu")[0] if hosted else device
         sparse = kind == "cache" and self.policy.attention_sparsity < 1
         stores: dict[Tier, Any] = {
             Tier.DEVICE: DeviceSequences(device),
             # Pinned memory cannot be indexed where it lies.
-            Tier.HOST: HostSequences(device) if hosted or sparse else host_sequences(device),
+            Tier.HOST: HostSequences(home) if hosted or sparse else host_sequences(home),
         }
         if self._on_disk[kind]:
             assert directory is not None
             directory.mkdir()
-            disk = DiskSequences(directory, context, device, nbytes=sum(needs.values()))
+            disk = DiskSequences(directory, context, home, nbytes=sum(needs.values()))
             self._disks.append(disk)
             stores[Tier.DISK] = disk
         if wrap is not None:

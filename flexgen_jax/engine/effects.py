@@ -35,6 +35,7 @@ from flexgen_jax.planning.blocks import Block, fit_into_less
 from flexgen_jax.requests.generated import Generated
 from scheduling.dependencies import Issue
 from scheduling.ops import (
+    Attend,
     Barrier,
     Compute,
     ComputeExperts,
@@ -44,6 +45,7 @@ from scheduling.ops import (
     LoadHidden,
     LoadWeights,
     Op,
+    Project,
     StoreCache,
     StoreHidden,
 )
@@ -157,15 +159,16 @@ class BlockEffects:
             dtype=stores.dtype,
             block_size=stores.policy.block_size,
         )
+        self._decoders = DecoderEffects(
+            *about,
+            kinds=kinds,
+            sparsity=stores.policy.attention_sparsity,
+            dense=self._dense,
+            experts=self._experts,
+        )
         by_role: dict[str, UnitEffects] = {
             "embed": EmbeddingEffects(*about),
-            "decoder": DecoderEffects(
-                *about,
-                kinds=kinds,
-                sparsity=stores.policy.attention_sparsity,
-                dense=self._dense,
-                experts=self._experts,
-            ),
+            "decoder": self._decoders,
             "experts": self._experts,
             "head": HeadEffects(*about, on_logits=watch.on_logits),
         }
@@ -174,7 +177,7 @@ class BlockEffects:
         # it again while it computes.
         self._loaded: defaultdict[int, deque[LayerWeights]] = defaultdict(deque)
         self._readers: defaultdict[int, list[jax.Array]] = defaultdict(list)
-        self._last_markers: dict[int, Markers] = {}  # by stage
+        self._last_markers: dict[tuple[int, bool], Markers] = {}  # by stage; whether of attention
         self._finished = False
         layers_here = sum(stage in stages for stage in self._stage_of)
         self._prefilled, self._to_prefill = 0, layers_here * len(states)
@@ -209,7 +212,7 @@ class BlockEffects:
             return True
         if isinstance(op, (LoadWeights, LoadChosen, FreeWeights)):
             return stage.weights.resident(op.layer) is not None
-        if isinstance(op, (Compute, ComputeExperts)):
+        if isinstance(op, (Project, Attend, Compute, ComputeExperts)):
             return False
         cell = self.cells.of(op)
         if cell is None:
@@ -256,6 +259,8 @@ class BlockEffects:
                 self._cell_slot(issue).begin(cell.store.slot_nbytes(cell.sizes))
             case StoreCache() | StoreHidden():
                 self.cells.wait(issue.op)
+            case Attend():
+                self._decoders.wait(issue.op)
             case _:
                 pass
 
@@ -297,14 +302,18 @@ class BlockEffects:
                 except KeyError:
                     if self.wanted(op):
                         raise
+            case Project():
+                return self._project(op)
+            case Attend():
+                return self._attend(op)
             case Compute():
                 return self._compute(op)
             case ComputeExperts():
                 return self._compute_experts(op)
             case Barrier():
                 # Dispatched is not computed: a barrier means computed.
-                markers = self._last_markers
-                jax.block_until_ready(markers if op.stage is None else markers.get(op.stage))
+                markers = list(self._last_markers.items())
+                jax.block_until_ready([m for (s, _), m in markers if op.stage in (None, s)])
         return None
 
     def _hand_over(self, op: StoreHidden, arrays: tuple[jax.Array, ...]) -> None:
@@ -329,25 +338,48 @@ class BlockEffects:
             state.computing()
             self._tally.passes += op.batch <= self._at_batch
             self._at_batch = op.batch
-        number = self._stage_of[op.layer]
-        stage = self._stages[number]
-        weights = stage.weights.resident(op.layer) or self._loaded[op.layer][0]
-        dense = stage.weights.dense(weights)
+        stage = self._stages[self._stage_of[op.layer]]
+        dense = stage.weights.dense(self._weights(op.layer))
         markers = self._units[op.layer].compute(op, state, stage, dense)
-        if self._loaded[op.layer]:
-            self._readers[op.layer].extend(markers)
         self.cells.read(op.layer, op.batch, markers)
-        self._last_markers[number] = markers
+        self._note_markers(op.layer, markers)
         return markers
 
+    def _project(self, op: Project) -> Markers | None:
+        state, stage = self._states[op.batch], self._stages[self._stage_of[op.layer]]
+        if not self._decoders.apart(op, state):
+            return None
+        dense = stage.weights.dense(self._weights(op.layer))
+        markers = self._decoders.project(op, state, stage, dense)
+        self._note_markers(op.layer, markers)
+        return markers
+
+    def _attend(self, op: Attend) -> Markers | None:
+        """Reads no weights; what was loaded of the cache is given back by the Compute."""
+        state, number = self._states[op.batch], self._stage_of[op.layer]
+        if not self._decoders.apart(op, state):
+            return None
+        markers = self._decoders.attend(op, state, self._stages[number])
+        self._last_markers[number, True] = markers
+        return markers
+
+    def _weights(self, layer: int) -> LayerWeights:
+        """That are computed with; as they are kept."""
+        weights = self._stages[self._stage_of[layer]].weights
+        return weights.resident(layer) or self._loaded[layer][0]
+
+    def _note_markers(self, layer: int, markers: Markers) -> None:
+        """They are ready when the device has computed, and has read the layer."""
+        if self._loaded[layer]:
+            self._readers[layer].extend(markers)
+        if markers:
+            self._last_markers[self._stage_of[layer], False] = markers
+
     def _compute_experts(self, op: ComputeExperts) -> Markers:
-        number = self._stage_of[op.layer]
-        stage = self._stages[number]
-        weights = stage.weights.resident(op.layer) or self._loaded[op.layer][0]
+        stage = self._stages[self._stage_of[op.layer]]
+        weights = self._weights(op.layer)
         markers = self._experts.compute_experts(op, self._states, stage, weights)
-        if self._loaded[op.layer]:
-            self._readers[op.layer].extend(markers)
-        self._last_markers[number] = markers or self._last_markers.get(number, [])
+        self._note_markers(op.layer, markers)
         return markers
 
     def computed(self, op: Op) -> None:
@@ -428,6 +460,7 @@ class BlockEffects:
         self._readers.clear()
         self.cells.forget()
         self._experts.forget()
+        self._decoders.forget()
 
     @property
     def gathering(self) -> bool:

@@ -7,7 +7,7 @@ Each stream of each pipeline stage is a thread that performs its issues in order
 when the issues it needs (``scheduling.dependencies``, the same that the validator and the simulator
 use) are done. A computation is done when it is dispatched, since what comes after it works on its
 results, which JAX makes wait by itself; when the results become ready is watched by one more thread
-a stage, which measures the spans of its compute stream.
+of each stream that computes, which measures its spans.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
-from scheduling.dependencies import Issue, Lane, bind, wait_reason
+from scheduling.dependencies import Issue, Lane, Stream, bind, wait_reason
 from scheduling.ops import Op
 from scheduling.simulate import look_ahead_of
 from scheduling.timeline import Span, Timeline
@@ -166,10 +166,14 @@ class _Worker(threading.Thread):
 
 
 class _Watch(threading.Thread):
-    """Waits for results in the order of their dispatch: one device computes one thing at a time."""
+    """Waits for results in the order of their dispatch: one device computes one thing at a time.
 
-    def __init__(self, run: _Run, stage: int) -> None:
-        super().__init__(name=f"flexgen-{stage}-watch", daemon=True)
+    Attention has a watch of its own, since a host may compute it meanwhile.
+    """
+
+    def __init__(self, run: _Run, lane: Lane) -> None:
+        stage, stream = lane
+        super().__init__(name=f"flexgen-{stage}-watch {stream.value}", daemon=True)
         self._run = run
         self.queue: queue.SimpleQueue[tuple[Issue, float, Any, str | None] | None] = (
             queue.SimpleQueue()
@@ -252,7 +256,7 @@ def execute(
     """
     limit = look_ahead or look_ahead_of(workload)
     run = _Run(effects, on_computed)
-    watches = [_Watch(run, stage) for stage in range(workload.num_stages)]
+    watches: dict[Lane, _Watch] = {}
     workers: dict[Lane, _Worker] = {}
     issued: dict[Lane, int] = {}
     # Where each issue stands in its lane, by index: 6 bytes an issue, for blocks of millions.
@@ -275,8 +279,13 @@ def execute(
                     latest[lane] = found._replace(reason=reason)
         return latest
 
-    for watch in watches:
-        watch.start()
+    def watch_of(stage: int, stream: Stream) -> _Watch:
+        lane = stage, stream if stream is Stream.ATTEND else Stream.COMPUTE
+        if lane not in watches:
+            watches[lane] = _Watch(run, lane)
+            watches[lane].start()
+        return watches[lane]
+
     total = 0
     interrupt: KeyboardInterrupt | None = None
     try:
@@ -299,7 +308,7 @@ def execute(
                 continue
             worker = workers.get(lane)
             if worker is None:
-                worker = workers[lane] = _Worker(run, lane, watches[issue.stage])
+                worker = workers[lane] = _Worker(run, lane, watch_of(*lane))
                 worker.start()
             issued[lane] = issued.get(lane, 0) + 1
             places.pop(lane, None)  # its own lane is in order anyway
@@ -313,7 +322,7 @@ def execute(
         interrupt = error if isinstance(error, KeyboardInterrupt) else None
         raise
     finally:
-        _end(run, [*workers.values(), *watches], interrupt)
+        _end(run, [*workers.values(), *watches.values()], interrupt)
     if run.failure is not None:
         (op, cause), run.failure = run.failure, None
         try:

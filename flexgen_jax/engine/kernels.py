@@ -8,7 +8,7 @@ tokens are results, which whoever keeps the cache adds to it.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,20 @@ from flexgen_jax.models.quantization import Quantized
 from flexgen_jax.models.registry import family_of
 
 Sinks = Float[Array, "heads"] | None
+
+
+class Projected(NamedTuple):
+    """What attention takes of a new token per row.
+
+    Attributes:
+        new: Its key and value as they are attended to. ``kept``: as the cache has them.
+        sinks: The layer's.
+    """
+
+    query: Float[Array, "batch heads 1 head_dim"]
+    new: LayerCache
+    kept: KeptCache
+    sinks: Sinks
 
 
 def _marker(made: Array | Routed) -> Array:
@@ -112,13 +126,11 @@ def decode_qkv(
     config: Config,
     kind: Kind,
     form: CacheFormat,
-) -> tuple[Float[Array, "batch heads 1 head_dim"], LayerCache, KeptCache, Sinks]:
-    """The first part of a decoder layer taken apart: the query, and the token's key and value.
-
-    The latter twice: as they are attended to, and as they are kept. And the layer's sinks.
-    """
+) -> tuple[Projected, Float[Array, ""]]:
+    """The first part of a decoder layer taken apart: what attention takes."""
     query, new = decoding.decode_qkv(params, hidden, position, padding, config, kind)
-    return query, new, form.pack(new), family_of(config).sinks(params)
+    made = Projected(query, new, form.pack(new), family_of(config).sinks(params))
+    return made, _marker(query)
 
 
 @partial(jax.jit, static_argnames="kind")

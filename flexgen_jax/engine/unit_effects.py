@@ -17,6 +17,7 @@ from flexgen_jax.engine import kernels
 from flexgen_jax.engine.batch_state import BatchState
 from flexgen_jax.engine.block_cells import BlockCell, BlockCells, Kept, Leaving
 from flexgen_jax.engine.layer_loading import LayerWeights
+from flexgen_jax.engine.layer_parts import LayerParts, in_parts
 from flexgen_jax.engine.pipeline import Stage
 from flexgen_jax.engine.routing import Pool, Waiting, waiting
 from flexgen_jax.engine.sampling import sample
@@ -24,11 +25,13 @@ from flexgen_jax.engine.unpacking import Dense
 from flexgen_jax.models.family import Config, Kind, Routed
 from flexgen_jax.models.kv_cache import KeptCache, LayerCache
 from scheduling.ops import (
+    Attend,
     Compute,
     ComputeExperts,
     LoadCache,
     LoadChosen,
     LoadHidden,
+    Project,
     StoreCache,
     StoreHidden,
 )
@@ -134,8 +137,11 @@ class DecoderEffects(UnitEffects):
         experts: ExpertEffects,
     ) -> None:
         super().__init__(config, cells, workload)
-        self._kinds, self._sparsity, self._dense = kinds, sparsity, dense
-        self._experts = experts
+        self._kinds, self._dense, self._experts = kinds, dense, experts
+        of_layer = {
+            layer: dense[stage] for layer, stage in enumerate(self._stage_of) if stage in dense
+        }
+        self._parts = LayerParts(config, cells, kinds, sparsity, of_layer)
 
     def compute(
         self, op: Compute, state: BatchState, stage: Stage, weights: LayerWeights
@@ -239,74 +245,50 @@ class DecoderEffects(UnitEffects):
         hidden: jax.Array,
         cell: BlockCell,
     ) -> tuple[jax.Array | Routed, KeptCache, jax.Array]:
-        form, kind = self._cells.form, self._kinds[op.layer]
+        if in_parts(cell):
+            if not self._parts.attended(op):
+                self._parts.project(op, state, stage.device, weights.params, hidden)
+                self._parts.attend(op, state, stage.device, cell)
+            return self._parts.rest(op, weights.params, hidden)
+        form = self._cells.form
         arrays = self._cells.taken(LoadCache(op.step, op.layer, op.batch))
-        dense = self._dense[self._stage_of[op.layer]]
-        cached = dense.of(form.unflatten(arrays, self._config.head_dim))
-        position = np.int32(state.now.column)
-        if cell.hosted or cell.values is not None:
-            return self._in_parts(
-                state, stage.device, weights, hidden, cell, cached, position, kind
+        with self._parts.unpacking:
+            dense = self._dense[self._stage_of[op.layer]]
+            cached = dense.of(form.unflatten(arrays, self._config.head_dim))
+            return kernels.decode_layer(
+                weights.params,
+                hidden,
+                LayerCache(*cached),
+                np.int32(state.now.column),
+                state.padding_on(stage.device),
+                config=self._config,
+                kind=self._kinds[op.layer],
+                form=form,
             )
-        return kernels.decode_layer(
-            weights.params,
-            hidden,
-            LayerCache(*cached),
-            position,
-            state.padding_on(stage.device),
-            config=self._config,
-            kind=kind,
-            form=form,
-        )
 
-    def _in_parts(
-        self,
-        state: BatchState,
-        device: Any,
-        weights: LayerWeights,
-        hidden: jax.Array,
-        cell: BlockCell,
-        cached: tuple[jax.Array, ...],
-        position: np.int32,
-        kind: Kind,
-    ) -> tuple[jax.Array | Routed, KeptCache, jax.Array]:
-        """Where attention is computed on the host, or attends to a selection.
+    def apart(self, op: Project | Attend, state: BatchState) -> bool:
+        """Whether the part is work of its own: else its layer's Compute does it."""
+        return not state.now.fresh and in_parts(self._cells.cache[op.layer, op.batch])
 
-        On the host: the query goes there and the result comes back; the cache never moves. To a
-        selection: only the values of the selected positions are fetched.
-        """
-        config, form, host = self._config, self._cells.form, self._cells.host
-        query, new, kept, sinks = kernels.decode_qkv(
-            weights.params,
-            hidden,
-            position,
-            state.padding_on(device),
-            config=config,
-            kind=kind,
-            form=form,
-        )
-        padding = state.padding_on(host if cell.hosted else device)
-        if cell.hosted:
-            query, new, kept, sinks = jax.device_put((query, new, kept, sinks), host)
-        if cell.values is None:
-            cache = LayerCache(*cached)
-            attended = kernels.attend_cached(query, cache, new, position, padding, sinks, kind=kind)
-        else:
-            (key,) = cached
-            chosen = kernels.select_cached(
-                query, key, new, position, padding, sinks, kind=kind, sparsity=self._sparsity
-            )
-            taken = cell.store.take(cell.values, chosen.positions)
-            (value,) = form.unflatten(taken, config.head_dim)
-            sums = self._cells.value_sums
-            attended, sums[cell.name] = kernels.attend_selected(
-                chosen, value, new, kept, sums[cell.name]
-            )
-        attended = jax.device_put(attended, device)
-        hidden, marker = kernels.decode_rest(
-            weights.params, hidden, attended, config=config, kind=kind
-        )
-        return hidden, kept, marker
+    def project(
+        self, op: Project, state: BatchState, stage: Stage, weights: LayerWeights
+    ) -> Markers:
+        """Dispatches what comes before attention; newcomers' prompts are the Compute's."""
+        hidden, *_ = self._cells.seen(LoadHidden(op.step, op.layer, op.batch))
+        return [self._parts.project(op, state, stage.device, weights.params, hidden)]
+
+    def wait(self, op: Attend) -> None:
+        """Until what attention takes of the new tokens has been computed."""
+        self._parts.wait(op)
+
+    def attend(self, op: Attend, state: BatchState, stage: Stage) -> Markers:
+        """Dispatches attention."""
+        cell = self._cells.cache[op.layer, op.batch]
+        return [self._parts.attend(op, state, stage.device, cell)]
+
+    def forget(self) -> None:
+        """Drops what is between two parts of a layer."""
+        self._parts.forget()
 
 
 class ExpertEffects(UnitEffects):

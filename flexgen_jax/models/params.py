@@ -120,6 +120,25 @@ def matmul_flops(config: Config) -> tuple[float, ...]:
     )
 
 
+# What a decoder layer multiplies with before attention.
+BEFORE_ATTENTION = ("q", "k", "v")
+
+
+@functools.lru_cache(maxsize=16)
+def query_flops(config: Config) -> tuple[float, ...]:
+    """Of :func:`matmul_flops` per unit, what comes before attention: queries, keys and values."""
+    before = {f"{module}.kernel" for module in BEFORE_ATTENTION}
+    return tuple(
+        2.0
+        * sum(
+            _elements(record)
+            for name, record in unit_records(config, unit).items()
+            if name.partition(".")[2] in before
+        )
+        for unit in _units(config)
+    )
+
+
 def _elements(record: Param) -> int:
     return math.prod(record.shape)
 

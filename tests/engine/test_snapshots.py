@@ -19,7 +19,9 @@ from flexgen_jax.jobs.job import Completing, Job, JobError
 from flexgen_jax.jobs.job_input import JobInput
 from flexgen_jax.jobs.results import FileResults, StreamResults
 from flexgen_jax.requests.sampling_params import SamplingParams
+from scheduling import zigzag
 from storage.store import StorageError
+from tests.scheduling.strategies import in_parts
 
 MODEL = "flexgen_jax/demo_model"
 PARAMS = SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True)
@@ -35,6 +37,10 @@ POLICIES = {
     "host attention": fg.Policy(**SHAPE, cache=DISK, host_attention=True),
     "no overlap": fg.Policy(**SHAPE, weights=DISK, overlap=False),
 }
+
+
+def apart(workload):
+    return in_parts(zigzag(workload), workload)
 
 
 class Stopped(BaseException):
@@ -90,6 +96,7 @@ def computed(done):
     [
         *((name, "zigzag") for name in POLICIES),
         *(("mixed", schedule) for schedule in ("diagonal", "lock_step", "row_by_row")),
+        ("host attention", apart),
     ],
 )
 def test_what_is_gone_on_with_gives_the_same_bytes(source, tmp_path, offload, name, schedule):
@@ -107,7 +114,7 @@ def test_what_is_gone_on_with_gives_the_same_bytes(source, tmp_path, offload, na
         assert done.report.seconds > done.report.timeline.seconds > 0
         # All steps are on the timeline, once.
         assert len(computed(done)) == len(set(computed(done)))
-        if schedule in ("zigzag", "lock_step"):  # in others batches go on at the same time
+        if schedule in ("zigzag", "lock_step", apart):  # in others batches go on at the same time
             assert set(computed(done)) == set(computed(clean))
         assert done.report.rows_used == clean.report.rows_used
         assert [path.name for path in tmp_path.glob("out.*")] == ["out.job"]

@@ -19,7 +19,16 @@ from flexgen_jax.engine import kernels
 from flexgen_jax.models import decoding, pieces
 from flexgen_jax.models.family import ConfigError, eos_token_ids
 from flexgen_jax.models.kv_cache import CacheFormat
-from flexgen_jax.models.params import matmul_flops, nest, param_records, param_shapes, unit_kinds
+from flexgen_jax.models.params import (
+    matmul_flops,
+    nest,
+    param_records,
+    param_shapes,
+    query_flops,
+    unit_kinds,
+    unit_records,
+)
+from flexgen_jax.models.positions import positions
 from flexgen_jax.models.registry import (
     FAMILIES,
     families,
@@ -356,6 +365,33 @@ def test_products_count_once_for_each_element():
     assert flops[0] == 0
     assert set(flops[1:-1]) == {2.0 * layer}
     assert flops[-1] == 2.0 * 32 * config.vocab_size
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_queries_keys_and_values_are_what_comes_before_attention(variant):
+    """Without any of them it cannot be computed, and without the other matrices it can."""
+    config = load_config(GOLDENS / variant)
+    family, kinds = family_of(config), unit_kinds(config)
+    for unit, kind, flops in zip(config.units, kinds, query_flops(config), strict=True):
+        if kind.role != "decoder":
+            assert flops == 0
+            continue
+        records = unit_records(config, unit)
+        arrays = {n: jnp.zeros(r.shape) for n, r in records.items()}
+        matrices = [n for n, r in records.items() if r.role == "matrix"]
+        before = [n for n in matrices if n.split(".")[1] in ("q", "k", "v")]
+        assert flops == 2.0 * sum(math.prod(records[n].shape) for n in before)
+
+        def compute(without, arrays=arrays, unit=unit, kind=kind):
+            some = {n: array for n, array in arrays.items() if n not in without}
+            hidden = jnp.zeros((1, 1, config.hidden_size))
+            at = positions(0, 1, jnp.zeros(1, jnp.int32))
+            family.before_attention(nest(some)[unit], hidden, at, config, kind)
+
+        compute([n for n in matrices if n not in before])
+        for name in before:
+            with pytest.raises(KeyError):
+                compute([name])
 
 
 def test_products_of_experts_count_for_one_of_them():

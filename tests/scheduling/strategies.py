@@ -4,6 +4,7 @@ from hypothesis import strategies as st
 
 from scheduling import (
     SCHEDULES,
+    Attend,
     Barrier,
     Compute,
     ComputeExperts,
@@ -13,6 +14,7 @@ from scheduling import (
     LoadChosen,
     LoadHidden,
     LoadWeights,
+    Project,
     StoreCache,
     StoreHidden,
     Workload,
@@ -25,7 +27,7 @@ ops = st.one_of(
     st.builds(FreeWeights, numbers),
     *(
         st.builds(kind, numbers, numbers, numbers)
-        for kind in (LoadCache, StoreCache, LoadHidden, StoreHidden, Compute)
+        for kind in (LoadCache, StoreCache, LoadHidden, StoreHidden, Project, Attend, Compute)
     ),
     *(
         st.builds(kind, numbers, numbers, st.lists(numbers).map(tuple))
@@ -104,3 +106,18 @@ def reached_from(issues, index):
             reached.add(need)
             waiting.extend(issues[need].needs)
     return reached
+
+
+def in_parts(ops, workload):
+    """A schedule's ops with every layer that attends to a cache computed in parts."""
+    there = set()
+    for op in ops:
+        if isinstance(op, Project):
+            there.add((op.step, op.layer, op.batch))
+        elif isinstance(op, Compute) and op.step > 0 and workload.has_cache(op.layer):
+            cell = op.step, op.layer, op.batch
+            if cell not in there:
+                yield Project(*cell)
+                yield Attend(*cell)
+            there.discard(cell)
+        yield op

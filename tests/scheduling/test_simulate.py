@@ -27,6 +27,7 @@ from scheduling import (
     zigzag,
 )
 from scheduling.cost_model import bound
+from scheduling.in_order import InOrder
 from scheduling.peak import highest, peak_nbytes
 from scheduling.sizes import BatchSizes, CacheCell
 
@@ -201,15 +202,8 @@ def test_between_the_bound_and_one_after_the_other(w, machine, name):
     ops = list(SCHEDULES[name](w))
     timeline = simulate(ops, w, machine)
     _, least = bound(CostModel(w, machine).lower_bound())
-    alone = CostModel(w, machine)
-    fresh, total = set(), 0.0
-    for op in ops:
-        if isinstance(op, LoadWeights):
-            fresh.add(op.layer)
-        unpack = isinstance(op, Compute) and op.layer in fresh
-        if unpack:
-            fresh.discard(op.layer)
-        total += sum(seconds for _, seconds in alone.pieces(op, unpack=unpack))
+    alone = InOrder(CostModel(w, machine))
+    total = sum(seconds for op in ops for _, seconds in alone.pieces(op))
     assert least <= timeline.seconds * (1 + 1e-9)
     assert timeline.seconds <= total * (1 + 1e-9)
     serial = simulate(list(serialize(ops)), w, machine)
