@@ -35,6 +35,7 @@ from scheduling.ops import (
     parse_schedule,
 )
 from scheduling.peak import peak_nbytes
+from scheduling.pipelined import cgopipe, neo
 from scheduling.placement import Cell, Placement, place
 from scheduling.policy import Policy, Split, Tier
 from scheduling.registered import SCHEDULES, register
@@ -82,12 +83,14 @@ __all__ = [
     "Weights",
     "Workload",
     "bind",
+    "cgopipe",
     "compare",
     "diagonal",
     "first_n",
     "format_schedule",
     "lock_step",
     "needs",
+    "neo",
     "parse_op",
     "parse_schedule",
     "passes",

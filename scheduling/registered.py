@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from scheduling.pipelined import cgopipe, neo
 from scheduling.schedules import Schedule, diagonal, lock_step, row_by_row, zigzag
 
 _OURS: dict[str, Schedule] = {
@@ -14,6 +15,8 @@ _OURS: dict[str, Schedule] = {
     "row_by_row": row_by_row,
     "lock_step": lock_step,
     "diagonal": diagonal,
+    "cgopipe": cgopipe,
+    "neo": neo,
 }
 _all = dict(_OURS)
 SCHEDULES: Mapping[str, Schedule] = MappingProxyType(_all)

@@ -1,8 +1,12 @@
-"""Orders of execution. A schedule is any function from a ``Workload`` to ops; these are four."""
+"""Orders of execution. A schedule is any function from a ``Workload`` to ops; these are four.
+
+Those that compute layers in parts are in ``scheduling.pipelined``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 from scheduling.dependencies import ScheduleError
 from scheduling.ops import (
@@ -21,6 +25,7 @@ from scheduling.ops import (
 from scheduling.workload import Workload
 
 Schedule = Callable[[Workload], Iterable[Op]]
+OneLayer = Callable[[int, Sequence[tuple[int, int]]], Iterable[Op]]
 
 
 def passes(w: Workload, rounds: int) -> Iterator[tuple[int, int, range]]:
@@ -48,6 +53,16 @@ def zigzag(w: Workload) -> Iterator[Op]:
     Over several stages, all of a group's. Experts are loaded once it is known which were chosen,
     where many are not; meanwhile comes the next layer.
     """
+    yield from by_layers(w, partial(whole_layer, w))
+
+
+def by_layers(w: Workload, one_layer: OneLayer) -> Iterator[Op]:
+    """A zig-zag whose layers, but for their experts, are computed as ``one_layer`` has it.
+
+    Args:
+        one_layer: Given a layer that is loaded and the (step, batch) of the batches that pass it,
+            their ops until the layer is freed.
+    """
     ahead = None
     for (step, layer, batches), following in _with_next(w, passes(w, w.num_steps)):
         cells = [(step, batch) for batch in batches]
@@ -60,7 +75,7 @@ def zigzag(w: Workload) -> Iterator[Op]:
             ahead = following
             if following is not None:
                 yield LoadWeights(*following)
-        yield from _layer(w, layer, cells)
+        yield from one_layer(layer, cells)
 
 
 def _with_next(
@@ -92,7 +107,7 @@ def row_by_row(w: Workload) -> Iterator[Op]:
                     yield from _experts(w, layer, [(step, batch)])
                 else:
                     yield LoadWeights(step, layer)
-                    yield from _layer(w, layer, [(step, batch)])
+                    yield from whole_layer(w, layer, [(step, batch)])
 
 
 def lock_step(w: Workload) -> Iterator[Op]:
@@ -168,15 +183,15 @@ def diagonal(w: Workload) -> Iterator[Op]:
             yield from _experts(w, layer, cells)
         elif active:
             yield LoadWeights(cells[0][0], layer)
-            yield from _layer(w, layer, cells)
+            yield from whole_layer(w, layer, cells)
 
 
-def _layer(w: Workload, layer: int, cells: Iterable[tuple[int, int]]) -> Iterator[Op]:
+def whole_layer(w: Workload, layer: int, cells: Iterable[tuple[int, int]]) -> Iterator[Op]:
     """A layer that is loaded, over some (step, batch)."""
     for step, batch in cells:
-        yield from _load(w, step, layer, batch)
+        yield from load_cell(w, step, layer, batch)
         yield Compute(step, layer, batch)
-        yield from _store(w, step, layer, batch)
+        yield from store_cell(w, step, layer, batch)
     yield FreeWeights(layer)
 
 
@@ -198,12 +213,14 @@ def _experts(w: Workload, layer: int, cells: Sequence[tuple[int, int]]) -> Itera
     yield FreeWeights(layer)
 
 
-def _load(w: Workload, step: int, layer: int, batch: int) -> Iterator[Op]:
+def load_cell(w: Workload, step: int, layer: int, batch: int) -> Iterator[Op]:
+    """What computing it needs beside the layer."""
     yield from _load_cache(w, step, layer, batch)
     yield LoadHidden(step, layer, batch)
 
 
-def _store(w: Workload, step: int, layer: int, batch: int) -> Iterator[Op]:
+def store_cell(w: Workload, step: int, layer: int, batch: int) -> Iterator[Op]:
+    """What was computed."""
     if w.gives_hidden(layer):
         yield StoreHidden(step, layer, batch)
     yield from _store_cache(w, step, layer, batch)

@@ -98,7 +98,7 @@ def test_a_bad_prompt_is_recorded_if_asked(llm):
     [
         ({"model": {"embed": np.zeros(3)}}, "model must be a path or a hub name .*save_params"),
         ({"model": None}, "model must be a path"),
-        ({"schedule": ["zigzag"]}, "schedule must be one of diagonal.* or a function"),
+        ({"schedule": ["zigzag"]}, "schedule must be one of cgopipe.* or a function"),
         ({"schedule": None}, "schedule must be one of"),
         ({"policy": {"device_batch_size": 2}}, "policy must be 'auto' or a Policy"),
         ({"policy": "zigzag"}, "policy must be 'auto' or a Policy"),

@@ -596,7 +596,7 @@ def test_wrong_kinds_of_arguments_are_named(offload):
 
 
 def test_wrong_schedule_and_model_names(offload, tmp_path):
-    known = "known: diagonal, lock_step, row_by_row"
+    known = "known: cgopipe, diagonal, lock_step, neo, row_by_row"
     with pytest.raises(ValueError, match=rf"no schedule 'zigzga'; did you mean zigzag\?; {known}"):
         fg.LLM(str(GOLDENS / "pre_norm"), schedule="zigzga", offload_dir=offload)
     with pytest.raises(ValueError, match="nowhere"):

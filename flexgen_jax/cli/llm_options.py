@@ -14,6 +14,7 @@ import click
 from flexgen_jax.cli.failures import plain_errors
 from flexgen_jax.cli.policy_options import NAMES as POLICY_NAMES
 from flexgen_jax.cli.policy_options import allowed, named, policy_options, read_policy
+from flexgen_jax.cli.slot_options import SLOTS, slot_options, slots_of
 
 if TYPE_CHECKING:
     from flexgen_jax.llm import LLM
@@ -40,8 +41,9 @@ schedule_option = click.option(
     metavar="NAME|FILE.py:NAME",
     default="zigzag",
     show_default=True,
-    help="The order of the operations: zigzag, diagonal, lock_step or row_by_row, the name of a "
-    "schedule that an installed package offers, or FILE.py:NAME, a function of a file of yours.",
+    help="The order of the operations: zigzag, diagonal, lock_step, row_by_row, cgopipe or neo, "
+    "the name of a schedule that an installed package offers, or FILE.py:NAME, a function of a "
+    "file of yours.",
 )
 
 _BEFORE = [
@@ -51,7 +53,7 @@ _BEFORE = [
         help="A weight store, a Hugging Face directory, a GGUF file, or a hub name.",
     ),
 ]
-_AFTER = [
+_AFTER: list[Callable[..., Any]] = [
     schedule_option,
     click.option(
         "--dtype",
@@ -83,16 +85,7 @@ _AFTER = [
         help="Where the KV cache and hidden states on disk lie during the run, and converted "
         "models without --path. [default: the cache directory]",
     ),
-    click.option(
-        "--weight-slots",
-        type=int,
-        help="How many layers of weights are held at once; 2 loads one ahead. [default: 2]",
-    ),
-    click.option(
-        "--cache-slots",
-        type=int,
-        help="How many cells of the KV cache are held at once; 2 loads one ahead. [default: 2]",
-    ),
+    slot_options,
     click.option(
         "--hardware",
         metavar="FILE",
@@ -130,8 +123,7 @@ NAMES = (
     "host_memory",
     "path",
     "offload_dir",
-    "weight_slots",
-    "cache_slots",
+    *SLOTS,
     "hardware",
     "no_profile",
     "disk_mode",
@@ -319,7 +311,6 @@ class Chosen:
         if policy == "auto" and recorded is not None:
             # What is given differently now is for the job to notice.
             policy, searching = dataclasses.replace(recorded, **wanted), {}
-        slots = {"weight_slots": v["weight_slots"], "cache_slots": v["cache_slots"]}
         return {
             "model": str(store),
             "policy": policy,
@@ -331,6 +322,6 @@ class Chosen:
             "hardware": Hardware.load(v["hardware"]) if v["hardware"] else None,
             "profile": not v["no_profile"],
             "disk": DiskContext(mode=v["disk_mode"], verify=v["verify"]),
-            "slots": {name: count for name, count in slots.items() if count is not None},
+            "slots": slots_of(v),
             **searching,
         }

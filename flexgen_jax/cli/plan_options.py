@@ -13,6 +13,7 @@ from flexgen_jax.cli.failures import Failure
 from flexgen_jax.cli.llm_options import DTYPES, schedule_option
 from flexgen_jax.cli.pictures import check_pictures, force_option
 from flexgen_jax.cli.policy_options import NAMES, allowed, named, policy_options, read_policy
+from flexgen_jax.cli.slot_options import slot_options, slots_of
 
 if TYPE_CHECKING:
     from flexgen_jax.planning.plans import Plan
@@ -67,8 +68,9 @@ def _before(required: bool) -> list[Callable[..., Any]]:
     ]
 
 
-_AFTER = [
+_AFTER: list[Callable[..., Any]] = [
     schedule_option,
+    slot_options,
     click.option(
         "--dtype",
         type=DTYPES,
@@ -125,6 +127,7 @@ def arguments(options: dict[str, Any]) -> dict[str, Any]:
         "model": options["model"],
         "policy": chosen,
         "schedule": options["schedule"],
+        "slots": slots_of(options),
         "dtype": options["dtype"],
         "fixed": changes,
         "allow": allow,

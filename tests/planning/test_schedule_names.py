@@ -69,7 +69,7 @@ def test_a_function_of_a_file_is_a_schedule_and_keeps_the_name_it_was_given(own)
     ("name", "words"),
     [
         ("zagzig", "no schedule 'zagzig'; did you mean zigzag"),
-        ("zagzig", "known: diagonal, lock_step, row_by_row, zigzag; your own is FILE.py:NAME"),
+        ("zagzig", "known: cgopipe, diagonal, lock_step, neo, row_by_row, zigzag; your own is "),
         ("owm.py:backwards", "there is no file owm.py; did you mean own.py"),
         ("nowhere/own.py:backwards", "there is no file nowhere/own.py"),
         ("own.py", "name its function, as in own.py:my_schedule; it has backwards, of_two"),

@@ -21,10 +21,12 @@ from scheduling import (
     Stream,
     Workload,
     bind,
+    cgopipe,
     diagonal,
     first_n,
     format_schedule,
     lock_step,
+    neo,
     parse_schedule,
     remaining,
     row_by_row,
@@ -48,6 +50,8 @@ ONE = Workload(num_steps=2, num_layers=3, num_batches=1)
         ("row_by_row", row_by_row, TWO),
         ("lock_step", lock_step, TWO),
         ("diagonal", diagonal, TWO),
+        ("cgopipe", cgopipe, TWO),
+        ("neo", neo, TWO),
         ("lock_step_one_batch", lock_step, ONE),
         ("zigzag_serialized", serialized(zigzag), ONE),
     ],
@@ -156,7 +160,8 @@ def test_lock_step_is_one_load_ahead_and_ends_each_batch_with_a_barrier(batches)
 
 
 def test_the_table_cannot_be_changed():
-    assert set(SCHEDULES) == {"zigzag", "row_by_row", "lock_step", "diagonal"}
+    ours = {"zigzag", "row_by_row", "lock_step", "diagonal", "cgopipe", "neo"}
+    assert set(SCHEDULES) == ours
     with pytest.raises(TypeError):
         SCHEDULES["mine"] = zigzag
 
