@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _SLACK = 0.98
 # How many are gone on from, and within what of the best.
 _TOPS, _NEAR = 6, 1.05
+# Of each method, and of each tier that all of the cache may lie in.
+_STARTS = 2
 # Operations, cells and layers (``Dealer.work``) after which nothing more is gone on from; near a
 # policy that is known already, less.
 _WORK, _WORK_NEAR = 500_000, 15_000
@@ -32,6 +34,26 @@ _SHIFTS = (10.0, 30.0)  # percent
 def climb(search: _Search, start: Sequence[Candidate]) -> list[Candidate]:
     """All that were simulated, the best first."""
     return _Climb(search).run(start)
+
+
+def pure_starts(search: _Search) -> list[Candidate]:
+    """Of each method, the shapes that are best with all of the cache in one tier: what they are
+    estimated to take, simulations come near."""
+    if "cache" in search.fixed:
+        return []
+    found: list[Candidate | None] = []
+    for tier in _tiers(search):
+        fixed = search.fixed | {"cache": _all(tier)}
+        by_method: dict[object, list[tuple[float, int, Policy]]] = {}
+        for number, policy in enumerate(search.values):
+            solution = search.solution(policy, fixed)
+            if solution is not None:
+                methods = tuple(getattr(policy, name) for name in search.allow)
+                by_method.setdefault(methods, []).append((solution.seconds, number, policy))
+        for each in by_method.values():
+            for _, _, policy in sorted(each, key=lambda one: one[:2])[:_STARTS]:
+                found.append(search.rounded(policy, fixed))
+    return [candidate for candidate in found if candidate is not None]
 
 
 class _Climb:
@@ -102,8 +124,7 @@ class _Climb:
 
     def _pure(self, shape: Policy) -> Iterator[Candidate | None]:
         """Cache and hidden states each all in one tier, and the weights where there is room."""
-        tiers = [t for t in Tier if not (self.dealer.limits.shared and t is Tier.HOST)]
-        for cache, hidden in itertools.product(tiers, tiers):
+        for cache, hidden in itertools.product(_tiers(self.search), repeat=2):
             yield self._with(shape, {"cache": _all(cache), "hidden": _all(hidden)})
 
     def _with(self, shape: Policy, splits: dict[str, Split]) -> Candidate | None:
@@ -142,6 +163,11 @@ class _Climb:
                     if key not in self.tried:
                         self.tried.add(key)
                         yield self.dealer.dealt(policy, {kind: Split(**moved)}, {})
+
+
+def _tiers(search: _Search) -> list[Tier]:
+    """Those that are not one and the same."""
+    return [t for t in Tier if not (search.limits.shared and t is Tier.HOST)]
 
 
 def _all(tier: Tier) -> Split:

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from scheduling.candidates import Blocks, Candidate, Dealer, shape_of, size, work_of
-from scheduling.climb import climb
+from scheduling.climb import climb, pure_starts
 from scheduling.hardware import Hardware
 from scheduling.limits import Limits
-from scheduling.linear_program import SPLITS, Program
+from scheduling.linear_program import SPLITS, Program, Solution
 from scheduling.ops import Op
 from scheduling.policy import Policy, Split, Tier
 from scheduling.workload import Workload
@@ -170,7 +170,9 @@ class _Search:
         promising = _promising(list(filter(self.differs, fitting)) or fitting)
         for candidate in promising[:_SIMULATED]:
             promising += self._before_experts(candidate)
-        if self.near is not None:
+        if self.near is None and uphill:
+            promising += pure_starts(self)
+        elif self.near is not None:
             splits = {kind: getattr(self.near, kind) for kind in (*SPLITS, "experts")} | self.fixed
             shape = self.value(_shape(self.near), {n: getattr(self.near, n) for n in self.allow})
             same = None if shape is None else self.dealer.dealt(shape, splits, {})
@@ -320,6 +322,12 @@ class _Search:
             return False
         few = rows * (batches - 1) >= self.requests  # the last batch would be empty
         return not (batches > 1 and few and "num_device_batches" not in self.fixed)
+
+    def solution(self, policy: Policy, fixed: Mapping[str, Any]) -> Solution | None:
+        """What the program says of a shape, with these fields kept."""
+        self.dealer.work += _SOLVING
+        none = dict.fromkeys(Tier, 0.0)
+        return self.program(policy).solve(none, fixed, together=self._together)
 
     def solve(self, policy: Policy) -> Candidate | None:
         """The best shares of a shape, dealt out and found to fit."""
