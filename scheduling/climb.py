@@ -27,7 +27,7 @@ _TOPS, _NEAR = 6, 1.05
 _STARTS = 2
 # Operations, cells and layers (``Dealer.work``) after which nothing more is gone on from; near a
 # policy that is known already, less.
-_WORK, _WORK_NEAR = 500_000, 15_000
+_WORK, _WORK_NEAR = 500_000, 30_000
 _SHIFTS = (10.0, 30.0)  # percent
 
 

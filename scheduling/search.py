@@ -164,6 +164,8 @@ class _Search:
 
     def run(self, uphill: bool) -> Found:
         choices = [{}, *self._choices()]
+        if self.near is not None:  # others are tried uphill
+            choices = [{name: getattr(self.near, name) for name in self.allow}]
         for chosen in choices:
             self._look(chosen)
         fitting = self._fitting(choices)
@@ -227,11 +229,11 @@ class _Search:
 
     def _look(self, choices: Mapping[str, Any]) -> None:
         """A coarse grid of shapes, or those near the best so far; then uphill."""
-        if choices:
+        if self.near is not None:
+            self.value(_shape(self.near), choices)
+        elif choices:
             for best in self._ranked({})[:3]:
                 self.value(_shape(best), choices)
-        elif self.near is not None:
-            self.value(_shape(self.near), choices)
         if not self._ranked(choices):
             given = self.fixed
             sizes = (given["device_batch_size"],) if "device_batch_size" in given else _SIZES
@@ -240,16 +242,15 @@ class _Search:
             for shape in itertools.product(sizes, batches):
                 self.value(shape, choices)
         climbed: set[Policy] = set()
+        abreast = 2 if self.near is None else 1
         while True:
-            tops = [p for p in self._ranked(choices)[:2] if p not in climbed]
+            tops = [p for p in self._ranked(choices)[:abreast] if p not in climbed]
             if not tops:
                 return
             for top in tops:
                 climbed.add(top)
                 for shape in self.neighbours(top):
                     self.value(shape, choices)
-            if self.near is not None:
-                return
 
     def neighbours(self, policy: Policy, *, both: bool = False) -> Iterator[tuple[int, int]]:
         """Shapes of blocks near its own: half to twice as many rows or batches.

@@ -244,7 +244,7 @@ def _weights(config: Config, form: WeightFormat, policy: Policy) -> _Weights:
     return _weights_of(config, form, policy.weights, experts, policy.num_stages)
 
 
-@functools.lru_cache(maxsize=64)  # a search asks for the same again and again
+@functools.lru_cache(maxsize=512)  # a search asks for the same again and again
 def _weights_of(
     config: Config, form: WeightFormat, weights: Split, experts: Split, num_stages: int
 ) -> _Weights:

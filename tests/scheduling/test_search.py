@@ -197,6 +197,16 @@ def test_what_would_help():
     assert "twice the host memory" not in advice(blocks, slow, roomy, policy, schedule=ZIGZAG)
 
 
+def test_what_would_help_is_what_the_search_finds():
+    limits = Limits(device=9_000, host=6_000, disk=1e6)
+    slow = dataclasses.replace(MACHINE, disk_to_host=1e4)
+    now = search(blocks, slow, limits, schedule=ZIGZAG, requests=10**9).best
+    changed = {"weight_bits": 4}
+    then = search(blocks, slow, limits, schedule=ZIGZAG, requests=10**9, fixed=changed).best
+    gains = advice(blocks, slow, limits, now.policy, schedule=ZIGZAG)
+    assert gains["4-bit weights"] == pytest.approx(now.seconds / then.seconds, rel=0.15)
+
+
 POLICIES = st.builds(
     Policy,
     device_batch_size=st.integers(1, 6),
