@@ -26,14 +26,18 @@ _DOES = {
     "load hidden": "loading hidden states",
     "store hidden": "storing hidden states",
     "hand over": "handing over between stages",
-    "compute": "computing",
+    "compute": "computing, by turns on the device and on the host",
+}
+_OPTIONS = {
+    "weight_bits": "--weight-bits 4",
+    "cache_bits": "--cache-bits 4",
+    "host_attention": "--host-attention",
 }
 
 
 def answered(found: Plan) -> list[str]:
     """Does it fit and where, how fast is it, what limits it, what would help: a line each."""
     from flexgen_jax.planning.answer import ALLOWED_BY
-    from scheduling.search import EXACT
 
     answer, job = found.answer, found.job
     lines = [_fits(answer)]
@@ -51,9 +55,8 @@ def answered(found: Plan) -> list[str]:
     helps = []
     if answer.to_allow is not None:
         name, times = answer.to_allow
-        option = ALLOWED_BY[name].replace("_", "-")
-        # What is exact needs no leave: it is left out where something else was asked for.
-        option = f"--{option}" if ALLOWED_BY[name] in EXACT else f"--allow {option}"
+        # Which also goes with a policy that is given, where --allow has nothing to do.
+        option = _OPTIONS[ALLOWED_BY[name]]
         helps.append(f"to allow, {name} ({option}): {times:.2f} times as fast")
     if answer.to_buy is not None:
         name, times = answer.to_buy

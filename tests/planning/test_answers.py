@@ -1,12 +1,16 @@
 """What a person asks of a plan, in its first lines; and what would make a model fit."""
 
+import dataclasses
 import json
+import re
 
 import pytest
 from click.testing import CliRunner
 
 import flexgen_jax as fg
 from flexgen_jax.cli.app import main
+from flexgen_jax.cli.plan_words import answered
+from flexgen_jax.planning.answer import ALLOWED_BY
 from flexgen_jax.planning.remedies import DoesNotFitError
 
 HALF_ON_DISK = fg.Policy.from_percent(
@@ -89,6 +93,24 @@ def test_the_first_lines_answer():
     assert answer["fits"]
     assert answer["job"]["requests"] == 64
     assert sum(answer["where"]["weights"].values()) == pytest.approx(100)
+
+
+@pytest.mark.parametrize("name", sorted(ALLOWED_BY))
+def test_the_option_that_is_named_does_what_it_says(name):
+    """Also beside a policy that is given, where nothing is searched for."""
+    found = dataclasses.replace(planned(), would_help={name: 2.0, "twice the disk": 1.5})
+    said = answered(found)[3]
+    assert "to buy, twice the disk: 1.50 times as fast" in said
+    (option,) = re.findall(rf"to allow, {name} \((.+?)\): 2.00 times as fast", said)
+    common = ["--model", "facebook/opt-125m", "--prompt-len", 32, "--gen-len", 2]
+    common += ["--hardware", "t4", "--percent", *(0, 100, 0, 100, 0, 100), "--json"]
+    policies = []
+    for more in ([], option.split()):
+        done = run(*common, *more)
+        assert done.exit_code == 0, done.output
+        policies.append(json.loads(done.stdout)["policy"])
+    field = ALLOWED_BY[name]
+    assert policies[0][field] != policies[1][field]
 
 
 def test_a_policy_that_does_not_fit_says_what_is_short():
