@@ -62,7 +62,9 @@ def ahead(w):
             yield op
 
 
-SLOTS = {"hidden_slots": 3, "cache_slots": 3}
+# So many that cgopipe and neo go on across layers.
+SLOTS = {"weight_slots": 3, "hidden_slots": 3, "cache_slots": 3}
+ORDERS = [apart, ahead, "cgopipe", "neo"]
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +118,7 @@ METHODS = {
 
 
 @pytest.mark.usefixtures("optimised")
-@pytest.mark.parametrize("schedule", [apart, ahead])
+@pytest.mark.parametrize("schedule", ORDERS)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_bits_of_the_whole(method, schedule, generate):
     policy = METHODS[method]
@@ -144,9 +146,9 @@ splits = st.sampled_from([DEVICE, HOST, DISK, MIXED])
     hidden=splits,
     hosted=st.booleans(),
     overlap=st.booleans(),
-    schedule=st.sampled_from([apart, ahead]),
+    schedule=st.sampled_from(ORDERS),
 )
-@settings(max_examples=12)
+@settings(max_examples=16)
 def test_from_every_tier(generate, weights, cache, hidden, hosted, overlap, schedule):
     """Where attention is computed decides which programs run; the order does not."""
     placed = {"weights": weights, "hidden": hidden, "overlap": overlap}
@@ -156,13 +158,14 @@ def test_from_every_tier(generate, weights, cache, hidden, hosted, overlap, sche
 
 @pytest.mark.parametrize("variant", ["mixtral", "gpt_oss"])
 @pytest.mark.parametrize("cache", [HOST, HALF])
-def test_with_experts(variant, cache, generate, tmp_path):
+@pytest.mark.parametrize("schedule", [ahead, "cgopipe", "neo"])
+def test_with_experts(variant, cache, schedule, generate, tmp_path):
     store = convert(GOLDENS / "families" / variant, tmp_path / "store", dtype="float32")
     about = {"model": store, "prompts": SPARSE["prompts"][:6], "cache": cache}
     whole = generate(host_attention=True, **about)
     expected = [tokens[:5] for tokens in SPARSE["variants"][variant]["tokens"][:6]]
     assert whole[0] == expected
-    again = generate(ahead, host_attention=True, weights=HOST, experts=DISK, **about)
+    again = generate(schedule, host_attention=True, weights=HOST, experts=DISK, **about)
     the_same(whole, again)
 
 
@@ -185,7 +188,7 @@ def job(count, most=12):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("schedule", [apart, ahead])
+@pytest.mark.parametrize("schedule", ORDERS)
 def test_newcomers_join_while_the_others_attend(changes, schedule, offload):
     """Those who come into free rows, and batches that begin anew."""
     prompts, params = job(30)
