@@ -1,4 +1,4 @@
-"""Models with experts from disk: tokens per second with little memory, beside llama.cpp.
+"""Models with experts from disk: tokens per second with little memory, beside other programs.
 
 Random weights of a preset's shapes. What all tokens use lies in memory, each expert on disk. Every
 request has a random prompt and gets all its tokens; each run is a process of its own, after the
@@ -8,6 +8,9 @@ share that was expected.
 
     python benchmarks/experts.py --work /large/disk --out experts.jsonl --limit 8GiB \\
         --llama llama.cpp/build/bin/llama-batched-bench --llama-rows 16,64,256
+    python benchmarks/experts.py --work /large/disk --out experts.jsonl --limit 4GiB \\
+        --model allenai/OLMoE-1B-7B-0924 --bits 0 --gen-len 8 --blocks 8x1,8x4,8x16,8x64 \\
+        --cache-percent 40 --peer-python peers/bin/python --peer-rows 128
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -38,6 +42,7 @@ class Bench:
         kind = f"{args.bits}-bits" if args.bits else "bfloat16"
         self.store = args.work / f"{Path(args.model).name}-{kind}"
         self.gguf = self.store.with_suffix(".gguf")
+        self.peer_weights = self.store.with_suffix(".accelerate")
 
     def record(self, kind: str, values: dict[str, Any]) -> None:
         told = {
@@ -62,6 +67,9 @@ class Bench:
             subprocess.run(command, check=True, stdout=sys.stderr)
         if self.args.llama and not self.gguf.exists():
             write_random(self.store / "config.json", self.gguf)
+        if self.args.peer_python and not (self.peer_weights / "index.json").exists():
+            shutil.rmtree(self.peer_weights, ignore_errors=True)  # ours, and half written
+            subprocess.run([*self._peer(), "--prepare"], stdout=sys.stderr)
 
     def ours(self, block: tuple[int, int], limit: int | None, *, in_memory: bool) -> None:
         """One block, with the experts on disk or with everything in memory."""
@@ -118,6 +126,22 @@ class Bench:
             }
         self._told("run", {**told, **found})
 
+    def accelerate(self, rows: int, limit: int | None) -> None:
+        """transformers with Accelerate's disk offload: each layer is read for each batch."""
+        told = {"name": "Accelerate", "batch": rows, "num_batches": 1, "limit_nbytes": limit}
+        evict(self.peer_weights)
+        command = [*self._peer(), "--batch", str(rows), "--parent", str(os.getpid())]
+        command += ["--prompt-len", str(self.args.prompt_len), "--gen-len", str(self.args.gen_len)]
+        found = self._run(command, limit)
+        if "seconds" in found:
+            found["tokens_per_second"] = round(found["generated_tokens"] / found["seconds"], 3)
+        self._told("run", {**told, **found})
+
+    def _peer(self) -> list[str]:
+        command = [self.args.peer_python, str(HERE / "peers.py"), "--peer", "accelerate"]
+        command += ["--config", str(self.store / "config.json")]
+        return [*command, "--weights", str(self.peer_weights)]
+
     def _run(self, command: list[str], limit: int | None) -> dict[str, Any]:
         try:
             with limited(limit, self.args.limit_by) as (prefix, state):
@@ -164,6 +188,8 @@ def parse() -> argparse.Namespace:
     add("--llama-gen-len", type=int, help="fewer decode steps than ours, which are alike")
     shared = "compute one prompt for all rows: only the decode steps are of interest"
     add("--llama-shared-prompt", action="store_true", help=shared)
+    add("--peer-python", help="with torch, transformers and accelerate: bfloat16 only")
+    add("--peer-rows", type=lambda text: [int(n) for n in text.split(",")], default=[16])
     add("--timeout", type=float, default=7200, help="seconds of one run")
     add("--work", type=Path, required=True, help="weights and scratch files stay here")
     add("--out", type=Path, help="append the JSON lines here instead of printing them")
@@ -188,6 +214,8 @@ def main() -> None:
                 bench.ours(block, limit, in_memory=False)
             for rows in args.llama_rows if args.llama else ():
                 bench.llama(rows, limit)
+            for rows in args.peer_rows if args.peer_python else ():
+                bench.accelerate(rows, limit)
         for block in () if args.no_compute_alone else args.blocks:
             bench.ours(block, None, in_memory=True)
         print(experts(bench.records), file=sys.stderr)

@@ -21,11 +21,11 @@ _SCALE = 0.02
 def _model(config_file: Path) -> Any:
     """The architecture without weights."""
     import torch
-    from transformers import OPTConfig, OPTForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = OPTConfig.from_pretrained(config_file.parent)
+    config = AutoConfig.from_pretrained(config_file.parent)
     with torch.device("meta"):
-        return OPTForCausalLM(config).to(torch.bfloat16).eval()
+        return AutoModelForCausalLM.from_config(config).to(torch.bfloat16).eval()
 
 
 def _fill(name: str, tensor: Any) -> None:
