@@ -11,7 +11,8 @@ from scheduling.hardware import Hardware
 from scheduling.limits import Limits
 from scheduling.ops import Op
 from scheduling.policy import Policy
-from scheduling.search import CHOICES, NothingFitsError, search
+from scheduling.search import NothingFitsError, search
+from scheduling.shapes import CHOICES
 from scheduling.workload import Workload
 
 # Less than this is within what an estimate may be off by.

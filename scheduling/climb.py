@@ -11,13 +11,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from scheduling.candidates import Candidate
 from scheduling.policy import Policy, Split, Tier
-
-if TYPE_CHECKING:
-    from scheduling.search import _Search
+from scheduling.shapes import Shapes
 
 # What an estimate may be too high by: shares and steps are whole numbers.
 _SLACK = 0.98
@@ -31,12 +29,12 @@ _WORK, _WORK_NEAR = 500_000, 30_000
 _SHIFTS = (10.0, 30.0)  # percent
 
 
-def climb(search: _Search, start: Sequence[Candidate]) -> list[Candidate]:
+def climb(search: Shapes, start: Sequence[Candidate]) -> list[Candidate]:
     """All that were simulated, the best first."""
     return _Climb(search).run(start)
 
 
-def pure_starts(search: _Search) -> list[Candidate]:
+def pure_starts(search: Shapes) -> list[Candidate]:
     """Of each method, the shapes that are best with all of the cache in one tier: what they are
     estimated to take, simulations come near."""
     if "cache" in search.fixed:
@@ -57,7 +55,7 @@ def pure_starts(search: _Search) -> list[Candidate]:
 
 
 class _Climb:
-    def __init__(self, search: _Search) -> None:
+    def __init__(self, search: Shapes) -> None:
         self.search, self.dealer = search, search.dealer
         self.simulated: dict[Policy, Candidate] = {}
         self.tried: set[object] = set()
@@ -165,7 +163,7 @@ class _Climb:
                         yield self.dealer.dealt(policy, {kind: Split(**moved)}, {})
 
 
-def _tiers(search: _Search) -> list[Tier]:
+def _tiers(search: Shapes) -> list[Tier]:
     """Those that are not one and the same."""
     return [t for t in Tier if not (search.limits.shared and t is Tier.HOST)]
 

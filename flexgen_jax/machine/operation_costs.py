@@ -6,16 +6,19 @@ with its weights in place and once with all of them on disk.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import statistics
 import tempfile
 from collections import defaultdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 from flexgen_jax.distributed.backends import local_devices
 from flexgen_jax.engine.local_runner import LocalRunner
 from flexgen_jax.engine.runner import Finished
-from flexgen_jax.models.opt import OPTConfig
+from flexgen_jax.models.family import Config
+from flexgen_jax.models.registry import MEASURED_WITH, preset
 from flexgen_jax.planning.auto import Model, Uniform
 from flexgen_jax.planning.planner import Planner
 from flexgen_jax.weights.checkpoint import convert_dummy, open_model
@@ -26,15 +29,15 @@ from scheduling.timeline import Timeline
 
 _ROWS, _BATCHES, _LAYERS = 16, 4, 4
 _PROMPT, _LEFT_OUT = 16, 2  # steps that make the rings, and fill the queues
-# The layers of profile's own measure of the overhead: one call of each is as little work.
-_CONFIG = OPTConfig(
-    vocab_size=256,
-    hidden_size=128,
-    num_hidden_layers=_LAYERS,
-    ffn_dim=64,
-    num_attention_heads=2,
-    max_position_embeddings=64,
-)
+
+
+@functools.cache
+def _config() -> Config:
+    """The layers of profile's own measure of the overhead: one call of each is as little work."""
+    sizes = {"vocab_size": 256, "hidden_size": 128, "ffn_dim": 64, "num_attention_heads": 2}
+    sizes["word_embed_proj_dim"] = sizes["hidden_size"]
+    sizes |= {"num_hidden_layers": _LAYERS, "max_position_embeddings": 64}
+    return dataclasses.replace(cast(Any, preset(MEASURED_WITH)), **sizes)
 
 
 class OperationCosts(NamedTuple):
@@ -67,7 +70,7 @@ def operation_costs(
         OSError: the directory cannot be written.
     """
     with tempfile.TemporaryDirectory(prefix="flexgen-jax-profile-", dir=directory) as scratch:
-        store = convert_dummy(_CONFIG, Path(scratch) / "store", dtype=dtype)
+        store = convert_dummy(_config(), Path(scratch) / "store", dtype=dtype)
         found = {
             where: _measured(store, Path(scratch), split, steps, repeats)
             for where, split in (("here", Split()), ("disk", Split(device=0, disk=100)))

@@ -29,7 +29,8 @@ from scheduling.hardware import Hardware
 from scheduling.limits import Limits
 from scheduling.policy import Policy
 from scheduling.schedules import Schedule
-from scheduling.search import CHOICES, EXACT, Found, search
+from scheduling.search import Found, search
+from scheduling.shapes import CHOICES, EXACT
 from scheduling.sizes import BatchSizes, ExpertSizes
 from scheduling.workload import Experts, Workload
 from storage.disk import DiskContext

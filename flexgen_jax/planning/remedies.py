@@ -10,7 +10,8 @@ from flexgen_jax.planning.auto import Auto, Model, Uniform
 from scheduling.hardware import Hardware
 from scheduling.limits import Limits
 from scheduling.schedules import Schedule
-from scheduling.search import EXACT, NothingFitsError
+from scheduling.search import NothingFitsError
+from scheduling.shapes import EXACT
 
 # The room that is missing is found within a sixteenth of itself, if it is not absurd.
 _HALVINGS, _DOUBLINGS = 4, 8
