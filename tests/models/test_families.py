@@ -105,7 +105,8 @@ def test_sinks_and_windows_count_for_each_new_token():
     for layer in range(2):
         where = {"config": config, "kind": family_of(config).kind(config, layer)}
         own, form = params[f"layer_{layer}"], CacheFormat()
-        query, new, _, sinks = kernels.decode_qkv(own, hidden, last, padding, form=form, **where)
+        made, _ = kernels.decode_qkv(own, hidden, last, padding, form=form, **where)
+        query, new, _, sinks = made
         attended = kernels.attend_cached(
             query, caches[layer], new, last, padding, sinks, kind=where["kind"]
         )

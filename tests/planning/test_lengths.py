@@ -190,6 +190,14 @@ def test_a_plan_says_what_a_long_job_is_expected_to_take(choices):
     found = fg.plan(config, policy, hardware, **common, lengths=lengths)
     figures = found.to_json()
     expected = figures.pop("expected")
+    # What a person asks is answered of such a job.
+    answer, of_a_block = figures.pop("answer"), without.pop("answer")
+    assert answer["tokens_per_second"] == expected[0]["tokens_per_second"]
+    assert {**answer, "tokens_per_second": 0, "job": 0} == {
+        **of_a_block,
+        "tokens_per_second": 0,
+        "job": 0,
+    }
     assert figures == without
     counts = lengths.of_each([60] * 16 * policy.block_size)
     lives = [Life(32, count) for count in counts]
