@@ -1,6 +1,6 @@
 """One run of a peer on the CPU, in the peers' own environment; prints one JSON line.
 
-Started by ``offload.py``. Needs torch and transformers, and accelerate for weights on disk.
+Started by ``offload.py`` and ``experts.py``. Needs torch, transformers and accelerate.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ _SCALE = 0.02
 
 
 def _model(config_file: Path) -> Any:
-    """The architecture without weights."""
+    """The architecture without weights; what is computed and not stored is there."""
     import torch
+    from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(config_file.parent)
-    with torch.device("meta"):
+    with init_empty_weights(include_buffers=False):
         return AutoModelForCausalLM.from_config(config).to(torch.bfloat16).eval()
 
 
@@ -142,7 +143,7 @@ def main() -> None:
     die_with(args.parent)
     die_first(1000)
     needed = {
-        "hf": ("torch", "transformers"),
+        "hf": ("torch", "transformers", "accelerate"),
         "accelerate": ("torch", "transformers", "accelerate"),
         "flexgen": ("flexgen",),
     }
