@@ -22,7 +22,7 @@ from scheduling.linear_program import CONTENTION, with_splits
 from scheduling.ops import Op
 from scheduling.peak import room_nbytes
 from scheduling.policy import Policy, Split, Tier
-from scheduling.registered import is_ours
+from scheduling.registered import goes_by_shape
 from scheduling.transforms import serialized
 from scheduling.workload import Workload
 
@@ -69,7 +69,7 @@ class Dealer:
         self.overlap = overlap
         self.schedule = schedule if overlap else serialized(schedule)
         self._issues = bound_by(self.schedule)
-        if is_ours(schedule):  # which do not look at sizes: a shape's issues are always the same
+        if goes_by_shape(schedule):  # a shape's issues are always the same
             of_shape = functools.lru_cache(maxsize=_SHAPES)(lambda w: tuple(self._bound(w)))
             self._issues = lambda w: of_shape(dataclasses.replace(w, sizes=None))
         self.work = 0

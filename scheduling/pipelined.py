@@ -26,7 +26,7 @@ def cgopipe(w: Workload) -> Iterator[Op]:
     While the host attends for the next batches, the device finishes this one, and the next pages
     of the weights are on their way: a page is what a slot holds, a layer or some of its experts.
     """
-    yield from _pipelined(w, 2, _all_in_parts)
+    yield from _pipelined(w, 2, _hosts_in_parts)
 
 
 def neo(w: Workload) -> Iterator[Op]:
@@ -39,10 +39,11 @@ def neo(w: Workload) -> Iterator[Op]:
     yield from _pipelined(w, 1, _host_and_device_in_turns)
 
 
-def _all_in_parts(
+def _hosts_in_parts(
     w: Workload, layer: int, cells: Sequence[tuple[Step, Batch]]
 ) -> Iterator[tuple[Step, Batch, bool]]:
-    return ((step, batch, True) for step, batch in cells)
+    # To put off a batch that the device attends for would only hold its slots for longer.
+    return ((*cell, w.sizes is None or _on_host(w, layer, cell[1])) for cell in cells)
 
 
 def _host_and_device_in_turns(

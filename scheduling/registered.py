@@ -18,6 +18,8 @@ _OURS: dict[str, Schedule] = {
     "cgopipe": cgopipe,
     "neo": neo,
 }
+# Whose order depends on where caches lie and on whether weights are in codes.
+_BY_SIZES = (cgopipe, neo)
 _all = dict(_OURS)
 SCHEDULES: Mapping[str, Schedule] = MappingProxyType(_all)
 
@@ -54,6 +56,11 @@ def register(name: str, schedule: Schedule, *, replace: bool = False) -> None:
 def is_ours(schedule: object) -> bool:
     """Whether it is one of the library's, which are known to be valid."""
     return any(schedule is known for known in _OURS.values())
+
+
+def goes_by_shape(schedule: object) -> bool:
+    """Whether it is one of the library's that gives the same ops whatever the sizes are."""
+    return is_ours(schedule) and all(schedule is not other for other in _BY_SIZES)
 
 
 def check_schedule(name: str, schedule: object) -> None:

@@ -253,13 +253,15 @@ def test_the_search_plans_for_stages():
             schedule=ZIGZAG,
             fixed={"num_stages": stages},
             num_hosts=hosts,
+            forbid=["host_attention"],
         )
 
     one, four = found(1, 1), found(4, 4)
     assert not four.misfits
     assert four.policy.num_device_batches >= 4
-    # Each has a link of its own, and a quarter of the weights to fetch.
-    assert four.tokens_per_second > 2.5 * one.tokens_per_second
+    # Four devices hold what one has to fetch, which makes the most of it with blocks of its own.
+    assert one.tokens_per_second > 4.2
+    assert four.tokens_per_second > max(15.9, 3.7 * one.tokens_per_second)
 
 
 @pytest.mark.parametrize("hosts", [0, 3])

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduling import (
+    SCHEDULES,
     Attend,
     Compute,
     FreeWeights,
@@ -25,6 +26,7 @@ from scheduling import (
     validate,
     zigzag,
 )
+from scheduling.registered import goes_by_shape
 from tests.scheduling.strategies import workloads
 from tests.scheduling.test_parts import split
 from tests.scheduling.test_simulate import MACHINE, workload
@@ -67,7 +69,7 @@ def test_with_a_third_slot_for_weights_also_across_layers():
 
 
 def test_layers_in_codes_are_not_unpacked_twice():
-    w = dataclasses.replace(split(workload(layers=5, dense=100)), weight_slots=3, hidden_slots=3)
+    w = dataclasses.replace(hosted(workload(layers=5, dense=100)), weight_slots=3, hidden_slots=3)
     ops = list(cgopipe(w))
     assert ops.index(Compute(1, 1, 1)) < ops.index(Project(1, 2, 0))
 
@@ -146,8 +148,24 @@ def test_hardly_ever_slower_than_zigzag(batches, slots, share, host, link, weigh
     )
     machine = attending(host, host_to_device=link)
     before, after = simulate(zigzag(w), w, machine), simulate(schedule(w), w, machine)
-    # A tenth over a link that is slower than all else, where filling the pipeline costs its time.
-    assert after.seconds <= 1.15 * before.seconds
+    if schedule is cgopipe and not share:  # nothing to put off
+        assert after.seconds == before.seconds
+    # Batches that wait hold slots, which a link that limits all would have used to load ahead.
+    assert after.seconds <= (1.1 if link < 1e6 else 1.02) * before.seconds
+
+
+@pytest.mark.parametrize(
+    "name", ["zigzag", "row_by_row", "lock_step", "diagonal", "cgopipe", "neo"]
+)
+def test_it_is_known_whose_order_depends_on_sizes(name):
+    w = hosted(workload(layers=4, batches=4, steps=3, slots=3), share=0.25)
+    of_shape = list(SCHEDULES[name](dataclasses.replace(w, sizes=None)))
+    assert goes_by_shape(SCHEDULES[name]) == (list(SCHEDULES[name](w)) == of_shape)
+
+
+def test_a_batch_that_the_device_attends_for_is_not_put_off():
+    w = hosted(workload(layers=4, batches=4, steps=2, slots=3), share=0.25)
+    assert parts(cgopipe, w, [1]) == "P0 A0 C1 C2 C3 C0"
 
 
 @given(workloads())
