@@ -98,9 +98,13 @@ def plan_machines(
     """The same plan on several machines: to choose one.
 
     Args:
-        model, policy, prompt_len, gen_len: As :func:`plan` takes them, and further ``options``.
+        model: As :func:`plan` takes it.
+        policy: As :func:`plan` takes it.
         hardware: The machines, as ``plan`` takes one.
+        prompt_len: As :func:`plan` takes it.
+        gen_len: As :func:`plan` takes it.
         on_plan: Called with 1 after each.
+        **options: What else :func:`plan` takes.
 
     Returns:
         A row for each machine, in this order. Where nothing fits, the row says so.
@@ -130,9 +134,13 @@ def plan_sweep(
     """Plans for each of some lengths of prompts with each of some numbers of new tokens.
 
     Args:
-        model, policy, hardware: As :func:`plan` takes them, and further ``options``.
-        prompt_lens, gen_lens: In tokens. Pairs beyond the model's positions are left out.
+        model: As :func:`plan` takes it.
+        policy: As :func:`plan` takes it.
+        hardware: As :func:`plan` takes it.
+        prompt_lens: In tokens. Pairs beyond the model's positions are left out.
+        gen_lens: In tokens, as the prompts are.
         on_plan: Called with 1 after each.
+        **options: What else :func:`plan` takes.
 
     Returns:
         A row for each pair, prompts first. Where nothing fits, the row says so.
