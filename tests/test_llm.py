@@ -63,19 +63,18 @@ def test_tokens_equal_transformers_and_logits_are_bit_equal(variant, offload):
     expected = [tokens[:NEW] for tokens in EXPECTED["variants"][variant]["tokens"]]
     reference = None
     for split in SPLITS.values():
-        for schedule in fg.SCHEDULES:
-            for overlap in (True, False):
-                tokens, logits, _ = generate(
-                    variant,
-                    offload,
-                    policy=policy(weights=split, overlap=overlap),
-                    schedule=schedule,
-                )
-                assert tokens == expected
-                reference = reference or logits
-                assert logits.keys() == reference.keys()
-                for place, values in logits.items():
-                    np.testing.assert_array_equal(values, reference[place])
+        for schedule, overlap in [*((name, True) for name in fg.SCHEDULES), ("zigzag", False)]:
+            tokens, logits, _ = generate(
+                variant,
+                offload,
+                policy=policy(weights=split, overlap=overlap),
+                schedule=schedule,
+            )
+            assert tokens == expected
+            reference = reference or logits
+            assert logits.keys() == reference.keys()
+            for place, values in logits.items():
+                np.testing.assert_array_equal(values, reference[place])
 
 
 shares = st.tuples(st.integers(0, 100), st.integers(0, 100)).map(
@@ -98,22 +97,20 @@ shares = st.tuples(st.integers(0, 100), st.integers(0, 100)).map(
     ),
     store_slots=st.integers(1, 3),
     throttled=st.sampled_from([None, *fg.Tier]),
-    batches=st.integers(1, 3),
-    stages=st.integers(1, 4),
+    batches=st.sampled_from([1, 3]),
+    stages=st.integers(1, 3),
     groups=st.sampled_from([None, 1, 3]),
     compression=st.sampled_from(
         [
             {},
             {"weight_bits": 4},
             {"weight_bits": 8, "cache_bits": 8},
-            {"cache_bits": 4},
-            {"attention_sparsity": 0.3},
             {"weight_bits": 4, "cache_bits": 4, "attention_sparsity": 0.3},
         ]
     ),
 )
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_any_policy_gives_the_same_bits(
     offload,

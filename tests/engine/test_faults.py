@@ -41,26 +41,29 @@ def nothing_is_left(offload):
     assert not offload.exists() or not any(offload.iterdir())
 
 
+FAULTS = [
+    ("load", "layer_1.fc1.weight", "LoadWeights(step="),
+    ("load", "cache.layer_1.batch_1", "LoadCache(step="),
+    ("put", "cache.layer_0.batch_0", "StoreCache(step=0, layer=1, batch=0)"),
+    ("append", "cache.layer_1.batch_0", "StoreCache(step="),
+    ("load", "hidden.batch_1", "LoadHidden(step="),
+    ("put", "hidden.batch_0", "StoreHidden(step="),
+    ("take", "embed.tokens", "Compute(step="),
+]
+NAMES = sorted(fg.SCHEDULES)
+# Every fault with two schedules and every schedule with several faults.
+PAIRS = [(f, NAMES[(i + k) % len(NAMES)]) for i, f in enumerate(FAULTS) for k in (0, 3)]
+
+
 @pytest.mark.parametrize(
-    ("verb", "name", "op"),
-    [
-        ("load", "layer_1.fc1.weight", "LoadWeights(step="),
-        ("load", "cache.layer_1.batch_1", "LoadCache(step="),
-        ("put", "cache.layer_0.batch_0", "StoreCache(step=0, layer=1, batch=0)"),
-        ("append", "cache.layer_1.batch_0", "StoreCache(step="),
-        ("load", "hidden.batch_1", "LoadHidden(step="),
-        ("put", "hidden.batch_0", "StoreHidden(step="),
-        ("take", "embed.tokens", "Compute(step="),
-    ],
+    ("fault", "schedule"), PAIRS, ids=lambda p: p if isinstance(p, str) else p[2]
 )
-@pytest.mark.parametrize("schedule", sorted(fg.SCHEDULES))
 @pytest.mark.parametrize("after", [0, 7])
-def test_a_fault_in_any_stream_ends_the_run_with_one_error(
-    tmp_path, verb, name, op, schedule, after
-):
+def test_a_fault_in_any_stream_ends_the_run_with_one_error(tmp_path, fault, schedule, after):
+    verb, name, op = fault
     count = 0
 
-    def fault(did, names):
+    def broken(did, names):
         nonlocal count
         if did == verb and (name == names or (not isinstance(names, str) and name in names)):
             count += 1
@@ -69,7 +72,7 @@ def test_a_fault_in_any_stream_ends_the_run_with_one_error(
         return None
 
     with pytest.raises(fg.ExecutionError) as caught:
-        run(tmp_path, schedule=schedule, wrap_store=lambda _, store: Faulty(store, fault))
+        run(tmp_path, schedule=schedule, wrap_store=lambda _, store: Faulty(store, broken))
     assert str(caught.value).startswith(op)
     assert f"cannot {verb} {name}: broken on purpose" in str(caught.value)
     assert op.split("(", maxsplit=1)[0] == type(caught.value.op).__name__

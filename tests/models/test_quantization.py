@@ -30,9 +30,10 @@ def round_trip(x, bits, group=64):
 
 
 @given(
-    x=hnp.arrays(np.float32, hnp.array_shapes(max_dims=3, max_side=9), elements=FLOAT32),
+    # Few shapes and groups: each pair is a program.
+    x=hnp.arrays(np.float32, st.sampled_from([(1,), (9,), (2, 7), (3, 1, 8)]), elements=FLOAT32),
     bits=st.sampled_from([4, 8]),
-    group=st.integers(2, 7),
+    group=st.sampled_from([2, 3, 7]),
 )
 def test_the_error_is_at_most_half_a_step(x, bits, group):
     back, scale = round_trip(x, bits, group)
