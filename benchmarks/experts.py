@@ -138,7 +138,12 @@ class Bench:
         self._told("run", {**told, **found})
 
     def _peer(self) -> list[str]:
-        command = [self.args.peer_python, str(HERE / "peers.py"), "--peer", "accelerate"]
+        command = [
+            self.args.peer_python,
+            str(HERE / "peers" / "offloaded.py"),
+            "--peer",
+            "accelerate",
+        ]
         command += ["--config", str(self.store / "config.json")]
         return [*command, "--weights", str(self.peer_weights)]
 

@@ -98,7 +98,7 @@ class Bench:
             subprocess.run([*self._peer("accelerate"), "--prepare"], stdout=sys.stderr)
 
     def _peer(self, name: str) -> list[str]:
-        command = [self.args.peer_python, str(HERE / "peers.py"), "--peer", name]
+        command = [self.args.peer_python, str(HERE / "peers" / "offloaded.py"), "--peer", name]
         command += ["--config", str(self.store / "config.json"), "--parent", str(os.getpid())]
         return command + (["--weights", str(self.peer_weights)] if name == "accelerate" else [])
 

@@ -27,6 +27,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from chat_questions import questions
 
 import flexgen_jax as fg
 from flexgen_jax.planning.blocks import in_turn
@@ -80,30 +81,11 @@ def requests(llm: fg.LLM, args: argparse.Namespace) -> list[Request]:
     ]
 
 
-def questions(llm: fg.LLM, args: argparse.Namespace) -> list[Request]:
-    """Everyday questions from templates, in the chat format of SmolLM2."""
-    places = ["a small town", "Rome", "the sea", "the mountains", "Japan", "a farm", "space"]
-    things = ["bread", "rain", "a bicycle", "the moon", "tea", "gravity", "a bank", "a friend"]
-    things += ["snow", "a violin", "chess", "a volcano", "soap", "a bridge", "sleep", "honey"]
-    patterns = [
-        "Describe life in {place} in two sentences.",
-        "What should I pack for a week in {place}?",
-        "Write a haiku about {thing}.",
-        "How does {thing} work? Explain it to a child.",
-        "Give me three facts about {thing}.",
-        "What is the best time to visit {place}?",
-        "Yes or no: have you ever seen {thing}?",
-        "Name one thing that people in {place} eat for breakfast.",
-        "Why do people like {thing}?",
-        "Tell me a short story about {thing} in {place}.",
-    ]
-    texts = [p.format(place=a, thing=b) for a in places for b in things for p in patterns]
-    texts = list(dict.fromkeys(texts))
-    draw = np.random.default_rng(args.seed)
-    chosen = [texts[i] for i in draw.permutation(len(texts))[: args.requests]]
+def asked_questions(llm: fg.LLM, args: argparse.Namespace) -> list[Request]:
+    """Everyday questions, in the chat format of SmolLM2."""
     params = fg.SamplingParams(temperature=0.0, max_tokens=args.limit)
-    chat = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-    return [llm.request(i, chat.format(text), params) for i, text in enumerate(chosen)]
+    texts = questions(args.requests, args.seed)
+    return [llm.request(i, text, params) for i, text in enumerate(texts)]
 
 
 def main() -> None:
@@ -160,7 +142,7 @@ def run(args: argparse.Namespace, work: str) -> dict[str, Any]:
     )
     options: dict[str, Any] = {"policy": policy, "dtype": args.dtype, "offload_dir": work}
     with fg.LLM(store(args, work), **options, wrap_store=throttled) as llm:
-        asked = questions(llm, args) if args.questions else requests(llm, args)
+        asked = asked_questions(llm, args) if args.questions else requests(llm, args)
         found: dict[bool, list[fg.Report]] = {True: [], False: []}
         tokens = {}
         some = asked[:: max(1, len(asked) // args.warm)]

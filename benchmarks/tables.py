@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from peers import tables as peer_tables
+
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN = "<!-- tables: made by benchmarks/tables.py from benchmarks/results.jsonl -->"
 END = "<!-- end of tables -->"
@@ -496,8 +498,13 @@ def _thirds(shares: list[float]) -> str:
     return " / ".join(f"{share:.0f}" for share in shares)
 
 
+def peers(records: list[dict]) -> str:
+    return peer_tables.peers(records, table)
+
+
 TARGETS: dict[str, dict[str, Callable[[list[dict]], str]]] = {
     "README.md": {
+        "peers": peers,
         "refill": refill,
         "offload": offload,
         "stream_weights": streaming,

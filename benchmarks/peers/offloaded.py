@@ -9,11 +9,14 @@ import argparse
 import importlib.util
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from machine import die_first, die_with, measured
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # run as a file, not as a module
+
+from machine import die_first, die_with, measured  # noqa: E402
 
 _SCALE = 0.02
 
