@@ -142,11 +142,9 @@ class Bench:
         python = self._python(tool.environment) if tool.environment else sys.executable
         model = self._models.path(work["model"], tool.kind, tool.stored)
         runs = work["runs"]
-        # Lazy initialisation; ours compiles most of its programs by then.
+        # Lazy initialisation. What ours compiles later is taken from its time.
         few = 8 if work["ends"] else None
         warm = [{**r, "prompts": r["prompts"][::few], "limit": 2} for r in runs[:1]]
-        if tool.driver == "ours":
-            warm = [{**r, "prompts": r["prompts"][:: few and few // 2]} for r in runs]
         job = {
             "model": str(model),
             "precision": tool.precision,

