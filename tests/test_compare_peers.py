@@ -86,7 +86,8 @@ def test_a_driver_answers_as_the_library(tmp_path):
     assert done.returncode == 0, done.stderr
     (record,) = map(json.loads, done.stdout.splitlines())
     policy = fg.Policy(device_batch_size=2, num_device_batches=1)  # other shapes, other last bits
-    with fg.LLM(str(DEMO), policy=policy, offload_dir=str(tmp_path)) as llm:
+    options = {"policy": policy, "dtype": "float32", "offload_dir": str(tmp_path)}
+    with fg.LLM(str(DEMO), **options) as llm:
         params = fg.SamplingParams(temperature=0.0, max_tokens=6, stop_token_ids=[15])
         expected = [list(o.outputs[0].token_ids) for o in llm.generate(prompts, params)]
     assert record["answers"] == expected

@@ -14,9 +14,7 @@ def load(job: dict[str, Any]) -> tuple[Generate, dict[str, Any]]:
     try:
         import ollm
 
-        # It knows models by their names, and takes local folders of these.
         model = ollm.AutoInference(job["model"], device="cpu")
-        model.ini_model() if hasattr(model, "ini_model") and model.model is None else None
     except Exception as error:  # whatever it is, it is the reason that the table gives
         raise CannotRun(f"{type(error).__name__}: {error}") from error
     ends = job["ends"]
