@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from flexgen_jax.models.opt import OPTConfig
     from flexgen_jax.models.registry import load_config
     from flexgen_jax.planning.lengths import Lengths
+    from flexgen_jax.planning.memory_need import MemoryLimitError
     from flexgen_jax.planning.plan_tables import PlanRow, plan_machines, plan_sweep
     from flexgen_jax.planning.plans import Plan, plan
     from flexgen_jax.report import Report
@@ -53,6 +54,7 @@ __all__ = [
     "Hardware",
     "Lengths",
     "Logprob",
+    "MemoryLimitError",
     "NoAnswerError",
     "OPTConfig",
     "Perplexity",
@@ -107,6 +109,7 @@ _HOME = {
     "Logprob": "flexgen_jax.requests.outputs",
     "RequestOutput": "flexgen_jax.requests.outputs",
     "Lengths": "flexgen_jax.planning.lengths",
+    "MemoryLimitError": "flexgen_jax.planning.memory_need",
     "Plan": "flexgen_jax.planning.plans",
     "plan": "flexgen_jax.planning.plans",
     "Hardware": "scheduling.hardware",

@@ -16,6 +16,7 @@ from flexgen_jax.engine.callbacks import Callbacks
 from flexgen_jax.engine.cells import WrapStore
 from flexgen_jax.engine.effects import OnLogits, OnPrefill
 from flexgen_jax.engine.executor import ExecutionError
+from flexgen_jax.engine.memory_watch import MemoryWatch
 from flexgen_jax.engine.runner import Finished, Runner
 from flexgen_jax.engine.snapshots import Snapshot
 from flexgen_jax.engine.waiting import More
@@ -25,6 +26,7 @@ from flexgen_jax.planning.auto import Auto, Demand
 from flexgen_jax.planning.blocks import Block
 from flexgen_jax.planning.byte_sizes import parse_bytes
 from flexgen_jax.planning.lengths import Lengths
+from flexgen_jax.planning.memory_need import MemoryLimits
 from flexgen_jax.planning.planner import Planner, checked_slots
 from flexgen_jax.planning.schedule_names import named_schedule
 from flexgen_jax.progress import of_call
@@ -68,8 +70,12 @@ class LLM:
         schedule: A name of ``SCHEDULES`` or of an installed package's entry point, ``FILE.py:NAME``
             for a function of a file, any function from a ``Workload`` to ops, or a pair of the name
             that reports give it and the function.
-        device_memory: Bytes, or text such as ``"12GiB"``, that policy ``"auto"`` may use (with
-            another it is an error); None: what the machine has. ``host_memory``: likewise.
+        device_memory: Bytes, or text such as ``"12GiB"``, that may be taken of the device's
+            memory; None: no limit, and policy ``"auto"`` goes by what the machine has.
+            ``host_memory``: likewise the resident memory of the process, with all that Python and
+            compiled programs take. On a CPU both are one memory, and ``device_memory`` is all of
+            it, or else ``host_memory``. What would take more is not begun, and what turns out to
+            take more ends.
         offload_dir: Where converted models are kept; None: ``~/.cache/flexgen-jax``.
         dtype: What is computed with and kept in the cache: ``"float32"`` or ``"bfloat16"``, by
             name or as a NumPy or JAX type; ``"auto"``: bfloat16 for weights of 16 bits, float32
@@ -149,12 +155,7 @@ class LLM:
         for name, function in (("say", say), ("wrap_store", wrap_store)):
             expect_callable(name, function)
         base, auto = Auto.asked(policy, fixed, allow, forbid)
-        memory = parse_bytes(device_memory), parse_bytes(host_memory)
-        if auto is None and memory != (None, None):
-            raise ValueError(
-                "device_memory and host_memory are for policy 'auto', which fills memory by "
-                "them; a Policy says itself where everything lies"
-            )
+        memory = MemoryLimits(parse_bytes(device_memory), parse_bytes(host_memory))
         if auto is None and lengths is not None:
             raise ValueError(
                 "lengths are for policy 'auto', which chooses by them; leave them out, or give "
@@ -179,7 +180,12 @@ class LLM:
         self.seed, self._calls = int(seed), 0
         self.report: Report | None = None
         self.runner = runner or runner_of(
-            base.num_stages, seed=self.seed, scratch=asked.scratch, disk=disk, wrap_store=wrap_store
+            base.num_stages,
+            seed=self.seed,
+            scratch=asked.scratch,
+            disk=disk,
+            wrap_store=wrap_store,
+            memory=MemoryWatch(memory),
         )
         self._placed = PlacedModel(self.runner, str(model), base, auto, asked)
         self.config = self.runner.model.config
@@ -528,7 +534,8 @@ class LLM:
 
         Raises:
             ScheduleError: the schedule is wrong; nothing has run.
-            ExecutionError: an op failed.
+            MemoryLimitError: more memory would be taken than is allowed; nothing has run.
+            ExecutionError: an op failed, or more memory was taken than is allowed.
             StorageError: a snapshot is damaged.
         """
         self.runner.check()
@@ -536,6 +543,7 @@ class LLM:
         expect_callable("on_logits", on_logits)
         planner = self.planner
         planner.check(blocks)
+        self._placed.check_memory(blocks)
         gathered = Gathered()
 
         def gather(number: int, done: Finished) -> None:

@@ -6,7 +6,7 @@ Opens the weight store that the policy wants and has the runner place the weight
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from flexgen_jax.engine.runner import Runner
@@ -14,17 +14,27 @@ from flexgen_jax.logs import event
 from flexgen_jax.machine.first_profile import known_machine
 from flexgen_jax.models.family import Config
 from flexgen_jax.planning.auto import Auto, Demand, Model, Uniform, kind_of, limits_of_this_machine
+from flexgen_jax.planning.blocks import Block
+from flexgen_jax.planning.byte_sizes import device_is_host
 from flexgen_jax.planning.lengths import Lengths
+from flexgen_jax.planning.memory_need import MemoryLimits, MemoryNeed, memory_need
 from flexgen_jax.planning.planner import Planner, in_place
-from flexgen_jax.planning.stage_layout import check_experts, layers_of, stored_names
+from flexgen_jax.planning.stage_layout import (
+    check_experts,
+    layers_of,
+    place_stages,
+    stored_names,
+    together,
+)
 from flexgen_jax.requests.tokenization import Tokenizer, load_tokenizer
 from flexgen_jax.weights.checkpoint import open_model, resolve
 from flexgen_jax.weights.weight_format import WeightFormat
 from scheduling.hardware import Hardware
 from scheduling.limits import Limits
-from scheduling.policy import Policy
+from scheduling.policy import Policy, Tier
 from scheduling.reported import naming
 from scheduling.schedules import Schedule
+from scheduling.workload import Workload
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +43,8 @@ class Asked:
 
     Attributes:
         dtype: None: the model's own.
-        memory: Bytes of the device and of the host that ``"auto"`` may use; None: what there is.
+        memory: What the device and the process may take; without, ``"auto"`` goes by what there
+            is.
         scratch: Parent of the directories for what lies on disk while blocks run.
         schedule: Its name, and the function.
         chunk_positions: Of the cache on disk.
@@ -44,7 +55,7 @@ class Asked:
     dtype: str | None
     offload_dir: str | None
     scratch: Path
-    memory: tuple[int | None, int | None]
+    memory: MemoryLimits
     schedule: tuple[str, Schedule]
     slots: Mapping[str, int]
     chunk_positions: int
@@ -87,6 +98,7 @@ class PlacedModel:
                 runner.model.dtype, asked.scratch, measure=asked.profile, say=asked.say
             )
         self._planner: Planner | None = None
+        self._allowed: set[Workload] = set()
         self._chosen_for: object = None
         if auto is None:
             self._place(policy, None)
@@ -116,10 +128,31 @@ class PlacedModel:
     def _place(self, policy: Policy, why: str | None) -> Planner:
         """Puts the weights where ``policy`` wants them."""
         policy = dataclasses.replace(policy, weight_bits=self._runner.model.format.bits)
+        self._check_weights(policy)
         self._runner.place(policy)
         event("model opened", store=str(self.store), policy=policy.to_json())
         self._planner = Planner(self._known(), policy, *self._asked.schedule, self.hardware, why)
         return self._planner
+
+    def _check_weights(self, policy: Policy) -> None:
+        """Refuses weights that alone take more than was allowed, before any is read.
+
+        Raises:
+            MemoryLimitError: they do.
+        """
+        if not self._asked.memory.any or self._runner.machine is not None:
+            return
+        of_stages = place_stages(self._runner.model.config, self._runner.model.format, policy)
+        placed = together([of_stages[stage] for stage in self._runner.stages])
+        weights = {tier: placed.nbytes(tier) for tier in Tier}
+        self._asked.memory.check(
+            MemoryNeed(
+                peak={"prefill": weights, "decode": weights},
+                workspace_bytes=0,
+                runtime_bytes=round(self.hardware.runtime_memory),
+                shared=device_is_host(),
+            )
+        )
 
     def take(self, policy: Policy, why: str | None = None) -> Planner:
         """Works by ``policy``; the weights, if they are in place, are where it has them."""
@@ -186,7 +219,29 @@ class PlacedModel:
         if self._runner.machine is not None:
             return self._runner.machine.limits
         stored = self._known().stored_nbytes
-        return limits_of_this_machine(*self._asked.memory, self._asked.scratch, stored)
+        return limits_of_this_machine(
+            self._asked.memory, self._asked.scratch, stored, self.hardware.runtime_memory
+        )
+
+    def check_memory(self, blocks: Sequence[Block]) -> None:
+        """Refuses blocks that would take more memory than was allowed by name.
+
+        Raises:
+            MemoryLimitError: it says how much.
+        """
+        if not self._asked.memory.any or self._runner.machine is not None:
+            return
+        planner = self.planner
+        for workload in {planner.workload(block) for block in blocks} - self._allowed:
+            self._asked.memory.check(
+                memory_need(
+                    planner.order,
+                    workload,
+                    shared=device_is_host(),
+                    runtime_bytes=self.hardware.runtime_memory,
+                )
+            )
+            self._allowed.add(workload)
 
     def _known(self) -> Model:
         opened = self._runner.model

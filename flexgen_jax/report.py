@@ -57,6 +57,9 @@ class Report:
         disk_bytes_written: Bytes of cache and hidden states written there.
         peak_bytes: The most that weights, cells, slots and dense copies took in each tier at the
             borders of steps.
+        process_bytes: The most resident memory that the process had, there and then: with Python,
+            its libraries and compiled programs, but without the pages of mapped files, which the
+            system takes back when it needs them. 0: nothing tells.
         moved: Bytes that the schedule moves over each link, by the sizes of its cells; a batch
             whose requests stop early moves less.
         timeline: Measured spans of the blocks, one after another; of a long job, of its first; of
@@ -100,6 +103,7 @@ class Report:
     timeline_compile_seconds: float = 0.0
     failed: int = 0
     seed: int | None = None
+    process_bytes: int = 0
 
     @functools.cached_property
     def lower_bound_seconds(self) -> float:
@@ -145,6 +149,7 @@ class Report:
             generated_tokens=finished.generated_tokens,
             limit_tokens=sum(r.max_tokens for r in finished.requests),
             peak_bytes=finished.peak_bytes,
+            process_bytes=finished.process_bytes,
             **finished.counts,
         )
         if finished.ended:
@@ -271,6 +276,7 @@ class Report:
             **{name: getattr(self, name) for name in _SUMMED},
             "moved": {link.value: nbytes for link, nbytes in self.moved.items()},
             "peak_bytes": {tier.value: nbytes for tier, nbytes in self.peak_bytes.items()},
+            "process_bytes": self.process_bytes,
         }
 
 
@@ -313,7 +319,7 @@ class Sum:
         self._largest = empty.placement
         self._sums: dict[str, Any] = dict.fromkeys(_SUMMED, 0)
         self._moved = dict.fromkeys(Link, 0)
-        self._peak = dict(empty.peak_bytes)
+        self._peak, self._process = dict(empty.peak_bytes), 0
         self._kept: list[tuple[float, Report]] = []  # with the time that each began
         self._offset = self._begun = 0.0  # of all, and of those before the block on its way
         self._spans, self._max_spans = 0, max_spans
@@ -339,6 +345,7 @@ class Sum:
             self._moved[link] += sums["moved"].get(link.value, 0)
         for tier in Tier:
             self._peak[tier] = max(self._peak[tier], sums["peak_bytes"].get(tier.value, 0))
+        self._process = max(self._process, sums.get("process_bytes", 0))
         return self
 
     def sums(self) -> dict[str, Any]:
@@ -347,6 +354,7 @@ class Sum:
             **self._sums,
             "moved": {link.value: nbytes for link, nbytes in self._moved.items()},
             "peak_bytes": {tier.value: nbytes for tier, nbytes in self._peak.items()},
+            "process_bytes": self._process,
         }
 
     def _keep_timeline(self, report: Report) -> None:
@@ -370,6 +378,7 @@ class Sum:
             placement=self._largest,
             moved=dict(self._moved),
             peak_bytes=dict(self._peak),
+            process_bytes=self._process,
             timeline_compile_seconds=self._compiling,
             timeline=Timeline.concatenate(
                 ((begun, report.timeline) for begun, report in kept), label="measured"

@@ -19,6 +19,10 @@ def _positive(value: object) -> bool:
     )
 
 
+# Of a process on a CPU that has run a model of one family, measured.
+RUNTIME_MEMORY = 0.33e9
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hardware:
     """One machine. Bandwidths are bytes per second; None: there is nothing to move (device and
@@ -48,6 +52,8 @@ class Hardware:
         disk_read_latency, disk_write_latency: Seconds that each access takes beside its bytes.
         stage_to_stage: Bandwidth from one pipeline stage's device to the next's; None: that of
             ``host_to_device``, and nothing where there is none.
+        runtime_memory: Bytes of host memory that the process takes beside what a run has it keep:
+            Python, its libraries, and the programs that XLA compiles.
         short: Whether it was measured briefly, before a first run.
 
     Raises:
@@ -78,6 +84,7 @@ class Hardware:
     compute_overhead: float = 0.0
     load_overhead: float = 0.0
     step_overhead: float = 0.0
+    runtime_memory: float = RUNTIME_MEMORY
     short: bool = False
 
     def __post_init__(self) -> None:
@@ -93,7 +100,8 @@ class Hardware:
             value = getattr(self, field.name)
             if field.name in _CHECKED_APART or (field.name in optional and value is None):
                 continue
-            if not (_positive(value) or (field.name in FIXED and value == 0)):
+            may_be_none = field.name in FIXED or field.name == "runtime_memory"
+            if not (_positive(value) or (may_be_none and value == 0)):
                 raise ValueError(f"{field.name} must be a positive number, got {value!r}")
         if not isinstance(self.short, bool):
             raise ValueError(f"short must be true or false, got {self.short!r}")

@@ -192,6 +192,7 @@ class Program:
             hosts * limits.host,
             hosts * limits.disk,
         ]
+        room[0 if limits.shared else 1] -= hosts * limits.aside
         rows = [device, host, disk, *slots]
         if limits.shared:
             # Buffers beyond the host's own room come out of the one memory.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping
 
-from scheduling.ops import Compute, ComputeExperts, Op
+from scheduling.ops import Compute, ComputeExperts, FreeWeights, LoadChosen, LoadWeights, Op
 from scheduling.policy import Tier
 from scheduling.sizes import Sizes
 from scheduling.workload import Workload
@@ -21,8 +21,9 @@ def peak_nbytes(
     Weights, cache, hidden states, and on the device the slots; the workspace of computations is
     not in it. A cell of the cache is there from its batch's prefill to the batch's last step;
     hidden states are those of the step that their batch is at. The slots of the weights hold what
-    is read from disk, and what comes from the host if that has to move; of the dense copies there
-    is one for the layers and one for the head, and one of a cell of the cache.
+    is read from disk, and what comes from the host if that has to move: each as much as the
+    largest layer that comes into it. Of the dense copies there is one for the layers and one for
+    the head, and one of a cell of the cache.
 
     Of several stages or hosts, each tier's is that of the fullest device or host.
 
@@ -40,10 +41,15 @@ def peak_nbytes(
     for stage in range(w.num_stages):
         for tier in Tier:
             held[_place(w, stage, tier, shared)] += sizes.resident[stage].get(tier, 0)
-        held[_place(w, stage, Tier.DEVICE, shared)] += transient_nbytes(w, stage, shared=shared)
+        transient = transient_nbytes(w, stage, shared=shared, weights=False)
+        held[_place(w, stage, Tier.DEVICE, shared)] += transient
     peak = {phase: dict(held) for phase in PHASES}
     waiting: list[tuple[_Place, int] | None] = [None] * w.num_batches  # hidden states
+    rings = [_WeightRing(w, shared=shared) for _ in range(w.num_stages)]
     for op in ops:
+        if isinstance(op, (LoadWeights, LoadChosen, FreeWeights)):
+            stage = w.stage_of(op.layer)
+            held[_place(w, stage, Tier.DEVICE, shared)] += rings[stage].grown(op)
         if isinstance(op, ComputeExperts) and w.gives_hidden(op.layer):
             device = _place(w, w.stage_of(op.layer), Tier.DEVICE, shared)
             held[device] -= sum(_routed(sizes, batch, op.step) for batch in op.batches)
@@ -86,6 +92,38 @@ def peak_nbytes(
             held[gone[0]] -= gone[1]
             waiting[number] = None
     return {phase: _fullest(places) for phase, places in peak.items()}
+
+
+class _WeightRing:
+    """The slots that the weights of a stage are loaded into, which never shrink."""
+
+    def __init__(self, workload: Workload, *, shared: bool) -> None:
+        self._weights, self._shared = sizes_of(workload).weights, shared
+        self._free = deque(range(workload.weight_slots))
+        self._of: dict[int, int] = {}  # the slot of each layer that is held
+        self._nbytes = [0] * workload.weight_slots
+
+    def grown(self, op: LoadWeights | LoadChosen | FreeWeights) -> int:
+        """Bytes that the slots take more after ``op``."""
+        if isinstance(op, FreeWeights):
+            if op.layer in self._of:
+                self._free.append(self._of.pop(op.layer))
+            return 0
+        # What is wrong with an order that has no slot left is said elsewhere.
+        slot = self._of[op.layer] = self._free.popleft() if self._free else 0
+        before = self._nbytes[slot]
+        self._nbytes[slot] = max(before, moved_nbytes(self._weights[op.layer], self._shared))
+        return self._nbytes[slot] - before
+
+
+def moved_nbytes(by_tier: Mapping[Tier, int], shared: bool) -> int:
+    """Bytes of a layer's weights that a load brings into a slot.
+
+    Args:
+        by_tier: Where they lie.
+        shared: Host and device are one memory.
+    """
+    return by_tier.get(Tier.DISK, 0) + (0 if shared else by_tier.get(Tier.HOST, 0))
 
 
 def _routed(sizes: Sizes, number: int, step: int) -> int:
@@ -148,8 +186,12 @@ def room_nbytes(workload: Workload, *, shared: bool) -> dict[Tier, int]:
     return _fullest(room)
 
 
-def transient_nbytes(workload: Workload, stage: int, *, shared: bool) -> int:
-    """Bytes of slots and dense copies of a stage."""
+def transient_nbytes(workload: Workload, stage: int, *, shared: bool, weights: bool = True) -> int:
+    """Bytes of slots and dense copies of a stage, whatever order its loads come in.
+
+    Args:
+        weights: With the slots that weights are loaded into.
+    """
     w, sizes = workload, sizes_of(workload)
     layers = w.layers_of(stage)
     # Of cells that are alike, one.
@@ -167,13 +209,13 @@ def transient_nbytes(workload: Workload, stage: int, *, shared: bool) -> int:
         if batch.hidden_tier is Tier.DISK or (batch.hidden_tier is Tier.HOST and not shared)
     ]
     loads = {id(by): by for by in sizes.weights[layers.start : layers.stop]}.values()
-    weights = max(by.get(Tier.DISK, 0) + (0 if shared else by.get(Tier.HOST, 0)) for by in loads)
+    largest = max(moved_nbytes(by, shared) for by in loads) if weights else 0
     unpacked = [
         cell.dense_nbytes * cell.kept(sizes.batches[number].capacity) for number, cell in own
     ]
     head = w.num_layers - 1
     return (
-        w.weight_slots * weights
+        w.weight_slots * largest
         + w.hidden_slots * max(hidden, default=0)
         + w.cache_slots * max(cells, default=0)
         + max((sizes.dense[layer] for layer in layers if layer != head), default=0)

@@ -202,9 +202,12 @@ class _Search(Shapes):
     def _nothing_fits(self) -> NothingFitsError:
         room = self.limits
         least = f"; {self.dealer.nearest}" if self.dealer.nearest else ""
-        host = "" if room.shared and not room.host else f"host {size(room.host)}, "
+        aside = f" ({size(room.aside)} of it are set aside)" if room.aside else ""
+        device = f"device {size(room.device)}{aside if room.shared else ''}, "
+        host = f"host {size(room.host)}{'' if room.shared else aside}, "
+        host = "" if room.shared and not room.host else host
         return NothingFitsError(
-            f"nothing fits within device {size(room.device)}, {host}disk {size(room.disk)}"
+            f"nothing fits within {device}{host}disk {size(room.disk)}"
             f"{least}: give more memory, shorter prompts, or 4-bit weights"
         )
 

@@ -112,3 +112,12 @@ def _no_thread_left():
     yield
     left = [t.name for t in threading.enumerate() if t.name.startswith("flexgen-")]
     assert not left, f"threads left behind: {left}"
+
+
+@pytest.fixture(scope="session")
+def allowing():
+    """The memory to allow by name so that policy auto has some bytes to place."""
+    from flexgen_jax.planning.auto import PLAN_ERROR
+    from scheduling.hardware import RUNTIME_MEMORY
+
+    return lambda nbytes: round((nbytes + RUNTIME_MEMORY) / (1 - PLAN_ERROR))

@@ -65,12 +65,14 @@ _AFTER: list[Callable[..., Any]] = [
     click.option(
         "--device-memory",
         metavar="SIZE",
-        help="Device memory that policy 'auto' may use, such as 12GiB. [default: what is free]",
+        help="Device memory that may be taken, such as 12GiB; on a CPU all memory. A run that "
+        "would take more is not begun, and one that does ends. [default: what is free]",
     ),
     click.option(
         "--host-memory",
         metavar="SIZE",
-        help="Host memory that policy 'auto' may use. [default: what is free]",
+        help="Host memory that the process may take, with what Python and its libraries take. "
+        "[default: what is free]",
     ),
     click.option(
         "--path",
@@ -174,7 +176,7 @@ class Chosen:
         self._allow = allowed(self._values["allow"])
         self._forbid = named(self._values["forbid"])
         if policy != "auto":
-            searching = ("device_memory", "host_memory", "allow", "forbid", "lengths")
+            searching = ("allow", "forbid", "lengths")
             given = [name for name in searching if self._values[name]]
             if given:
                 names = " and ".join(f"--{name.replace('_', '-')}" for name in given)
@@ -306,7 +308,7 @@ class Chosen:
                 progress=update,
             )
         limits = {name: v[name] for name in ("device_memory", "host_memory")}
-        searching: dict[str, Any] = {**limits, "fixed": wanted, "allow": self._allow}
+        searching: dict[str, Any] = {"fixed": wanted, "allow": self._allow}
         searching |= {"forbid": self._forbid, "lengths": self._lengths}
         if policy == "auto" and recorded is not None:
             # What is given differently now is for the job to notice.
@@ -323,5 +325,6 @@ class Chosen:
             "profile": not v["no_profile"],
             "disk": DiskContext(mode=v["disk_mode"], verify=v["verify"]),
             "slots": slots_of(v),
+            **limits,
             **searching,
         }

@@ -198,6 +198,11 @@ def described(found: Plan) -> str:
     seconds = found.seconds
     peak = ", ".join(f"{t.value} {n / 1e9:.1f} GB" for t, n in found.peak_bytes.items())
     peak += f"; computing takes {found.workspace_bytes / 1e9:.2f} GB of the device on top"
+    memory = found.memory
+    whole = f"{memory.host_bytes / 1e9:.2f} GB, of them {memory.runtime_bytes / 1e9:.2f} GB for "
+    whole += "Python, its libraries and compiled programs"
+    if not memory.shared:
+        whole += f"; the device holds {memory.device_bytes / 1e9:.2f} GB"
     rate, prefill = found.tokens_per_second, found.prefill_seconds
     shape = f"{policy.device_batch_size} x {policy.num_device_batches}"
     times = (
@@ -215,9 +220,10 @@ def described(found: Plan) -> str:
         f"predicted: {rate:.2f} tokens/s; {times}",
         f"{floor}: {least / seconds:.0%} of the prediction",
         f"peak: {peak}",
+        f"resident memory of the process: {whole}",
     ]
     if found.expected:
-        lines.insert(-2, _expected(found.expected))
+        lines.insert(-3, _expected(found.expected))
     if policy.num_stages > 1:
         lines.insert(first + 2, _stages(found))
     if found.why:

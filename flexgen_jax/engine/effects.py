@@ -66,11 +66,13 @@ class Watch(NamedTuple):
         on_tokens: How many new tokens were booked, at each step border of a batch.
         on_logits: (step, batch, logits) of every head computation: for tests and research.
         on_prefill: (done, of), whenever one more layer is through with a batch's first prompts.
+        on_pass: Called twice a pass, at borders of steps; what it raises ends the run.
     """
 
     on_tokens: OnTokens | None = None
     on_logits: OnLogits | None = None
     on_prefill: OnPrefill | None = None
+    on_pass: Callable[[], None] | None = None
 
 
 @dataclasses.dataclass
@@ -394,6 +396,8 @@ class BlockEffects:
         """Books the tokens of the step before and begins the next; False: the batch does not."""
         if batch in (0, len(self._states) - 1):
             self._sample()
+            if self._watch.on_pass is not None:
+                self._watch.on_pass()
         self._book(state)
         if not self._may_gather() and state.now.number != self._most_steps:
             return self._go_on(batch, state)

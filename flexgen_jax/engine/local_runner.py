@@ -17,6 +17,7 @@ from flexgen_jax.engine.cells import Cells, WrapStore
 from flexgen_jax.engine.effects import OnLogits, OnPrefill, OnTokens, Watch
 from flexgen_jax.engine.hand_over import HandOver
 from flexgen_jax.engine.layer_loading import LayerLoader
+from flexgen_jax.engine.memory_watch import MemoryWatch
 from flexgen_jax.engine.pipeline import Rings, Stage
 from flexgen_jax.engine.runner import Finished, OnFinished, Runner
 from flexgen_jax.engine.snapshots import Snapshot
@@ -44,6 +45,7 @@ class LocalRunner(Runner):
         scratch: Parent of the directories for what lies on disk while blocks run.
         disk: How the disk tier is read.
         wrap_store: As ``LLM`` takes it.
+        memory: Looks at what blocks really take; None: without limits.
 
     Attributes:
         hand_over: Between the stages; another one where some of them are elsewhere.
@@ -57,6 +59,7 @@ class LocalRunner(Runner):
         scratch: Path,
         disk: DiskContext | None = None,
         wrap_store: WrapStore | None = None,
+        memory: MemoryWatch | None = None,
     ) -> None:
         super().__init__()
         index = jax.process_index()
@@ -64,6 +67,7 @@ class LocalRunner(Runner):
         self.seed, self.hand_over = seed, HandOver()
         self._scratch, self._disk, self._wrap_store = scratch, disk, wrap_store
         self._stages: dict[int, Stage] = {}
+        self._memory = memory or MemoryWatch()
 
     @property
     def stages(self) -> Sequence[int]:
@@ -98,7 +102,7 @@ class LocalRunner(Runner):
     ) -> None:
         _log_begun(planner.schedule_name, blocks, planner.placement(blocks))
         begun, tokens = time.perf_counter(), 0
-        watch = Watch(progress, on_logits, on_prefill)
+        watch = Watch(progress, on_logits, on_prefill, self._memory.look)
         with self._cells(planner.policy, blocks) as cells:
             for number, block in enumerate(blocks):
                 event("block begun", block=number, of=len(blocks), requests=len(block.requests))
@@ -174,6 +178,7 @@ class LocalRunner(Runner):
                 requests=tuple(result.request for result in results),
                 outputs=[output_of(result, self._tokenizer) for result in results],
                 peak_bytes=since.peak_bytes,
+                process_bytes=self._memory.process_bytes,
                 counts=since.counts,
                 ended=ended is not None,
             )

@@ -42,6 +42,7 @@ class Finished:
         outputs: Of each of ``requests``.
         ended: Whether it is the block's last part.
         peak_bytes: The most that each tier held.
+        process_bytes: The most resident memory that the process has had so far.
         counts: Seconds, compilations and bytes since the part before, by the names that a
             ``Report`` has for them.
         timeline: Measured, with the last part; None where several blocks run at once, which have
@@ -60,6 +61,7 @@ class Finished:
     passes: int = 0
     timeline_compile_seconds: float = 0.0
     lives: Sequence[Life] = ()
+    process_bytes: int = 0
 
     @property
     def generated_tokens(self) -> int:

@@ -20,6 +20,7 @@ from flexgen_jax.planning.byte_sizes import device_memory
 from flexgen_jax.planning.capacities import capacity_for
 from flexgen_jax.planning.default_job import GEN_LEN, PROMPT_LEN
 from flexgen_jax.planning.lengths import Lengths
+from flexgen_jax.planning.memory_need import MemoryLimits
 from flexgen_jax.planning.stage_layout import stage_starts
 from flexgen_jax.requests.request import Request
 from flexgen_jax.requests.sampling_params import SamplingParams
@@ -38,6 +39,7 @@ from storage.memory import available_memory
 
 # Of the memory there is; the rest is for the programs, the system, and what others take meanwhile.
 MEMORY_SHARE, DISK_SHARE = 0.8, 0.9
+PLAN_ERROR = 0.09  # of a limit that is to be kept
 _LOOKED_AT = 5  # blocks of a job whose lengths differ
 _MOST_REQUESTS = 8192
 
@@ -286,24 +288,33 @@ def _spread(length: int, most: int) -> list[float]:
 
 
 def limits_of_this_machine(
-    device: int | None, host: int | None, scratch: Path, stored_nbytes: int
+    memory: MemoryLimits, scratch: Path, stored_nbytes: int, runtime_memory: float
 ) -> Limits:
     """What a run may take here.
 
     Args:
-        device: Bytes; None: a share of what there is. ``host``: likewise. On the CPU backend both
-            are the one memory, and the host's part is used as a tier only where ``host`` asks.
+        memory: What is allowed; where nothing is, a share of what there is. On the CPU backend
+            device and host are the one memory, and the host's part is used as a tier only where
+            there is a limit for it.
         scratch: On the disk tier's disk.
         stored_nbytes: Of weights, which are on the disk already.
+        runtime_memory: Bytes that the process takes beside what is placed.
     """
     shared = jax.local_devices()[0].platform == "cpu"
+    device, host = memory.device, memory.host
+    allowed = memory.of_process(shared=shared)
+    if shared and device is None:
+        device = host
+    # What is allowed is kept to, so what is planned leaves room for what a plan may be off by.
+    aside = 0.0 if allowed is None else runtime_memory + PLAN_ERROR * allowed
     if device is None:
         device = int(MEMORY_SHARE * device_memory())
     if host is None:
         host = 0 if shared else int(MEMORY_SHARE * available_memory())
     where = next(p for p in (scratch, *scratch.absolute().parents) if p.exists())
     free = DISK_SHARE * shutil.disk_usage(where).free
-    return Limits(device=device, host=host, disk=free + stored_nbytes, shared=shared)
+    disk = free + stored_nbytes
+    return Limits(device=device, host=host, disk=disk, shared=shared, aside=aside)
 
 
 def part_of_this_machine(parts: int) -> dict[str, int]:

@@ -34,3 +34,8 @@ def device_memory() -> int:
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
     return available_memory()
+
+
+def device_is_host() -> bool:
+    """Whether the first local device's memory is the host's."""
+    return jax.local_devices()[0].platform == "cpu"

@@ -24,6 +24,7 @@ from flexgen_jax.planning.forecast import (
     simulate_job,
 )
 from flexgen_jax.planning.lengths import Lengths
+from flexgen_jax.planning.memory_need import MemoryNeed, memory_need
 from flexgen_jax.planning.planner import Planner
 from flexgen_jax.planning.refilling import Life
 from flexgen_jax.planning.remedies import DoesNotFitError, remedies
@@ -33,13 +34,13 @@ from flexgen_jax.weights.coded_leaves import planned_format, preset_format
 from scheduling.advice import advice
 from scheduling.busy import busy
 from scheduling.cost_model import CostModel, bound
-from scheduling.estimate import estimate, shortened
+from scheduling.estimate import estimate
 from scheduling.hardware import Hardware
 from scheduling.limits import Limits
-from scheduling.peak import highest, peak_nbytes
+from scheduling.peak import highest
 from scheduling.placement import Placement
 from scheduling.policy import Policy, Tier
-from scheduling.registered import SCHEDULES, is_ours
+from scheduling.registered import is_ours
 from scheduling.reported import naming
 from scheduling.schedules import Schedule
 from scheduling.search import NothingFitsError
@@ -63,8 +64,7 @@ class Plan:
             weights' ``experts`` also alone, if there are any.
         seconds, prefill_seconds: Of the block, predicted; of a very large one by simulating some
             of its decode steps.
-        peak: Phase -> bytes per tier, as the order of the schedule has them.
-        workspace_bytes: What the largest computation takes of the device on top.
+        memory: What the process and the device take, and of what that is made up.
         lower_bound: Seconds that any schedule of this block needs, per resource.
         why: Of the policy, where it was searched for.
         would_help: What would, and how many times the throughput it gives, estimated.
@@ -81,8 +81,7 @@ class Plan:
     job: Uniform
     seconds: float
     prefill_seconds: float
-    peak: dict[str, dict[Tier, int]]
-    workspace_bytes: int
+    memory: MemoryNeed
     lower_bound: dict[str, float]
     why: str | None = None
     would_help: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -145,8 +144,13 @@ class Plan:
 
     @property
     def peak_bytes(self) -> dict[Tier, int]:
-        """Of both phases."""
-        return highest(self.peak)
+        """What weights, cache, hidden states and buffers take in each tier, of both phases."""
+        return highest(self.memory.peak)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """What the largest computation takes of the device on top."""
+        return self.memory.workspace_bytes
 
     @functools.cached_property
     def short_bytes(self) -> dict[str, float]:
@@ -228,8 +232,9 @@ class Plan:
             "peak_bytes": {tier.value: nbytes for tier, nbytes in self.peak_bytes.items()},
             "peak_bytes_by_phase": {
                 phase: {tier.value: nbytes for tier, nbytes in peak.items()}
-                for phase, peak in self.peak.items()
+                for phase, peak in self.memory.peak.items()
             },
+            "memory": self.memory.to_json(),
             "workspace_bytes": self.workspace_bytes,
             "fits": not self.misfits,
             "stages": self.stages,
@@ -380,23 +385,15 @@ def _planned(
         job=job,
         seconds=prefill + decode,
         prefill_seconds=prefill,
-        peak=_peak(order, workload, shared=limits.shared),
-        workspace_bytes=max(b.workspace for b in workload.sizes.batches),
+        memory=memory_need(
+            order, workload, shared=limits.shared, runtime_bytes=hardware.runtime_memory
+        ),
         lower_bound=CostModel(workload, hardware).lower_bound(),
         why=why,
         would_help=helps,
         expected=() if lengths is None else _expected(planner, job, lengths),
         requests=requests or REQUESTS,
     )
-
-
-def _peak(order: Schedule, w: Workload, *, shared: bool) -> dict[str, dict[Tier, int]]:
-    """Phase -> bytes per tier, as the order has them."""
-    # Where all batches are at the same step, or pass one by one, those in the middle are alike.
-    # A diagonal's batches are at different steps, and of others nobody knows.
-    if is_ours(order) and order is not SCHEDULES["diagonal"] and w.num_steps > 1:
-        w = shortened(w, min(1 + w.num_stages, w.num_steps - 1))
-    return peak_nbytes(order(w), w, shared=shared)
 
 
 def _expected(planner: Planner, job: Uniform, lengths: Lengths) -> tuple[Forecast, ...]:

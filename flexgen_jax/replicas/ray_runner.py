@@ -87,6 +87,7 @@ class Worker:
     def __init__(self, arguments: Mapping[str, Any], beside: int) -> None:
         self._arguments, self._beside = dict(arguments), beside
         self._plain = {k: v for k, v in self._arguments.items() if k not in _SEARCHING}
+        self._limits = {k: v for k, v in self._arguments.items() if k in _LIMITS and v}
         self._llm: LLM | None = None
 
     def about(self) -> _About | _Failed:
@@ -94,7 +95,7 @@ class Worker:
         model = self._arguments["model"]
         if not is_ready(model):
             return _Failed(str(missing_model(model)), again=False)
-        limits = {k: v for k, v in self._arguments.items() if k in _LIMITS and v}
+        limits = self._limits
         if self._beside > 1 and not limits:
             limits = part_of_this_machine(self._beside)
         with LLM(**{**self._plain, "policy": "auto", **limits}) as llm:
@@ -116,7 +117,7 @@ class Worker:
     def _opened(self, policy: Policy) -> LLM:
         if self._llm is None or self._llm.policy != policy:
             self._close()
-            self._llm = LLM(**{**self._plain, "policy": policy})
+            self._llm = LLM(**{**self._plain, "policy": policy, **self._limits})
         return self._llm
 
     def _close(self) -> None:

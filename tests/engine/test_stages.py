@@ -160,7 +160,7 @@ def test_what_is_in_place_stays(offload):
 
 
 def test_auto_chooses_for_the_stages(offload):
-    outputs, report = generate(offload, "auto", fixed={"num_stages": 2}, device_memory="200MB")
+    outputs, report = generate(offload, "auto", fixed={"num_stages": 2}, device_memory="600MB")
     assert report.policy.num_stages == 2
     assert len(outputs) == len(PROMPTS)
 

@@ -11,8 +11,8 @@ import flexgen_jax as fg
 from flexgen_jax.models.params import loaded_names, param_shapes
 from flexgen_jax.models.registry import preset
 from flexgen_jax.planning.auto import Model, Uniform
+from flexgen_jax.planning.memory_need import _peak
 from flexgen_jax.planning.planner import Planner
-from flexgen_jax.planning.plans import _peak
 from flexgen_jax.planning.stage_layout import place_stages
 from scheduling.alike import Kinds, alike
 from scheduling.cost_model import CostModel

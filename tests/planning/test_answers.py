@@ -131,7 +131,7 @@ def too_large():
     """A model whose weights fit nowhere, on a machine of each kind."""
     found = {}
     for name in ("laptop", "t4"):
-        small = {"device_memory": 2e8, "host_memory": 1e8, "disk": 2.5e8}
+        small = {"device_memory": 2e8, "host_memory": 1e8, "disk": 2.5e8, "runtime_memory": 0.0}
         hardware = fg.Hardware.from_json({**fg.Hardware.preset(name).to_json(), **small})
         with pytest.raises(DoesNotFitError) as caught:
             planned("facebook/opt-350m", "auto", hardware, help_wanted=True)
@@ -175,8 +175,8 @@ def test_what_fits_nowhere_is_json_too(tmp_path, too_large):
 
 
 def test_a_smaller_block_is_a_remedy():
-    values = {**fg.Hardware.preset("laptop").to_json(), "device_memory": 2e8, "host_memory": 2e8}
-    hardware = fg.Hardware.from_json({**values, "disk": 1e9})
+    small = {"device_memory": 2e8, "host_memory": 2e8, "disk": 1e9, "runtime_memory": 0.0}
+    hardware = fg.Hardware.from_json({**fg.Hardware.preset("laptop").to_json(), **small})
     with pytest.raises(DoesNotFitError) as caught:
         planned(
             "facebook/opt-125m",

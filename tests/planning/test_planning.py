@@ -133,6 +133,23 @@ def test_the_planned_peak_is_what_a_run_holds(wide, where, choices):
         assert held[tier] <= planned.peak_bytes[tier] + (1 << 18), tier
         assert planned.peak_bytes[tier] <= 1.1 * held[tier], tier
     assert llm.report.to_json()["peak_bytes"]["device"] == held[fg.Tier.DEVICE]
+    memory = planned.memory
+    placed = planned.peak_bytes[fg.Tier.DEVICE] + planned.peak_bytes[fg.Tier.HOST]
+    assert memory.host_bytes == placed + memory.workspace_bytes + memory.runtime_bytes
+    assert planned.to_json()["memory"]["process_bytes"] == memory.host_bytes
+    assert "device_bytes" not in planned.to_json()["memory"]  # one memory
+
+
+def test_a_device_with_memory_of_its_own_is_counted_apart():
+    policy = fg.Policy(weights=fg.Split(device=20, host=80), cache=fg.Split(device=0, host=100))
+    found = fg.plan("facebook/opt-6.7b", policy, "t4", prompt_len=64, gen_len=8)
+    peak, memory = found.peak_bytes, found.memory
+    assert memory.device_bytes == peak[fg.Tier.DEVICE] + found.workspace_bytes
+    assert memory.host_bytes == peak[fg.Tier.HOST] + memory.runtime_bytes
+    assert memory.to_json()["device_bytes"] == memory.device_bytes
+    small = dataclasses.replace(fg.Hardware.preset("t4"), host_memory=peak[fg.Tier.HOST] + 1e8)
+    found = fg.plan("facebook/opt-6.7b", policy, small, prompt_len=64, gen_len=8)
+    assert found.short_bytes == {"host": pytest.approx(memory.runtime_bytes - 1e8)}
 
 
 def run(*arguments):
@@ -260,7 +277,7 @@ def test_the_search_plans_for_stages():
     assert not four.misfits
     assert four.policy.num_device_batches >= 4
     # Four devices hold what one has to fetch, which makes the most of it with blocks of its own.
-    assert one.tokens_per_second > 4.2
+    assert one.tokens_per_second > 4.15
     assert four.tokens_per_second > max(15.9, 3.7 * one.tokens_per_second)
 
 

@@ -366,10 +366,10 @@ def test_policy_auto_is_of_the_workers_share(cluster, store, monkeypatch):
     assert [limits(beside, device_memory="3MB").device for beside in (1, 2)] == [3e6, 3e6]
     monkeypatch.undo()
     arguments = arguments_of(store, policy="auto", fixed={"device_batch_size": 2})
-    with replicated(Settled(1, 1, 0, {}, 1), {**arguments, "device_memory": "50MB"}) as llm:
+    with replicated(Settled(1, 1, 0, {}, 1), {**arguments, "device_memory": "500MB"}) as llm:
         assert len(llm.generate(["the"] * 3, fg.SamplingParams(max_tokens=2))) == 3
         assert llm.policy.device_batch_size == 2
-        assert llm.limits.device == 50 * 10**6
+        assert llm.limits.device == 500 * 10**6
         assert llm.why
         assert llm.report.why == llm.why
 
