@@ -424,12 +424,12 @@ def resident(records: list[dict]) -> str:
 
 def predict(records: list[dict]) -> str:
     old = [r for r in records if not r.get("new")]
-    parts = [
+    first = (
         f"Blocks on 2 CPU cores in bfloat16, predicted from a profile made before and measured "
         f"(medians of at least {min(r.get('repeat', 1) for r in old)} runs after one that "
-        f"compiles). {_nearness(old)}",
-        _predicted_beside(old),
-    ]
+        f"compiles). {_nearness(old)}"
+    )
+    parts = [first, _predicted_beside(old)]
     new = [r for r in records if r.get("new")]
     if new:
         parts.append(
