@@ -314,4 +314,8 @@ def test_limits_of_a_machine():
     assert laptop.shared
     assert laptop.device == 24e9
     over = laptop.exceeded({Tier.DEVICE: 20e9, Tier.HOST: 5e9, Tier.DISK: 0})
-    assert over == {Tier.DEVICE: pytest.approx(1e9)}
+    assert over == {Tier.DEVICE: pytest.approx(1e9 + laptop.aside)}
+    assert laptop.aside == Hardware.preset("laptop").runtime_memory > 0
+    apart = Limits.of(Hardware.preset("t4"))
+    over = apart.exceeded({Tier.DEVICE: 16e9, Tier.HOST: 208e9, Tier.DISK: 0})
+    assert over == {Tier.HOST: pytest.approx(apart.aside)}
