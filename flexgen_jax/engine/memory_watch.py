@@ -68,14 +68,14 @@ class MemoryWatch:
         shared = device is None
         if device is not None:
             self.device_bytes = max(self.device_bytes or 0, device)
-            self._check("the device holds", device, self._limits.of_device(shared=shared))
-        self._check("the process holds", process, self._limits.of_process(shared=shared))
+            self._check("device", device, self._limits.of_device(shared=shared))
+        self._check("process", process, self._limits.of_process(shared=shared))
 
     @staticmethod
     def _check(what: str, taken: int, allowed: int | None) -> None:
         if allowed is not None and taken > allowed:
             raise MemoryExceededError(
-                f"{what} {gigabytes(taken)} of memory, more than the {gigabytes(allowed)} that are "
+                f"the {what} holds {gigabytes(taken)} of memory, more than the {gigabytes(allowed)} that are "
                 "allowed, so the run ends here: go on with a smaller block "
                 "(--device-batch-size, --num-device-batches), or allow more (--device-memory, "
                 "--host-memory)"
