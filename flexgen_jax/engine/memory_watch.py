@@ -59,24 +59,26 @@ class MemoryWatch:
             MemoryExceededError: more than is allowed.
         """
         resident, device = self._resident(), self._on_device()
-        if resident > _GROWN * self._last + _GROWN_BYTES:
+        shared = device is None
+        allowed = self._limits.of_process(shared=shared)
+        over = allowed is not None and resident - self._before > allowed
+        if over or resident > _GROWN * self._last + _GROWN_BYTES:
             give_back()
             resident = self._last = self._resident()
         self._last = min(self._last, resident)
         process = resident - self._before
         self.process_bytes = max(self.process_bytes, process)
-        shared = device is None
         if device is not None:
             self.device_bytes = max(self.device_bytes or 0, device)
             self._check("device", device, self._limits.of_device(shared=shared))
-        self._check("process", process, self._limits.of_process(shared=shared))
+        self._check("process", process, allowed)
 
     @staticmethod
     def _check(what: str, taken: int, allowed: int | None) -> None:
         if allowed is not None and taken > allowed:
             raise MemoryExceededError(
-                f"the {what} holds {gigabytes(taken)} of memory, more than the {gigabytes(allowed)} that are "
-                "allowed, so the run ends here: go on with a smaller block "
-                "(--device-batch-size, --num-device-batches), or allow more (--device-memory, "
-                "--host-memory)"
+                f"the {what} holds {gigabytes(taken)} of memory, more than the "
+                f"{gigabytes(allowed)} that are allowed, so the run ends here: allow more to go on "
+                "(--device-memory, --host-memory), or begin again with a smaller block "
+                "(--device-batch-size, --num-device-batches)"
             )
