@@ -161,3 +161,11 @@ def test_auto_leaves_room_for_what_a_plan_may_be_off_by(tmp_path):
     assert limits(host=10**9).device == 10**9
     assert limits(device=10**9, host=10**8).device == 10**9
     assert limits().aside == 0  # a share of what is free, with room to spare
+
+
+def test_what_can_be_given_back_is_not_held_against_a_limit():
+    seen = watch(10**6, 31 * 10**6, 29 * 10**6, 29 * 10**6, 31 * 10**6, host=30 * 10**6)
+    seen.look()  # 31 MB, of which 2 MB go
+    seen.look()
+    with pytest.raises(MemoryExceededError):
+        seen.look()  # 31 MB stay
