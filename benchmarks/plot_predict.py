@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main() -> None:
     lines = (ROOT / "benchmarks" / "results.jsonl").read_text().splitlines()
-    records = [r for r in map(json.loads, lines) if r["benchmark"] == "predict"]
+    records = [
+        r for r in map(json.loads, lines) if r["benchmark"] == "predict" and not r.get("new")
+    ]
     figure = Figure(figsize=(6, 5), layout="constrained")
     FigureCanvasSVG(figure)
     ax = figure.subplots()

@@ -434,8 +434,7 @@ def predict(records: list[dict]) -> str:
     if new:
         parts.append(
             "Combinations that were added later to see whether the model holds for them, one run "
-            f"after one that compiles, with Python {new[0]['python']}. {_nearness(new)} Of all "
-            f"{len(records)}: {_nearness(records)}"
+            f"after one that compiles, with Python {new[0]['python']}. {_nearness(new)}"
         )
         parts.append(_predicted_beside(new))
     return "\n\n".join(parts)
