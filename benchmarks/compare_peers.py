@@ -113,6 +113,8 @@ class Bench:
             "limit_nbytes": limit,
             "repeat": repeat,
         }
+        if work["workload"] == "questions":
+            told |= {"questions": self.args.questions, "max_tokens": self.args.max_tokens}
         print(f"{tool.name} {tool.label}: {work['workload']} ...", file=sys.stderr, flush=True)
         try:
             try:

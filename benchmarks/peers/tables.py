@@ -96,8 +96,9 @@ def peers(records: list[Record], table: Table) -> str:
     if asked:
         own = [r for r in records if r["kind"] == "machine" or r in asked]
         parts.append(
-            "SmolLM2-135M-Instruct answers everyday questions, greedily, up to its own ends or 128 "
-            f"tokens; loading and compiling are left out ({_note(own)}). Same answers: as "
+            f"SmolLM2-135M-Instruct answers {asked[0]['questions']} everyday questions, greedily, "
+            f"up to its own ends or {asked[0]['max_tokens']} tokens; loading and compiling are left "
+            f"out ({_note(own)}). Same answers: as "
             "transformers' in float32, token for token. Ours and llama.cpp give the place of a "
             "finished request to the next; of each tool the best of the rows that were tried."
         )
