@@ -97,7 +97,7 @@ def peers(records: list[Record], table: Table) -> str:
         own = [r for r in records if r["kind"] == "machine" or r in asked]
         parts.append(
             f"SmolLM2-135M-Instruct answers {asked[0]['questions']} everyday questions, greedily, "
-            f"up to its own ends or {asked[0]['max_tokens']} tokens; loading and compiling are left "
+            f"up to its own ends or {asked[0]['max_tokens']} tokens; loading and compiling left "
             f"out ({_note(own)}). Same answers: as "
             "transformers' in float32, token for token. Ours and llama.cpp give the place of a "
             "finished request to the next; of each tool the best of the rows that were tried."
