@@ -81,7 +81,7 @@ class Grid:
         self.model, self.hardware, self.job = model, hardware, job
         self.limits = Limits.of(hardware)
         self.blocks = Model(preset(model), "bfloat16").blocks_of(job)
-        self.dealer = Dealer(self.blocks, hardware, self.limits, ZIGZAG, overlap=True)
+        self.dealer = Dealer(self.blocks, hardware, self.limits, ZIGZAG)
         self.known: dict[Policy, float | None] = {}
         self.bounded = 0
 
@@ -93,7 +93,7 @@ class Grid:
             yield from self._of_shape(policy)
 
     def _of_shape(self, policy: Policy) -> Iterator[tuple[float, Policy]]:
-        program = Program(policy, self.blocks, self.hardware, self.limits)
+        program = Program(policy, self.blocks, self.hardware, shared=self.limits.shared)
         sparse = "experts" in program.kinds
         fine, pure = _splits(STEP, self.limits), _splits(100, self.limits)
         of_kind: dict[str, list[Split]] = {
@@ -113,7 +113,7 @@ class Grid:
             own = rows[:, count + phase] == -1
             busy = x @ rows[own][:, :count].T - np.array(program.upper)[own]
             total += busy.max(axis=1)
-        memory, room = program._memory(dict.fromkeys(TIERS, 0.0))
+        memory, room = program.memory(self.limits, dict.fromkeys(TIERS, 0.0))
         fits = np.ones(len(x), bool)
         for row, most in list(zip(memory, room, strict=True))[: len(TIERS)]:
             fits &= x @ row[:count] <= most * 1.02

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from scheduling.candidates import Blocks
 from scheduling.hardware import Hardware
 from scheduling.limits import Limits
-from scheduling.ops import Op
 from scheduling.policy import Policy
+from scheduling.remembered import Blocks, Remembered
+from scheduling.schedules import Schedule
 from scheduling.search import NothingFitsError, search
 from scheduling.shapes import CHOICES
-from scheduling.workload import Workload
 
 # Less than this is within what an estimate may be off by.
 WORTH_SAYING = 1.05
@@ -29,9 +28,9 @@ class Change:
 
 
 def changes(
-    hardware: Hardware, limits: Limits, policy: Policy, free: Collection[str] = ()
+    hardware: Hardware, limits: Limits, policy: Policy, left_out: Collection[str] = ()
 ) -> dict[str, Change]:
-    """What could be otherwise, in words; but methods that the search is ``free`` to use."""
+    """What could be otherwise, in words; but methods that are ``left_out``."""
     found = {
         "twice the device memory": Change(
             limits=dataclasses.replace(limits, device=2 * limits.device)
@@ -53,11 +52,11 @@ def changes(
     if hardware.host_to_device is None:
         del found["twice the bandwidth between host and device"]
         del found["twice the host memory"]  # is the device's
-    if policy.weight_bits != 4 and "weight_bits" not in free:
+    if policy.weight_bits != 4 and "weight_bits" not in left_out:
         found["4-bit weights"] = Change(choices={"weight_bits": 4})
-    if policy.cache_bits != 4 and "cache_bits" not in free:
+    if policy.cache_bits != 4 and "cache_bits" not in left_out:
         found["a 4-bit cache"] = Change(choices={"cache_bits": 4})
-    hosted = policy.host_attention or "host_attention" in free
+    hosted = policy.host_attention or "host_attention" in left_out
     if not hosted and hardware.host_to_device is not None:
         found["attention on the host"] = Change(choices={"host_attention": True})
     return found
@@ -69,8 +68,9 @@ def advice(
     limits: Limits,
     policy: Policy,
     *,
-    schedule: Callable[[Workload], Iterable[Op]],
+    schedule: Schedule,
     allow: Iterable[str] = (),
+    settled: Iterable[str] = (),
 ) -> dict[str, float]:
     """What would help, and how many times the throughput it would give; the best first.
 
@@ -79,8 +79,10 @@ def advice(
 
     Args:
         allow: Methods that the search may use, as ``policy``'s did.
+        settled: Methods that cannot be others, as the weights' bits if they are in codes.
     """
-    free = tuple(allow)
+    free, blocks = tuple(allow), Remembered.of(blocks, schedule)
+    left_out = {*free, *settled}
     names = (*CHOICES, "overlap", "group_size", "num_stages", "refill")
     kept = {name: getattr(policy, name) for name in names if name not in free}
 
@@ -104,7 +106,7 @@ def advice(
     if now is None:
         return {}
     gains = {}
-    for name, change in changes(hardware, limits, policy, free).items():
+    for name, change in changes(hardware, limits, policy, left_out).items():
         then = seconds(change)
         if then is not None and now / then >= WORTH_SAYING:
             gains[name] = now / then

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from scheduling.ops import (
     ComputeExperts,
@@ -24,7 +26,7 @@ class Kinds:
         layers: Of each layer, as far as computing and handing on goes.
         weights: Of each layer, its weights and where they lie included.
         batches: Of each batch.
-        cells: Of each (layer, batch) with a cache.
+        cells: Of each layer with a cache, of each batch its cell; -1: there is none.
 
     Raises:
         ValueError: the workload has no sizes.
@@ -36,7 +38,7 @@ class Kinds:
             raise ValueError("the workload has no sizes: make it with LLM.workload or plan")
         firsts: dict[Any, int] = {}
         self.batches = [firsts.setdefault(b, number) for number, b in enumerate(sizes.batches)]
-        self.layers = _layers(
+        self.of_layers = _layers(
             workload.num_layers,
             sizes.matmul_flops,
             sizes.query_flops or (0.0,) * workload.num_layers,
@@ -48,21 +50,20 @@ class Kinds:
             workload.cached_layers,
             workload.experts,
         )
-        reads = sizes.reads or (0,) * workload.num_layers
-        weights: dict[Any, int] = {}
-        self.weights = [
-            weights.setdefault((kind, files, *by_tier.items()), len(weights))
-            for kind, files, by_tier in zip(self.layers, reads, sizes.weights, strict=True)
-        ]
-        # Most cells are one of a few objects, which is quicker to see than that they are equal.
-        objects: dict[int, int] = {}
-        equal: dict[Any, int] = {}
-        self.cells: dict[tuple[int, int], int] = {}
-        for place, cell in sizes.cache.items():
-            number = objects.get(id(cell))
-            if number is None:
-                number = objects[id(cell)] = equal.setdefault(cell, len(equal))
-            self.cells[place] = number
+        self.layers = self.of_layers.numbers
+        reads = np.array(sizes.reads or (0,) * workload.num_layers)
+        loads = sizes.loads
+        keys = (self.of_layers.array * (1 + reads.max()) + reads) * len(loads.nbytes) + loads.codes
+        _, self.weights_array = np.unique(keys, return_inverse=True)
+        self.weights: list[int] = self.weights_array.tolist()
+        codes = sizes.cells.codes
+        cached = np.flatnonzero((codes >= 0).any(axis=1))
+        self.cells = dict(zip(cached.tolist(), codes[cached].tolist(), strict=True))
+
+    def cell(self, layer: int, batch: int) -> int:
+        """Which one it is; -1: there is none."""
+        of_layer = self.cells.get(layer)
+        return -1 if of_layer is None else of_layer[batch]
 
     def of(self, op: Any) -> Hashable:
         """Equal for ops that cost the same; of FreeWeights and Barrier, which cost nothing, not."""
@@ -74,13 +75,21 @@ class Kinds:
         layer, batch = op.layer, op.batch
         if kind is LoadHidden or kind is StoreHidden:
             return kind, op.step, self.layers[layer], self.batches[batch]
-        return (
-            kind,
-            op.step,
-            self.layers[layer],
-            self.batches[batch],
-            self.cells.get((layer, batch)),
-        )
+        return kind, op.step, self.layers[layer], self.batches[batch], self.cell(layer, batch)
+
+
+class _Layers(NamedTuple):
+    """Kinds of layers.
+
+    Attributes:
+        numbers: Of each layer, its kind.
+        array: The same.
+        groups: Of each kind, its layers.
+    """
+
+    numbers: tuple[int, ...]
+    array: np.ndarray
+    groups: tuple[np.ndarray, ...]
 
 
 @functools.lru_cache(maxsize=64)  # a search asks for the same again and again
@@ -95,7 +104,7 @@ def _layers(
     units: tuple[tuple[int, int], ...],
     cached_layers: frozenset[int] | None,
     experts: Experts | None,
-) -> tuple[int, ...]:
+) -> _Layers:
     """What of each layer's kind does not depend on a policy's splits."""
     w = Workload(
         num_steps=1,
@@ -122,7 +131,9 @@ def _layers(
             w.gives_hidden(layer),
         )
         found.append(kinds.setdefault(key, len(kinds)))
-    return tuple(found)
+    array = np.array(found)
+    groups = tuple(np.flatnonzero(array == kind) for kind in range(len(kinds)))
+    return _Layers(tuple(found), array, groups)
 
 
 def alike(workload: Workload, kinds: Kinds | None = None) -> dict[tuple[int, int | None], int]:
@@ -138,24 +149,24 @@ def alike(workload: Workload, kinds: Kinds | None = None) -> dict[tuple[int, int
     """
     kinds = kinds or Kinds(workload)
     counts: dict[tuple[int, int | None], int] = defaultdict(int)
-    layers: dict[int, int] = {}
-    for layer, weights in enumerate(kinds.weights):
-        counts[layers.setdefault(weights, layer), None] += 1
+    _, firsts, many = np.unique(kinds.weights_array, return_index=True, return_counts=True)
+    for layer, count in sorted(zip(firsts.tolist(), many.tolist(), strict=True)):
+        counts[layer, None] = count
     places: dict[object, tuple[int, int]] = {}
-    of_kind: dict[int, list[int]] = defaultdict(list)
-    for layer, kind in enumerate(kinds.layers):
-        of_kind[kind].append(layer)
     batches = list(enumerate(kinds.batches))
-    for kind, those in of_kind.items():
-        first = those[0]
+    assert workload.sizes is not None
+    cells, of_batch = workload.sizes.cells, np.array(kinds.batches)
+    for kind, those in enumerate(kinds.of_layers.groups):
+        first = int(those[0])
         if workload.has_experts(first) and not workload.gives_hidden(first):
             continue  # batches are no matter there
         if not workload.has_cache(first):
             for number, batch_kind in batches:
                 counts[places.setdefault((kind, batch_kind), (first, number))] += len(those)
             continue
-        for layer in those:
-            for number, batch_kind in batches:
-                key = kind, batch_kind, kinds.cells.get((layer, number))
-                counts[places.setdefault(key, (layer, number))] += 1
+        keys = (len(cells.kinds) + 1) * of_batch + cells.codes[those] + 1
+        _, found, many = np.unique(keys, return_index=True, return_counts=True)
+        for place, count in sorted(zip(found.tolist(), many.tolist(), strict=True)):
+            row, number = divmod(place, len(of_batch))
+            counts[int(those[row]), number] += count
     return counts

@@ -39,18 +39,32 @@ def pure_starts(search: Shapes) -> list[Candidate]:
     estimated to take, simulations come near."""
     if "cache" in search.fixed:
         return []
+    # With any of the cache elsewhere a shape is no slower: those that are best so come first.
+    ranked = sorted(
+        (
+            (value, number, policy)
+            for number, (policy, value) in enumerate(search.values.items())
+            if value is not None
+        ),
+        key=lambda each: each[:2],
+    )
+    by_method: dict[object, list[tuple[float, int, Policy]]] = {}
+    for each in ranked:
+        methods = tuple(getattr(each[2], name) for name in search.allow)
+        by_method.setdefault(methods, []).append(each)
     found: list[Candidate | None] = []
     for tier in _tiers(search):
         fixed = search.fixed | {"cache": _all(tier)}
-        by_method: dict[object, list[tuple[float, int, Policy]]] = {}
-        for number, policy in enumerate(search.values):
-            solution = search.solution(policy, fixed)
-            if solution is not None:
-                methods = tuple(getattr(policy, name) for name in search.allow)
-                by_method.setdefault(methods, []).append((solution.seconds, number, policy))
-        for each in by_method.values():
-            for _, _, policy in sorted(each, key=lambda one: one[:2])[:_STARTS]:
-                found.append(search.rounded(policy, fixed))
+        for shapes in by_method.values():
+            best: list[tuple[float, int, Policy]] = []
+            for value, number, policy in shapes:
+                if len(best) == _STARTS and value * (1 - 1e-6) > best[-1][0]:
+                    break
+                solution = search.solution(policy, fixed)
+                if solution is not None:
+                    best.append((solution.seconds, number, policy))
+                    best = sorted(best, key=lambda each: each[:2])[:_STARTS]
+            found += [search.rounded(policy, fixed) for _, _, policy in best]
     return [candidate for candidate in found if candidate is not None]
 
 
@@ -96,11 +110,28 @@ class _Climb:
         self.best = min(self.best, found.seconds)
 
     def _around(self, policy: Policy) -> Iterator[Candidate | None]:
-        """Neighbours of a policy that may be faster than the best."""
+        """Neighbours of a policy that may be faster than the best.
+
+        Of several stages the shape decides most, since they wait for one another, and all layers
+        are simulated: if another shape is better, nothing else is tried with this one.
+        """
+        several = policy.num_stages > 1
+        if several:
+            best = self.best
+            yield from self._of_other_shapes(policy)
+            if self.best < best:
+                return
         here = self.search.shape(policy)
         choices = {name: getattr(policy, name) for name in self.search.allow}
         for methods in self._methods(choices):
             yield from self._pure(dataclasses.replace(here, **methods))
+        if not several:
+            yield from self._of_other_shapes(policy)
+        yield from self._shifted(policy)
+
+    def _of_other_shapes(self, policy: Policy) -> Iterator[Candidate | None]:
+        here = self.search.shape(policy)
+        choices = {name: getattr(policy, name) for name in self.search.allow}
         for shape in self.search.neighbours(policy, both=True):
             yield self.search.attempt(shape, choices, self.best / _SLACK)
             rows, count = shape
@@ -112,7 +143,6 @@ class _Climb:
                         there,
                         {k: getattr(policy, k) for k in ("weights", "cache", "hidden")},
                     )
-        yield from self._shifted(policy)
 
     def _methods(self, choices: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """These, and those with attention elsewhere."""

@@ -142,7 +142,8 @@ def _need_of(key: _Key) -> Need:
     return Weights(layer) if kind is Weights else kind(step, layer, batch)
 
 
-def _keys(op: Any, workload: Workload) -> tuple[_Key, ...]:
+def _keys(op: Any, workload: Workload, most: int | None = None) -> tuple[_Key, ...]:
+    """What an op needs; a computation of experts of ``most`` of its batches, or of all."""
     kind = type(op)
     if kind is Compute:
         step, layer, batch = op.step, op.layer, op.batch
@@ -171,7 +172,7 @@ def _keys(op: Any, workload: Workload) -> tuple[_Key, ...]:
     if kind is FreeWeights:
         return ((Weights, 0, op.layer, 0),)
     if kind is ComputeExperts:
-        before = ((Compute, op.step, op.layer - 1, batch) for batch in op.batches)
+        before = ((Compute, op.step, op.layer - 1, batch) for batch in op.batches[:most])
         return ((Weights, 0, op.layer, 0), *before)
     if kind is LoadChosen:
         router = workload.router_of(op.layer)
@@ -319,6 +320,8 @@ class _Binder:
         self.reached = [
             workload.first_step(b) * workload.num_layers - 1 for b in range(workload.num_batches)
         ]
+        # Step, layer and batches of the last computation, if it was one of experts.
+        self.unit: tuple[int, int, tuple[int, ...]] | None = None
         self.recent: deque[Op] = deque(maxlen=4)
         self.index = 0
         # A computation needs one load of its layer, at most.
@@ -346,7 +349,9 @@ class _Binder:
             self._count(op)
             stage = (op.stage or 0) if kind is Barrier else stage_of[op.layer]
             found = []
-            for key in _keys(op, workload):
+            # Of one unit of experts after another, all batches need what the first one does.
+            again = kind is ComputeExperts and self._goes_on(op)
+            for key in _keys(op, workload, most=1 if again else None):
                 need = latest.get(key)
                 if need is None:
                     raise self._unmet(op, key)
@@ -452,6 +457,7 @@ class _Binder:
 
     def _compute(self, op: Any, found: list[int]) -> None:
         """Gives back what was loaded for it; waits for attention, and for stores far behind."""
+        self.unit = None
         cell = op.step, op.layer, op.batch
         if (Project, *cell) in self.latest:
             attended = self.latest.get((Attend, *cell))
@@ -552,10 +558,16 @@ class _Binder:
         if (type(op), op.step, op.layer, op.batch) in self.latest:
             raise self._error(op, "came before; each step, layer and batch has it once: drop this")
 
+    def _goes_on(self, op: Any) -> bool:
+        """Whether the last computation was that of the unit before, of the same batches."""
+        return self.unit == (op.step, op.layer - 1, op.batches)
+
     def _check_experts(self, op: Any) -> None:
         w, kind = self.workload, type(op)
         if not w.has_experts(op.layer):
             raise self._error(op, f"layer {op.layer} has no experts; use LoadWeights and Compute")
+        if kind is ComputeExperts and self._goes_on(op):
+            return
         if not op.batches or len(set(op.batches)) < len(op.batches):
             raise self._error(op, "batches must be different numbers, one at least")
         router = op.step * w.num_layers + w.router_of(op.layer)
@@ -616,6 +628,7 @@ class _Binder:
                 latest.pop((StoreHidden, step - 1, layers - 1, batch), None)
 
     def _remember_experts(self, op: Any) -> None:
+        self.unit = op.step, op.layer, op.batches
         self.reader[op.layer] = self.index
         for batch in op.batches:
             self.latest[Compute, op.step, op.layer, batch] = self.index

@@ -82,7 +82,8 @@ def estimate(
     """Seconds of prefill and of decode, by simulating a few decode steps.
 
     What passes until a computation ends, since the one before it, is prefill's or decode's as the
-    computation is.
+    computation is. Over several stages a step begins before the one before it has ended: where all
+    batches end one step before any ends the next, a step takes what is between their ends.
 
     Args:
         issues: Of the schedule, where they are known; None: the schedule is asked for its ops.
@@ -95,15 +96,25 @@ def estimate(
     before = end = 0.0
     phase = 0
     bound = (issues or bound_by(schedule))(short)
+    ends: dict[int, list[float]] = {}  # of each step, the first and the last batch's
+    head = short.num_layers - 1
     for worked in Simulation(bound, short, hardware).run():
         op, end = worked.issue.op, worked.end
         if isinstance(op, (Compute, ComputeExperts)):
             phase = int(op.step > 0)
             seconds[phase] += end - before
             before = end
+            if op.layer == head:
+                ends.setdefault(op.step, [end, end])[1] = end
     seconds[phase] += end - before
     steps = short.num_steps - 1
-    return seconds[0], seconds[1] * (workload.num_steps - 1) / steps if steps else 0.0
+    if not steps:
+        return seconds[0], 0.0
+    times = (workload.num_steps - 1) / steps
+    if short.num_stages > 1 and all(ends[n][1] <= ends[n + 1][0] for n in range(steps)):
+        prefill, decoded = ends[0][1], ends[steps][1]
+        return prefill, (decoded - prefill) * times + end - decoded
+    return seconds[0], seconds[1] * times
 
 
 def lanes(workload: Workload, hardware: Hardware) -> dict[str, tuple[Seconds, Seconds]]:
@@ -176,7 +187,7 @@ def lanes(workload: Workload, hardware: Hardware) -> dict[str, tuple[Seconds, Se
             add("hidden", LoadHidden(step, layer, number), times)
             if workload.gives_hidden(layer):
                 add("hidden", StoreHidden(step, layer, number), times)
-            if (layer, number) in sizes.cache:
+            if costs.kinds.cell(layer, number) >= 0:
                 if step:
                     add("cache", LoadCache(step, layer, number), times)
                 add("cache", StoreCache(step, layer, number), times)
@@ -221,6 +232,17 @@ _STREAMS = {stream.value: stream for stream in Stream}
 def _stream(lane: str) -> Stream | None:
     """The stream that a lane is; None: a resource."""
     return _STREAMS.get(lane.rpartition(_OF)[2])
+
+
+def work_of(workload: Workload) -> int:
+    """What making the sizes of a workload and looking at them takes: cells, and layers.
+
+    Raises:
+        ValueError: the workload has no sizes.
+    """
+    if workload.sizes is None:
+        raise ValueError("the workload has no sizes: make it with LLM.workload or plan")
+    return len(workload.sizes.cells) + 4 * workload.num_layers
 
 
 def moving(phases: Mapping[str, tuple[Seconds, Seconds]]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from scheduling.cells import Cells
 from scheduling.workload import Workload
 
 
@@ -36,21 +37,15 @@ def few_layers(workload: Workload, count: int) -> Workload:
     if of_experts is not None:
         units = {place[n]: many for n, many in of_experts.units.items() if n in place}
         of_experts = dataclasses.replace(of_experts, units=units)
-    batches = range(w.num_batches)
     return dataclasses.replace(
         w,
         num_layers=len(kept),
         experts=experts,
         sizes=dataclasses.replace(
             sizes,
-            weights=tuple(sizes.weights[n] for n in kept),
+            weights=sizes.loads.only(kept),
             dense=tuple(sizes.dense[n] for n in kept),
-            cache={
-                (place[n], batch): sizes.cache[n, batch]
-                for n in kept
-                for batch in batches
-                if (n, batch) in sizes.cache
-            },
+            cache=Cells(sizes.cells.kinds, sizes.cells.codes[kept]),
             matmul_flops=tuple(sizes.matmul_flops[n] for n in kept),
             query_flops=tuple(sizes.query_flops[n] for n in kept) if sizes.query_flops else (),
             reads=tuple(sizes.reads[n] for n in kept) if sizes.reads else (),

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from scheduling.estimate import Seconds, lanes, one_after_the_other
+from scheduling.estimate import Seconds, lanes, one_after_the_other, work_of
 from scheduling.hardware import Hardware
 from scheduling.limits import Limits
 from scheduling.peak import transient_nbytes
@@ -63,9 +63,10 @@ class Program:
         policy: Policy,
         blocks: Callable[[Policy], Sequence[tuple[Workload, float]]],
         hardware: Hardware,
-        limits: Limits,
+        *,
+        shared: bool,
     ) -> None:
-        self.limits = limits
+        self.shared = shared  # device and host are one memory
         if policy.num_groups is None:  # the same in all tiers, since time is to be linear in them
             policy = dataclasses.replace(policy, num_groups=policy.num_stages)
         pure = {}
@@ -77,50 +78,55 @@ class Program:
             # Blocks like the first; of a job with shorter ones it is not known what bounds it.
             self.times = 0.0 if others else times
             self.blocks = times + sum(count for _, count in others)
-        self.pure = pure
+        self.work = sum(map(work_of, pure.values()))  # of making it
+        w, sizes = pure[Tier.DEVICE], _sizes(pure[Tier.DEVICE])
         self.kinds: tuple[str, ...] = SPLITS
-        if pure[Tier.DEVICE].experts is not None:
+        if w.experts is not None:
             self.kinds = (*SPLITS, "experts")
         self.shares = len(TIERS) * len(self.kinds)
-        experts = sum(sum(of.values()) for of in self._weights(Tier.DEVICE, of_experts=True))
+        units = np.zeros(w.num_layers, bool)
+        if w.experts is not None:
+            units[list(w.experts.layers)] = True
+        experts = sizes.loads.only(np.flatnonzero(units)).total(Tier.DEVICE)
         self.nbytes = {
-            "weights": sum(sum(stage.values()) for stage in _sizes(pure[Tier.DEVICE]).resident)
-            - experts,
+            "weights": sum(sum(stage.values()) for stage in sizes.resident) - experts,
             "experts": experts,
             "cache": sum(
-                cell.position_nbytes * cell.kept(_sizes(pure[Tier.DEVICE]).batches[number].capacity)
-                for (_, number), cell in _sizes(pure[Tier.DEVICE]).cache.items()
+                count * cell.position_nbytes * cell.kept(sizes.batches[number].capacity)
+                for number, cell, count in sizes.cells.counts()
             ),
-            "hidden": pure[Tier.DEVICE].num_stages
-            * sum(b.largest_hidden_nbytes for b in _sizes(pure[Tier.DEVICE]).batches),
+            "hidden": w.num_stages * sum(b.largest_hidden_nbytes for b in sizes.batches),
         }
         found = {tier: lanes(workload, hardware) for tier, workload in pure.items()}
         if not policy.overlap:
             found = {tier: one_after_the_other(f) for tier, f in found.items()}
-        stages = range(pure[Tier.DEVICE].num_stages)
-        self.idle = sum(
-            transient_nbytes(pure[Tier.DEVICE], stage, shared=limits.shared) for stage in stages
+        self.num_stages, self.weight_slots = w.num_stages, w.weight_slots
+        self.hosts = max(1, len(set(w.hosts)))
+        stages = [w.layers_of(stage) for stage in range(w.num_stages)]
+        self.idle = sum(transient_nbytes(w, n, shared=shared) for n in range(w.num_stages))
+        self.workspace = max(b.workspace for b in sizes.batches)
+        self.workspace += sum(
+            b.routed_nbytes * max(b.prompt_len, b.longest_prompt) for b in sizes.batches
+        )
+        self.buffers = sum(  # of a cache that is all on disk
+            count * cell.position_nbytes * sizes.chunk_positions
+            for _, cell, count in _sizes(pure[Tier.DISK]).cells.counts()
         )
         self.slots: dict[tuple[str, Tier], int] = {}
-        for kind, tier in itertools.product(("weights", "experts"), TIERS):
-            for stage in stages:
-                those = self._weights(tier, of_experts=kind == "experts", stage=stage)
-                most = max((of.get(tier, 0) for of in those), default=0)
-                self.slots[kind, tier] = self.slots.get((kind, tier), 0) + most
+        for (kind, of_experts), tier in itertools.product(
+            (("weights", False), ("experts", True)), TIERS
+        ):
+            loads = _sizes(pure[tier]).loads
+            self.slots[kind, tier] = sum(
+                loads.only(n.start + np.flatnonzero(units[n.start : n.stop] == of_experts)).most(
+                    [tier]
+                )
+                for n in stages
+            )
         self._times(found)
 
     def _row(self) -> np.ndarray:
         return np.zeros(self.shares + 3)
-
-    def _weights(
-        self, tier: Tier, *, of_experts: bool, stage: int | None = None
-    ) -> list[Mapping[Tier, int]]:
-        """What is loaded of each unit of experts, or of each other layer, all in ``tier``."""
-        w = self.pure[tier]
-        layers = range(w.num_layers) if stage is None else w.layers_of(stage)
-        weights = _sizes(w).weights
-        units = w.experts.layers if w.experts is not None else frozenset()
-        return [weights[layer] for layer in layers if (layer in units) is of_experts]
 
     def _times(self, found: Mapping[Tier, Mapping[str, tuple[Seconds, Seconds]]]) -> None:
         rows, limits = [], []
@@ -147,10 +153,12 @@ class Program:
                 limits.append(-base.get(lane, 0.0))
         self.rows, self.upper = rows, limits
         # Each second of moving is in two lanes, the stream's and the link's.
-        self.cost = (CONTENTION / 2 if self.limits.shared else _TIE) * weight
+        self.cost = (CONTENTION / 2 if self.shared else _TIE) * weight
         self.cost[count : count + 2] = 1
 
-    def _memory(self, less: Mapping[Tier, float]) -> tuple[list[np.ndarray], list[float]]:
+    def memory(
+        self, limits: Limits, less: Mapping[Tier, float]
+    ) -> tuple[list[np.ndarray], list[float]]:
         """What lies in each tier, and the slots and buffers that moving it takes.
 
         The last rows say how large a slot is: at least as the largest that moves; of weights, the
@@ -159,42 +167,30 @@ class Program:
         Of several stages together: that no one of them has more than its own is seen when the
         shares are dealt out.
         """
-        limits, pure = self.limits, self.pure
-        stages = range(pure[Tier.DEVICE].num_stages)
         device, host, disk = self._row(), self._row(), self._row()
-        sizes = _sizes(pure[Tier.DEVICE])
         for i, kind in enumerate(self.kinds):
             for j, row in enumerate((device, host, disk)):
                 row[3 * i + j] = self.nbytes[kind]
-        idle = self.idle
-        device[-1] = pure[Tier.DEVICE].weight_slots * _SCALE
+        device[-1] = self.weight_slots * _SCALE
         slots = []
         for kind in ("weights", "experts")[: 1 + ("experts" in self.kinds)]:
             slot = self._row()
             slot[-1] = -_SCALE
             first = 3 * self.kinds.index(kind)
             for j, tier in enumerate(TIERS[1:], 1):
-                if not (limits.shared and tier is Tier.HOST):
+                if not (self.shared and tier is Tier.HOST):
                     slot[first + j] += self.slots[kind, tier]
             slots.append(slot)
-        host[5] = sum(
-            cell.position_nbytes * sizes.chunk_positions
-            for cell in _sizes(pure[Tier.DISK]).cache.values()
-        )
-        workspace = max(b.workspace for b in sizes.batches)
-        workspace += sum(
-            b.routed_nbytes * max(b.prompt_len, b.longest_prompt) for b in sizes.batches
-        )
-        hosts = max(1, len(set(pure[Tier.DEVICE].hosts)))
-        devices = hosts if limits.shared else len(stages)
+        host[5] = self.buffers
+        devices = self.hosts if self.shared else self.num_stages
         room = [
-            devices * limits.device - idle - len(stages) * workspace,
-            hosts * limits.host,
-            hosts * limits.disk,
+            devices * limits.device - self.idle - self.num_stages * self.workspace,
+            self.hosts * limits.host,
+            self.hosts * limits.disk,
         ]
-        room[0 if limits.shared else 1] -= hosts * limits.aside
+        room[0 if self.shared else 1] -= self.hosts * limits.aside
         rows = [device, host, disk, *slots]
-        if limits.shared:
+        if self.shared:
             # Buffers beyond the host's own room come out of the one memory.
             tail = host[5]
             host = host.copy()
@@ -205,7 +201,12 @@ class Program:
         return rows, most + [0.0] * len(slots)
 
     def solve(
-        self, less: Mapping[Tier, float], fixed: Mapping[str, Any], *, together: bool = False
+        self,
+        limits: Limits,
+        less: Mapping[Tier, float],
+        fixed: Mapping[str, Any],
+        *,
+        together: bool = False,
     ) -> Solution | None:
         """The best shares; None: there are none.
 
@@ -216,7 +217,7 @@ class Program:
         """
         from scipy.optimize import linprog  # slow to import
 
-        rows, room = self._memory(less)
+        rows, room = self.memory(limits, less)
         equal = [self._row() for _ in self.kinds]
         bounds: list[tuple[float, float | None]]
         bounds = [(0.0, 1.0)] * self.shares + [(0.0, None)] * 3

@@ -170,19 +170,11 @@ def room_nbytes(workload: Workload, *, shared: bool) -> dict[Tier, int]:
             room[_place(w, stage, batch.hidden_tier, shared)] += hidden
             positions = max(batch.prompt_len, batch.longest_prompt)
             room[device] += batch.routed_nbytes * positions
-    # Most cells are one of a few objects.
-    cells: dict[tuple[int, int, int], int] = defaultdict(int)
-    known = {}
-    stages = [w.stage_of(layer) for layer in range(w.num_layers)]
-    for (layer, number), cell in sizes.cache.items():
-        key = stages[layer], sizes.batches[number].capacity, id(cell)
-        cells[key] += 1
-        known[id(cell)] = cell
-    for (stage, capacity, of_cell), count in cells.items():
-        cell = known[of_cell]
-        nbytes = cell.position_nbytes * cell.kept(capacity)
-        room[_place(w, stage, cell.tier, shared)] += count * nbytes
-        room[_place(w, stage, Tier.HOST, shared)] += count * sizes.buffered(cell)
+    for stage in range(w.num_stages):
+        for number, cell, count in sizes.cells.counts(w.layers_of(stage)):
+            nbytes = cell.position_nbytes * cell.kept(sizes.batches[number].capacity)
+            room[_place(w, stage, cell.tier, shared)] += count * nbytes
+            room[_place(w, stage, Tier.HOST, shared)] += count * sizes.buffered(cell)
     return _fullest(room)
 
 
@@ -194,10 +186,7 @@ def transient_nbytes(workload: Workload, stage: int, *, shared: bool, weights: b
     """
     w, sizes = workload, sizes_of(workload)
     layers = w.layers_of(stage)
-    # Of cells that are alike, one.
-    own = {
-        (key[1], id(cell)): (key[1], cell) for key, cell in sizes.cache.items() if key[0] in layers
-    }.values()
+    own = [(number, cell) for number, cell, _ in sizes.cells.counts(layers)]
     cells = [
         cell.position_nbytes * cell.kept(sizes.batches[number].capacity)
         for number, cell in own
@@ -208,8 +197,8 @@ def transient_nbytes(workload: Workload, stage: int, *, shared: bool, weights: b
         for batch in sizes.batches
         if batch.hidden_tier is Tier.DISK or (batch.hidden_tier is Tier.HOST and not shared)
     ]
-    loads = {id(by): by for by in sizes.weights[layers.start : layers.stop]}.values()
-    largest = max(moved_nbytes(by, shared) for by in loads) if weights else 0
+    moving = (Tier.DISK,) if shared else (Tier.DISK, Tier.HOST)
+    largest = sizes.loads[layers.start : layers.stop].most(moving) if weights else 0
     unpacked = [
         cell.dense_nbytes * cell.kept(sizes.batches[number].capacity) for number, cell in own
     ]

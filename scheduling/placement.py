@@ -8,6 +8,8 @@ from typing import Any
 
 from scheduling.policy import Split, Tier
 
+_TIERS = tuple(Tier)
+
 
 def place(sizes: Sequence[int], split: Split) -> list[Tier]:
     """Deals cells to tiers by error diffusion over their bytes, in the given order.
@@ -25,12 +27,22 @@ def place(sizes: Sequence[int], split: Split) -> list[Tier]:
     Raises:
         ValueError: a negative size.
     """
+    return [_TIERS[number] for number in place_numbers(sizes, split)]
+
+
+def place_numbers(sizes: Sequence[int], split: Split) -> list[int]:
+    """The same, as numbers of the tiers.
+
+    Raises:
+        ValueError: a negative size.
+    """
     if sizes and min(sizes) < 0:
         raise ValueError(f"a cell cannot have {min(sizes)} bytes")
-    tiers = [tier for tier, share in split.shares().items() if share > 0]
+    of_tiers = [share / 100 for share in split.shares().values()]
+    tiers = [number for number, share in enumerate(of_tiers) if share > 0]
     if len(tiers) == 1:
         return tiers * len(sizes)
-    shares = [split.shares()[tier] / 100 for tier in tiers]
+    shares = [of_tiers[number] for number in tiers]
     given = [0] * len(tiers)
     places = range(1, len(tiers))
     total = 0

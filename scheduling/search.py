@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from scheduling.candidates import Blocks, Candidate, shape_of, size
+from scheduling.candidates import Candidate, shape_of, size
 from scheduling.climb import climb, pure_starts
+from scheduling.collecting import no_collecting
 from scheduling.hardware import Hardware
 from scheduling.limits import Limits
 from scheduling.linear_program import SPLITS
-from scheduling.ops import Op
 from scheduling.policy import Policy, Split
+from scheduling.remembered import Blocks
+from scheduling.schedules import Schedule
 from scheduling.shapes import CHOICES, Shapes
-from scheduling.workload import Workload
 
 # Where looking begins.
 _SIZES = (1, 4, 16, 64, 256)
@@ -61,7 +62,7 @@ def search(
     hardware: Hardware,
     limits: Limits,
     *,
-    schedule: Callable[[Workload], Iterable[Op]],
+    schedule: Schedule,
     requests: int,
     fixed: Mapping[str, Any] | None = None,
     allow: Iterable[str] = (),
@@ -85,7 +86,9 @@ def search(
         ValueError: an unknown field or choice.
     """
     fields = dict(fixed or {})
-    return _Search(blocks, hardware, limits, schedule, requests, fields, allow, near).run(uphill)
+    with no_collecting():
+        searching = _Search(blocks, hardware, limits, schedule, requests, fields, allow, near)
+        return searching.run(uphill)
 
 
 def _promising(candidates: Sequence[Candidate]) -> list[Candidate]:

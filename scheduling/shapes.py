@@ -9,16 +9,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from scheduling.candidates import Blocks, Candidate, Dealer, work_of
+from scheduling.candidates import Candidate, Dealer
 from scheduling.hardware import Hardware
 from scheduling.limits import Limits
-from scheduling.linear_program import SPLITS, Program, Solution
-from scheduling.ops import Op
+from scheduling.linear_program import SPLITS, Solution
 from scheduling.policy import Policy, Split, Tier
-from scheduling.workload import Workload
+from scheduling.remembered import Blocks
+from scheduling.schedules import Schedule
 
 CHOICES: Mapping[str, tuple[Any, ...]] = {
     "host_attention": (False, True),
@@ -52,7 +52,7 @@ class Shapes:
         blocks: Blocks,
         hardware: Hardware,
         limits: Limits,
-        schedule: Callable[[Workload], Iterable[Op]],
+        schedule: Schedule,
         requests: int,
         fixed: dict[str, Any],
         allow: Iterable[str],
@@ -60,7 +60,7 @@ class Shapes:
     ) -> None:
         self.base = Policy(**fixed)  # names what is unknown or out of range
         self.limits, self.requests, self.fixed, self.near = limits, requests, fixed, near
-        self.dealer = Dealer(blocks, hardware, limits, schedule, overlap=self.base.overlap)
+        self.dealer = Dealer(blocks, hardware, limits, schedule)
         unknown = sorted(set(allow) - set(CHOICES))
         if unknown:
             raise ValueError(
@@ -76,18 +76,12 @@ class Shapes:
         # By shape and choices: what the program says, and the candidate that it was dealt out to.
         self.values: dict[Policy, float | None] = {}
         self.solved: dict[Policy, Candidate | None] = {}
-        self.program = functools.lru_cache(maxsize=None)(self._program)
+        self.program = functools.lru_cache(maxsize=None)(self.dealer.program)
         self._first = functools.lru_cache(maxsize=None)(
             lambda policy: self.program(policy).solve(
-                dict.fromkeys(Tier, 0.0), fixed, together=self._together
+                limits, dict.fromkeys(Tier, 0.0), fixed, together=self._together
             )
         )
-
-    def _program(self, policy: Policy) -> Program:
-        dealer = self.dealer
-        program = Program(policy, dealer.blocks, dealer.hardware, self.limits)
-        dealer.work += sum(map(work_of, program.pure.values()))
-        return program
 
     def differs(self, candidate: Candidate) -> bool:
         """Whether its methods matter: nothing is attended to on the host if all of the cache lies
@@ -111,9 +105,12 @@ class Shapes:
         steps = [(a, 1.0) for a in (0.5, 0.75, 1.5, 2.0)] + [(1.0, a) for a in (0.5, 0.75, 1.5, 2)]
         if both:
             steps += [(2.0, 0.5), (0.5, 2.0), (1.5, 0.75), (0.75, 1.5)]
+        shapes = [(int(size * a), self._batches(batches * b)) for a, b in steps]
+        stages = self.base.num_stages
+        if stages > 1:
+            shapes = [(size, batches + stages), (size, batches - stages), *shapes]
         seen = {(size, batches)}
-        for of_size, of_batches in steps:
-            rows, count = int(size * of_size), int(batches * of_batches)
+        for rows, count in shapes:
             if "device_batch_size" in self.fixed:
                 rows = size
             if "num_device_batches" in self.fixed:
@@ -123,6 +120,11 @@ class Shapes:
             if possible and (rows, count) not in seen:
                 seen.add((rows, count))
                 yield rows, count
+
+    def _batches(self, count: float) -> int:
+        """Of several stages as many for each, so that no one waits for another's."""
+        stages = self.base.num_stages
+        return int(count) if stages == 1 else stages * round(count / stages)
 
     def value(self, shape: tuple[int, int], choices: Mapping[str, Any]) -> Policy | None:
         """What the program says of a shape, unless the job is too small for it or it is known."""
@@ -161,7 +163,7 @@ class Shapes:
         """What the program says of a shape, with these fields kept."""
         self.dealer.work += _SOLVING
         none = dict.fromkeys(Tier, 0.0)
-        return self.program(policy).solve(none, fixed, together=self._together)
+        return self.program(policy).solve(self.limits, none, fixed, together=self._together)
 
     def solve(self, policy: Policy) -> Candidate | None:
         """The best shares of a shape, dealt out and found to fit."""
@@ -199,7 +201,7 @@ class Shapes:
             if not attempt and fixed is self.fixed and together is self._together:
                 solution = self._first(policy)
             else:
-                solution = program.solve(less, fixed, together=together)
+                solution = program.solve(self.limits, less, fixed, together=together)
                 self.dealer.work += _SOLVING
             if solution is None or (within is not None and solution.bound >= within):
                 break

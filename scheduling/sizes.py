@@ -11,8 +11,10 @@ import dataclasses
 import enum
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
+from scheduling.cells import CacheCell, Cells
+from scheduling.layer_weights import LayerWeights
 from scheduling.ops import (
     Attend,
     Compute,
@@ -41,39 +43,6 @@ class Link(enum.Enum):
 
 
 Moved = dict[Link, int]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CacheCell:
-    """The cache of one layer and batch.
-
-    Attributes:
-        tier: Where it lies.
-        hosted: Attention to it is computed on the host.
-        position_nbytes: Of one position of all its rows, keys and values, as they are kept.
-        loaded: The share of the filled positions' bytes that a load brings to the host's memory.
-        sent: The share that goes on to the device: 0 where attention is computed on the host.
-        dense_nbytes: Per position: what attending unpacks; 0 if it is kept as it is computed with.
-        positions: The most that it keeps, of a layer with a window; None: all of its batch.
-    """
-
-    tier: Tier
-    position_nbytes: int
-    loaded: float = 1.0
-    sent: float = 1.0
-    dense_nbytes: int = 0
-    hosted: bool = False
-    positions: int | None = None
-
-    @property
-    def apart(self) -> bool:
-        """Whether what attends to it is a program of its own, which Attend runs: on the host, or
-        of a selection. Else the layer is one program, and its Compute runs it."""
-        return self.hosted or self.sent < 1.0
-
-    def kept(self, positions: int) -> int:
-        """How many of so many positions it keeps."""
-        return positions if self.positions is None else min(positions, self.positions)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -236,7 +205,7 @@ class Sizes:
             position that chose it.
     """
 
-    weights: tuple[Mapping[Tier, int], ...]
+    weights: Sequence[Mapping[Tier, int]]
     dense: tuple[int, ...]
     batches: tuple[BatchSizes, ...]
     cache: Mapping[tuple[int, int], CacheCell]
@@ -249,6 +218,16 @@ class Sizes:
     borders: Mapping[int, bool] = dataclasses.field(default_factory=dict)
     windows: Mapping[int, int] = dataclasses.field(default_factory=dict)
     experts: ExpertSizes | None = None
+
+    @functools.cached_property
+    def cells(self) -> Cells:
+        """:attr:`cache` by kinds."""
+        return Cells.of(self.cache, len(self.weights), len(self.batches))
+
+    @functools.cached_property
+    def loads(self) -> LayerWeights:
+        """:attr:`weights` by kinds."""
+        return LayerWeights.of(self.weights)
 
     def tokens(self, op: LoadChosen | ComputeExperts) -> tuple[float, float]:
         """Positions that choose: those that ``op``'s batches decode, and those of prompts."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -130,8 +131,11 @@ class Workload:
     def _check_experts(self) -> None:
         if self.experts is None:
             return
-        wrong = sorted(n for n in self.experts.layers if not 1 < n < self.num_layers - 1)
-        if wrong or not self.experts.layers:
+        layers, last = self.experts.layers, self.num_layers - 1
+        wrong = []
+        if layers and not 1 < min(layers) <= max(layers) < last:
+            wrong = sorted(n for n in layers if not 1 < n < last)
+        if wrong or not layers:
             raise ValueError(
                 f"experts must be layers behind another and before the last of {self.num_layers}, "
                 f"got {wrong or 'none'}"
@@ -197,9 +201,15 @@ class Workload:
 
     def router_of(self, layer: int) -> int:
         """The layer whose experts ``layer`` is a unit of."""
-        while self.has_experts(layer):
-            layer -= 1
-        return layer
+        return self._routers[layer]
+
+    @functools.cached_property
+    def _routers(self) -> list[int]:
+        """Of each layer; a layer may have a hundred units of experts."""
+        found: list[int] = []
+        for layer in range(self.num_layers):
+            found.append(found[-1] if self.has_experts(layer) else layer)
+        return found
 
     def waits_for_choice(self, step: int, batches: Sequence[int]) -> bool:
         """Whether to load experts once it is known which: many will not be chosen."""

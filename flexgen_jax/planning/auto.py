@@ -25,10 +25,10 @@ from flexgen_jax.planning.stage_layout import stage_starts
 from flexgen_jax.requests.request import Request
 from flexgen_jax.requests.sampling_params import SamplingParams
 from flexgen_jax.weights.weight_format import WeightFormat
-from scheduling.candidates import Blocks
 from scheduling.hardware import Hardware
 from scheduling.limits import Limits
 from scheduling.policy import Policy
+from scheduling.remembered import Blocks
 from scheduling.schedules import Schedule
 from scheduling.search import Found, search
 from scheduling.shapes import CHOICES, EXACT
@@ -405,6 +405,7 @@ class Auto:
         placed: Policy | None = None,
         lengths: Lengths | None = None,
         uphill: bool = True,
+        blocks: Blocks | None = None,
     ) -> Found:
         """The best policy for a job.
 
@@ -412,6 +413,7 @@ class Auto:
             uphill: As ``search`` takes it.
             lengths: Of its requests; None: all run to their limits.
             placed: Whose weights are where they are; None: they can go anywhere.
+            blocks: Of the job, where something is known of them already; None: they are made.
 
         Raises:
             NothingFitsError: no policy within the limits.
@@ -425,7 +427,7 @@ class Auto:
             fixed |= {"weights": placed.weights, "weight_bits": placed.weight_bits}
             fixed |= {"experts": placed.experts}
         return search(
-            model.blocks_of(job, lengths),
+            blocks or model.blocks_of(job, lengths),
             hardware,
             limits,
             schedule=schedule,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexgen_jax.models.attention import prompt_workspace_nbytes
-from flexgen_jax.models.family import Config, Kind
+from flexgen_jax.models.family import Config
 from flexgen_jax.models.params import (
     expert_numbers,
     loaded_names,
@@ -38,10 +38,12 @@ from flexgen_jax.planning.stage_layout import (
     groups_of,
     layers_of,
     stage_starts,
-    tiers_of,
+    tier_numbers,
 )
+from scheduling.cells import CacheCell, Cells
+from scheduling.layer_weights import LayerWeights
 from scheduling.policy import Policy, Split, Tier
-from scheduling.sizes import BatchSizes, CacheCell, ExpertSizes, Sizes
+from scheduling.sizes import BatchSizes, ExpertSizes, Sizes
 from storage.disk import DiskContext
 
 if TYPE_CHECKING:
@@ -187,6 +189,7 @@ class _Loads(NamedTuple):
         nbytes: (parts,)
         files: (parts,) Accesses, if it is on disk.
         dense: Of each load, bytes that it is unpacked to.
+        groups: (groups,) Bytes.
     """
 
     load: np.ndarray
@@ -194,6 +197,7 @@ class _Loads(NamedTuple):
     nbytes: np.ndarray
     files: np.ndarray
     dense: tuple[int, ...]
+    groups: np.ndarray
 
 
 @functools.lru_cache(maxsize=16)
@@ -219,7 +223,8 @@ def _loads(config: Config, form: WeightFormat, num_stages: int) -> tuple[_Loads,
             dense.append(itemsize * unpacked)
         columns = np.array(rows, np.int64).reshape(-1, 4).T
         of_load, of_group, sizes, accesses_of = columns
-        found.append(_Loads(of_load, of_group, sizes, accesses_of, tuple(dense)))
+        whole = np.array([group.nbytes for group in groups], np.int64)
+        found.append(_Loads(of_load, of_group, sizes, accesses_of, tuple(dense), whole))
     return tuple(found)
 
 
@@ -233,7 +238,7 @@ class _Weights(NamedTuple):
     """Of each layer what a load moves, and how many files of the disk it reads; of each stage what
     lies where."""
 
-    moved: tuple[Mapping[Tier, int], ...]
+    moved: LayerWeights
     reads: tuple[int, ...]
     resident: tuple[Mapping[Tier, int], ...]
 
@@ -249,44 +254,35 @@ def _weights_of(
     config: Config, form: WeightFormat, weights: Split, experts: Split, num_stages: int
 ) -> _Weights:
     policy = Policy(weights=weights, experts=experts, num_stages=num_stages)
-    count, codes = len(Tier), {tier: code for code, tier in enumerate(Tier)}
-    moved: list[Mapping[Tier, int]] = []
+    every = tuple(Tier)
+    count = len(every)
+    moved: list[np.ndarray] = []
     reads: list[int] = []
     resident = []
-    same: dict[tuple[int, ...], Mapping[Tier, int]] = {}  # most layers' are alike
     stages = zip(
         _loads(config, form, num_stages),
-        groups_of(config, form, num_stages),
-        tiers_of(config, form, policy),
+        tier_numbers(config, form, policy),
         strict=True,
     )
-    for loads, groups, tiers in stages:
-        of_group = np.array([codes[tier] for tier in tiers], np.int64)
+    for loads, of_group in stages:
         of_part = of_group[loads.group]
         many = len(loads.dense)
         # Sums of 64-bit floats are exact up to 2**53 bytes.
         place = loads.load * count + of_part
         nbytes = np.bincount(place, loads.nbytes, many * count).astype(np.int64)
-        for each in nbytes.reshape(many, count).tolist():
-            key = tuple(each)
-            moved.append(same.setdefault(key, dict(zip(Tier, key, strict=True))))
-        files = np.where(of_part == codes[Tier.DISK], loads.files, 0)
+        moved.append(nbytes.reshape(many, count))
+        files = np.where(of_part == every.index(Tier.DISK), loads.files, 0)
         reads += np.bincount(loads.load, files, many).astype(np.int64).tolist()
-        whole = np.array([group.nbytes for group in groups], np.int64)
-        held = np.bincount(of_group, whole, count).astype(np.int64).tolist()
-        resident.append(dict(zip(Tier, held, strict=True)))
-    return _Weights(tuple(moved), tuple(reads), tuple(resident))
+        held = np.bincount(of_group, loads.groups, count).astype(np.int64).tolist()
+        resident.append(dict(zip(every, held, strict=True)))
+    return _Weights(LayerWeights.of_rows(np.concatenate(moved)), tuple(reads), tuple(resident))
 
 
-def _cache(
-    block: Block, config: Config, form: WeightFormat, policy: Policy
-) -> dict[tuple[int, int], CacheCell]:
+def _cache(block: Block, config: Config, form: WeightFormat, policy: Policy) -> Cells:
     kept = cache_format(policy)
     per_head = sum(kept.position_nbytes(config.head_dim, form.dtype))
     itemsize = jnp.dtype(form.dtype).itemsize
-    kinds = unit_kinds(config)
 
-    @functools.cache
     def cell(rows: int, tier: Tier, room: CellRoom) -> CacheCell:
         sparsity = 1.0 if room.windowed else policy.attention_sparsity
         heads = 2 * rows * config.num_key_value_heads
@@ -303,12 +299,11 @@ def _cache(
             positions=room.capacity if room.ring else None,
         )
 
-    @functools.cache
-    def room(number: int, kind: Kind) -> CellRoom:
-        return cell_room(block.batches[number], kind)
-
-    rows = [batch.rows for batch in block.batches]
-    return {
-        (layer, number): cell(rows[number], tier, room(number, kinds[layer]))
-        for (layer, number), (_, tier) in cache_tiers(block, config, form.dtype, policy).items()
-    }
+    tiers = cache_tiers(block, config, form.dtype, policy)
+    kinds = [
+        cell(batch.rows, tier, cell_room(batch, kind))
+        for kind in tiers.kinds
+        for batch in tiers.batches
+        for tier in Tier
+    ]
+    return Cells(kinds, tiers.codes)

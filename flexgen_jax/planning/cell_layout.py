@@ -5,17 +5,21 @@ A cell is what moves at once: the cache of one layer and batch, the hidden state
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax.numpy as jnp
+import numpy as np
 
 from flexgen_jax.models.family import Config, Kind
 from flexgen_jax.models.kv_cache import CacheFormat
 from flexgen_jax.models.params import unit_kinds
 from flexgen_jax.planning.blocks import CACHE_MULTIPLE, Batch, Block
-from scheduling.placement import Placement, place
+from scheduling.placement import Placement, place, place_numbers
 from scheduling.policy import Policy, Split, Tier
+
+T = TypeVar("T")
 
 
 def cache_name(config: Config, layer: int, batch: int) -> str:
@@ -84,27 +88,78 @@ def cache_places(block: Block, config: Config) -> Iterator[tuple[int, int]]:
                 yield layer, number
 
 
-def cache_tiers(
-    block: Block, config: Config, dtype: Any, policy: Policy
-) -> dict[tuple[int, int], tuple[int, Tier]]:
-    """(layer, batch) -> bytes of a cell of the cache, and where it is dealt to."""
+class CacheTiers(NamedTuple):
+    """Where the cells of a block's cache lie.
+
+    Attributes:
+        kinds: Of layers.
+        batches: Each for those that are like it.
+        nbytes: (kinds, batches) Of a cell.
+        codes: (layers, batches of the block) What a cell is: its kind, its batch and its tier, as
+            one number of (kinds, batches, tiers); -1: there is none.
+    """
+
+    kinds: tuple[Kind, ...]
+    batches: tuple[Batch, ...]
+    nbytes: np.ndarray
+    codes: np.ndarray
+
+
+def cache_tiers(block: Block, config: Config, dtype: Any, policy: Policy) -> CacheTiers:
+    """Deals the cells of the cache to tiers, layer after layer."""
+    kind_of, kinds = _kinds(config)
+    batch_of, batches = _numbered(block.batches, _cells_of)
     form = cache_format(policy)
-    kinds = unit_kinds(config)
-    sizes = {
-        (kind, number): sum(cache_sizes(batch, config, dtype, form, kind))
-        for kind in set(kinds)
-        for number, batch in enumerate(block.batches)
-    }
-    places = list(cache_places(block, config))
-    nbytes = [sizes[kinds[layer], number] for layer, number in places]
-    tiers = place(nbytes, policy.cache)
-    return dict(zip(places, zip(nbytes, tiers, strict=True), strict=True))
+    sizes = [[sum(cache_sizes(b, config, dtype, form, kind)) for b in batches] for kind in kinds]
+    nbytes = np.array(sizes, np.int64)
+    decoder = np.array([kind.role == "decoder" for kind in kinds])[kind_of]
+    # One new token needs no cache.
+    several = np.array([batch.num_steps > 1 for batch in batches])[batch_of]
+    there = decoder[:, None] & several
+    cells = kind_of[:, None] * len(batches) + batch_of
+    codes = np.full(cells.shape, -1, np.int16)
+    dealt = place_numbers(nbytes.reshape(-1)[cells[there]].tolist(), policy.cache)
+    codes[there] = cells[there] * len(Tier) + dealt
+    return CacheTiers(kinds, batches, nbytes, codes)
+
+
+@functools.lru_cache(maxsize=16)
+def _kinds(config: Config) -> tuple[np.ndarray, tuple[Kind, ...]]:
+    """Which kind each unit is of, and the kinds."""
+    return _numbered(unit_kinds(config), lambda kind: kind)
+
+
+def _cells_of(batch: Batch) -> object:
+    """Equal for batches whose cells are alike."""
+    return batch.rows, batch.prompt_len, batch.num_steps, batch.cache_len, batch.room
+
+
+def _numbered(items: Sequence[T], key: Callable[[T], object]) -> tuple[np.ndarray, tuple[T, ...]]:
+    """Which one each of ``items`` is like, and these, of each key the first."""
+    numbers: dict[object, int] = {}
+    firsts: list[T] = []
+    found = []
+    for item in items:
+        number = numbers.setdefault(key(item), len(firsts))
+        if number == len(firsts):
+            firsts.append(item)
+        found.append(number)
+    return np.array(found, np.int32), tuple(firsts)
 
 
 def place_cache(block: Block, config: Config, dtype: Any, policy: Policy) -> Placement:
     """Deals the cells of the cache to tiers, layer after layer."""
-    dealt = cache_tiers(block, config, dtype, policy)
-    return Placement.of((cache_name(config, *where), *cell) for where, cell in dealt.items())
+    dealt, tiers = cache_tiers(block, config, dtype, policy), tuple(Tier)
+    nbytes = dealt.nbytes.reshape(-1).tolist()
+    codes = dealt.codes.tolist()
+    return Placement.of(
+        (
+            cache_name(config, layer, number),
+            nbytes[codes[layer][number] // len(tiers)],
+            tiers[codes[layer][number] % len(tiers)],
+        )
+        for layer, number in cache_places(block, config)
+    )
 
 
 def place_hidden(block: Block, config: Config, dtype: Any, split: Split) -> Placement:

@@ -33,6 +33,7 @@ from flexgen_jax.weights.checkpoint import dtype_of_model
 from flexgen_jax.weights.coded_leaves import planned_format, preset_format
 from scheduling.advice import advice
 from scheduling.busy import busy
+from scheduling.collecting import no_collecting
 from scheduling.cost_model import CostModel, bound
 from scheduling.estimate import estimate
 from scheduling.hardware import Hardware
@@ -41,6 +42,7 @@ from scheduling.peak import highest
 from scheduling.placement import Placement
 from scheduling.policy import Policy, Tier
 from scheduling.registered import is_ours
+from scheduling.remembered import Remembered
 from scheduling.reported import naming
 from scheduling.schedules import Schedule
 from scheduling.search import NothingFitsError
@@ -330,7 +332,7 @@ def plan(
     job = Uniform(prompt_len, gen_len)
     name, order = named_schedule(schedule)
     known_lengths = None if lengths is None else Lengths.of(lengths)
-    with naming(name):
+    with naming(name), no_collecting():
         return _planned(
             known, policy, auto, (name, order), hardware, job, known_lengths, help_wanted, requests
         )
@@ -349,11 +351,20 @@ def _planned(
 ) -> Plan:
     limits, why = Limits.of(hardware), None
     name, order = schedule
+    blocks = Remembered.of(known.blocks_of(job, lengths), order)
     if auto is not None:
         few = requests is not None and requests <= _MOST_SEARCHED_FOR
         demand: Demand = job.requests(requests) if few and requests else job
         try:
-            found = auto.choose(known, demand, hardware, limits, schedule=order, lengths=lengths)
+            found = auto.choose(
+                known,
+                demand,
+                hardware,
+                limits,
+                schedule=order,
+                lengths=lengths,
+                blocks=blocks if demand is job else None,
+            )
         except NothingFitsError as error:
             if not help_wanted:
                 raise
@@ -372,8 +383,11 @@ def _planned(
         methods = () if auto is None else auto.methods(limits)
         fixed = {} if auto is None else auto.fixed
         free = [name for name in methods if name not in fixed]
-        blocks = known.blocks_of(job, lengths)
-        helps = advice(blocks, hardware, limits, policy, schedule=order, allow=free)
+        coded = known.stored is not None and known.stored.coded  # codes cannot be undone
+        settled = ("weight_bits",) if coded else ()
+        helps = advice(
+            blocks, hardware, limits, policy, schedule=order, allow=free, settled=settled
+        )
     prefill, decode = _predicted(ordered, workload, hardware)
     return Plan(
         policy=policy,

@@ -6,11 +6,13 @@ import functools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from flexgen_jax.models.family import Config
 from flexgen_jax.models.params import expert_numbers, matmul_flops, unit_experts, unit_names
 from flexgen_jax.planning.default_job import GEN_LEN, PROMPT_LEN
 from flexgen_jax.weights.weight_format import WeightFormat
-from scheduling.placement import Placement, place
+from scheduling.placement import Placement, place_numbers
 from scheduling.policy import Policy, Split, Tier
 from scheduling.stages import balanced
 
@@ -111,22 +113,44 @@ def groups_of(config: Config, form: WeightFormat, num_stages: int) -> tuple[tupl
 
 def tiers_of(config: Config, form: WeightFormat, policy: Policy) -> tuple[tuple[Tier, ...], ...]:
     """Where each group of each stage lies."""
-    experts = policy.experts or policy.weights
-    return _dealt(config, form, policy.weights, experts, policy.num_stages)
+    tiers = tuple(Tier)
+    dealt = tier_numbers(config, form, policy)
+    return tuple(tuple(tiers[number] for number in of_stage.tolist()) for of_stage in dealt)
 
 
-@functools.lru_cache(maxsize=64)
+def tier_numbers(config: Config, form: WeightFormat, policy: Policy) -> tuple[np.ndarray, ...]:
+    """The same, as numbers of the tiers: of each stage (groups,)."""
+    sizes = _sizes_of_groups(config, form, policy.num_stages)
+    whole = (False, policy.weights), (True, policy.experts or policy.weights)
+    found = []
+    for stage, (is_expert, _) in enumerate(sizes):
+        dealt = np.empty(len(is_expert), np.int64)
+        for kind, split in whole:
+            dealt[is_expert == kind] = _dealt(config, form, split, kind, policy.num_stages)[stage]
+        found.append(dealt)
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=16)
+def _sizes_of_groups(
+    config: Config, form: WeightFormat, num_stages: int
+) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+    """Of each stage (groups,) which are experts, and (groups,) their bytes."""
+    return tuple(
+        (np.array([g.is_expert for g in groups]), np.array([g.nbytes for g in groups], np.int64))
+        for groups in groups_of(config, form, num_stages)
+    )
+
+
+@functools.lru_cache(maxsize=256)  # a search asks for the same again and again
 def _dealt(
-    config: Config, form: WeightFormat, weights: Split, experts: Split, num_stages: int
-) -> tuple[tuple[Tier, ...], ...]:
-    stages = []
-    for groups in groups_of(config, form, num_stages):
-        dealt = {
-            kind: iter(place([g.nbytes for g in groups if g.is_expert is kind], split))
-            for kind, split in ((False, weights), (True, experts))
-        }
-        stages.append(tuple(next(dealt[group.is_expert]) for group in groups))
-    return tuple(stages)
+    config: Config, form: WeightFormat, split: Split, experts: bool, num_stages: int
+) -> tuple[np.ndarray, ...]:
+    """Of each stage (experts,), or of its other groups."""
+    return tuple(
+        np.array(place_numbers(nbytes[is_expert == experts].tolist(), split), np.int64)
+        for is_expert, nbytes in _sizes_of_groups(config, form, num_stages)
+    )
 
 
 def check_experts(config: Config, policy: Policy) -> None:
@@ -157,8 +181,7 @@ def stored_names(config: Config, form: WeightFormat, layers: Iterable[int]) -> s
     return {
         stored
         for layer in layers
-        for name in unit_names(config, config.units[layer])
-        for stored in form.stored_names(config, name)
+        for stored in form.order(config, unit_names(config, config.units[layer]))
     }
 
 

@@ -98,7 +98,7 @@ class PublishedFormat(WeightFormat):
         return tuple(self.leaves[name].arrays)
 
     def order(self, config: Config, names: Sequence[str]) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(super().order(config, names)))
+        return tuple(dict.fromkeys(array for name in names for array in self.leaves[name].arrays))
 
     def settles(self, config: Config, stored: str) -> bool:
         return self.leaves[self._owners[stored][0]].settles

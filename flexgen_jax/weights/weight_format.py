@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flexgen_jax.models.family import Config
+from flexgen_jax.models.family import Config, Param
 from flexgen_jax.models.params import param_records
 from flexgen_jax.weights.manifest import TensorEntry
 
@@ -116,14 +116,35 @@ class WeightFormat:
 
     @functools.lru_cache(maxsize=16)  # noqa: B019 # formats are few and small
     def _entries(self, config: Config) -> dict[str, TensorEntry]:
+        records, names = param_records(config), self._stored_names(config)
+        found: dict[str, TensorEntry] = {}
+        known: dict[tuple[Param, int], TensorEntry] = {}  # a model with experts has many alike
+        for name, record in records.items():
+            for place, stored in enumerate(names[name]):
+                entry = known.get((record, place))
+                if entry is None:
+                    entry = known[record, place] = self._entry(config, name, stored)
+                found[stored] = entry
+        return found
+
+    def _entry(self, config: Config, name: str, stored: str) -> TensorEntry:
+        shape = self.array_shape(config, name)
+        if self.quantizes(config, name):
+            return TensorEntry.of(*self._fields(shape)[stored.rpartition(".")[2]])
+        return TensorEntry.of(shape, self.kept_dtype(config, name))
+
+    @functools.lru_cache(maxsize=16)  # noqa: B019 # as above
+    def _stored_names(self, config: Config) -> dict[str, tuple[str, ...]]:
+        """Of each parameter."""
         found = {}
-        for name in param_records(config):
-            shape = self.array_shape(config, name)
-            for stored in self.stored_names(config, name):
-                if self.quantizes(config, name):
-                    found[stored] = TensorEntry.of(*self._fields(shape)[stored.rpartition(".")[2]])
-                else:
-                    found[stored] = TensorEntry.of(shape, self.kept_dtype(config, name))
+        known: dict[tuple[Param, str], tuple[str, ...]] = {}  # what comes behind the module
+        for name, record in param_records(config).items():
+            module, _, leaf = name.rpartition(".")
+            behind = known.get((record, leaf))
+            if behind is None:
+                stored = self.stored_names(config, name)
+                behind = known[record, leaf] = tuple(s.removeprefix(module) for s in stored)
+            found[name] = tuple(module + rest for rest in behind)
         return found
 
     def stored_names(self, config: Config, name: str) -> tuple[str, ...]:
@@ -147,7 +168,8 @@ class WeightFormat:
 
     def order(self, config: Config, names: Sequence[str]) -> tuple[str, ...]:
         """The stored names of parameters ``names``, in the order that costs least to write."""
-        return tuple(stored for name in names for stored in self.stored_names(config, name))
+        of_each = self._stored_names(config)
+        return tuple(stored for name in names for stored in of_each[name])
 
     def pieces(self, config: Config, dense: Pieces) -> Pieces:
         """The stored elements, from the parameters'.

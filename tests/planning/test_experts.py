@@ -153,3 +153,21 @@ def test_a_preset_is_planned_in_the_codes_that_it_is_published_in(tmp_path):
     assert weights(config) == pytest.approx(41.8e9, rel=0.01)
     # Other codes are asked for: of what it was before.
     assert weights("openai/gpt-oss-20b", weight_bits=8) == pytest.approx(22.2e9, rel=0.02)
+
+
+def test_codes_that_cannot_be_undone_are_not_advised():
+    """gpt-oss is published in MXFP4; of another model 4 bits would help here."""
+    machine = dataclasses.replace(fg.Hardware.preset("laptop"), device_memory=3e9, host_memory=1e9)
+    policy = fg.Policy(
+        device_batch_size=4, num_device_batches=1, weights=fg.Split(device=0, disk=100)
+    )
+    helped = {
+        model: fg.plan(
+            model, policy, machine, prompt_len=16, gen_len=4, help_wanted=True
+        ).would_help
+        for model in ("openai/gpt-oss-20b", preset("openai/gpt-oss-20b"))
+    }
+    coded, plain = helped.values()
+    assert plain["4-bit weights"] > 1.3
+    assert "4-bit weights" not in coded
+    assert "twice the device memory" in coded

@@ -7,7 +7,7 @@ import pytest
 
 import flexgen_jax as fg
 
-HOST, DISK = (0, 100), (0, 0)
+HOST = (0, 100)
 CASES = [
     # model, machine, prompt, new; fields that auto keeps; percent, rows x batches, other fields
     (
@@ -31,6 +31,13 @@ CASES = [
         (64, 8),
         {"cache_bits": 4},
     ),
+    (  # a machine for each stage
+        ("facebook/opt-30b", "t4", 512, 32),
+        {"host_attention": False, "num_stages": 4, "device_batch_size": 3},
+        (100, 0, *HOST, 10, 90),
+        (3, 16),
+        {"num_stages": 4},
+    ),
 ]
 
 
@@ -41,7 +48,7 @@ def test_nothing_is_predicted_to_be_faster(job, fixed, percent, shape, choices):
     policy = fg.Policy.from_percent(
         *percent, device_batch_size=rows, num_device_batches=batches, **choices
     )
-    lengths = {"prompt_len": prompt_len, "gen_len": gen_len}
+    lengths = {"prompt_len": prompt_len, "gen_len": gen_len, "num_hosts": policy.num_stages}
     other = fg.plan(model, policy, fg.Hardware.preset(machine), **lengths)
     auto = fg.plan(model, "auto", fg.Hardware.preset(machine), **lengths, fixed=fixed)
     assert not auto.misfits

@@ -10,6 +10,9 @@ from click.testing import CliRunner
 
 import flexgen_jax as fg
 from flexgen_jax.cli.app import main
+from flexgen_jax.models.registry import preset
+from flexgen_jax.planning.auto import Model, Uniform
+from scheduling.estimate import estimate
 
 ZIGZAG = ("zigzag", fg.SCHEDULES["zigzag"])
 # Policy, and tokens/s that the paper measured on its T4 with 512 prompt and 32 new tokens.
@@ -349,3 +352,21 @@ def test_fixed_fields_and_methods_are_for_auto():
             schedule=ZIGZAG,
             allow=["cache_bits"],
         )
+
+
+@pytest.mark.parametrize(("rows", "batches", "share"), [(3, 4, 100), (3, 8, 100), (16, 4, 60)])
+def test_a_few_steps_of_a_pipeline_stand_for_all(rows, batches, share):
+    """Steps overlap there: filling and draining happens once, not once for each few steps."""
+    model = Model(preset("facebook/opt-125m"), "bfloat16", hosts=(0, 1, 2, 3))
+    policy = fg.Policy(
+        device_batch_size=rows,
+        num_device_batches=batches,
+        num_stages=4,
+        weights=fg.Split(device=share, host=100 - share),
+        cache=fg.Split(device=0, host=100),
+    )
+    ((workload, _),) = model.blocks_of(Uniform(512, 17))(policy)
+    schedule, hardware = fg.SCHEDULES["zigzag"], fg.Hardware.preset("t4")
+    whole = fg.simulate(schedule(workload), workload, hardware).seconds
+    assert sum(estimate(schedule, workload, hardware, decode_steps=16)) == pytest.approx(whole)
+    assert sum(estimate(schedule, workload, hardware)) == pytest.approx(whole, rel=0.03)

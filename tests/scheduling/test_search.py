@@ -1,6 +1,7 @@
 """The policy search on a model of a few numbers, against trying everything."""
 
 import dataclasses
+import gc
 import itertools
 
 import pytest
@@ -13,6 +14,7 @@ from scheduling.estimate import busiest, estimate, lanes, shortened
 from scheduling.limits import Limits
 from scheduling.peak import highest, peak_nbytes, room_nbytes
 from scheduling.placement import place
+from scheduling.remembered import Remembered
 from scheduling.search import NothingFitsError, search
 from scheduling.sizes import BatchSizes, CacheCell, Sizes
 
@@ -205,6 +207,58 @@ def test_what_would_help_is_what_the_search_finds():
     then = search(blocks, slow, limits, schedule=ZIGZAG, requests=10**9, fixed=changed).best
     gains = advice(blocks, slow, limits, now.policy, schedule=ZIGZAG)
     assert gains["4-bit weights"] == pytest.approx(now.seconds / then.seconds, rel=0.15)
+
+
+def test_methods_that_are_settled_are_not_advised():
+    limits = Limits(device=9_000, host=6_000, disk=1e6)
+    slow = dataclasses.replace(MACHINE, disk_to_host=1e4)
+    policy = search(blocks, slow, limits, schedule=ZIGZAG, requests=10**9).best.policy
+    for settled in ([], ["weight_bits"]):
+        gains = advice(blocks, slow, limits, policy, schedule=ZIGZAG, settled=settled)
+        assert ("4-bit weights" in gains) is (not settled)
+
+
+def test_searching_leaves_the_collection_of_garbage_as_it_was():
+    seen = []
+
+    def watched(policy):
+        seen.append(gc.isenabled())
+        return blocks(policy)
+
+    roomy, tiny = Limits(device=1e9, host=1e9, disk=1e9), Limits(device=1, host=1, disk=1)
+    for enabled in (True, False):
+        (gc.enable if enabled else gc.disable)()
+        try:
+            search(watched, MACHINE, roomy, schedule=ZIGZAG, requests=4)
+            assert gc.isenabled() is enabled
+            with pytest.raises(NothingFitsError):
+                search(watched, MACHINE, tiny, schedule=ZIGZAG, requests=4)
+            assert gc.isenabled() is enabled
+        finally:
+            gc.enable()
+    assert not any(seen)
+
+
+def test_a_search_has_no_need_of_what_another_one_found_out():
+    asked = []
+
+    def counted(policy):
+        asked.append(policy)
+        return blocks(policy)
+
+    limits = Limits(device=9_000, host=6_000, disk=1e6)
+    known = Remembered.of(counted, ZIGZAG)
+    assert Remembered.of(known, ZIGZAG) is known
+    first = search(known, MACHINE, limits, schedule=ZIGZAG, requests=10**9)
+    count = len(asked)
+    again = search(known, MACHINE, limits, schedule=ZIGZAG, requests=10**9)
+    assert again == first == search(blocks, MACHINE, limits, schedule=ZIGZAG, requests=10**9)
+    assert len(asked) == count
+    # On another machine and with more room the blocks are the same, and times are not.
+    slow = dataclasses.replace(MACHINE, disk_to_host=1e4)
+    room = Limits(device=9_000, host=3_000, disk=1e6)
+    found = search(known, slow, room, schedule=ZIGZAG, requests=10**9)
+    assert found == search(blocks, slow, room, schedule=ZIGZAG, requests=10**9)
 
 
 POLICIES = st.builds(
