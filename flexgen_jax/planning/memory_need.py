@@ -127,9 +127,10 @@ def memory_need(
 def _peak(order: Schedule, w: Workload, *, shared: bool) -> dict[str, dict[Tier, int]]:
     """Phase -> bytes per tier, as the order has them."""
     # Where all batches are at the same step, or pass one by one, those in the middle are alike.
-    # A diagonal's batches are at different steps, and of others nobody knows.
+    # A diagonal's batches are at different steps, and of others nobody knows. Slots of weights grow
+    # until each has had the largest layer that ever comes into it: a step later for each slot.
     if is_ours(order) and order is not SCHEDULES["diagonal"] and w.num_steps > 1:
-        w = shortened(w, min(1 + w.num_stages, w.num_steps - 1))
+        w = shortened(w, min(w.weight_slots + w.num_stages, w.num_steps - 1))
     return peak_nbytes(order(w), w, shared=shared)
 
 
