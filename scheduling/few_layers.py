@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from scheduling.cells import Cells
+from scheduling.cache_cells import Cells
 from scheduling.workload import Workload
 
 

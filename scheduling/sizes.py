@@ -13,7 +13,7 @@ import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from scheduling.cells import CacheCell, Cells
+from scheduling.cache_cells import CacheCell, Cells
 from scheduling.layer_weights import LayerWeights
 from scheduling.ops import (
     Attend,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from flexgen_jax.cli.failures import say
-from scheduling.policy import Policy, Split
 from storage.json_text import read_json
+
+if TYPE_CHECKING:
+    from scheduling.policy import Policy
 
 
 def policy_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -192,6 +194,8 @@ def read_policy(values: Mapping[str, Any]) -> tuple[Policy | Literal["auto"], di
         ValueError: options that exclude each other, or ask for what is not there.
         OSError: a policy file that cannot be read.
     """
+    from scheduling.policy import Policy, Split  # brings NumPy, which --help can do without
+
     if values["sep_layer"]:
         raise ValueError("not supported yet: --sep-layer true; layers are whole decoder layers")
     if values["pin_weight"] is False:

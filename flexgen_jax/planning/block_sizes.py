@@ -40,7 +40,7 @@ from flexgen_jax.planning.stage_layout import (
     stage_starts,
     tier_numbers,
 )
-from scheduling.cells import CacheCell, Cells
+from scheduling.cache_cells import CacheCell, Cells
 from scheduling.layer_weights import LayerWeights
 from scheduling.policy import Policy, Split, Tier
 from scheduling.sizes import BatchSizes, ExpertSizes, Sizes
