@@ -151,6 +151,10 @@ def test_batches_are_of_prompts_of_about_one_length(peers):
     run = {"prompts": [[1], [1] * 5, [1] * 3, [1] * 4, [1] * 2], "batch": 2}
     assert job.in_batches(run) == [[1, 3], [2, 4], [0]]
     assert job.cut([4, 5, 2, 6], [2, 9]) == [4, 5, 2]
+    told = job.by_batches(
+        run | {"limit": 9}, [0], lambda asked, n: [[n, len(p), 0, 7] for p in asked]
+    )
+    assert told == [[9, len(p), 0] for p in run["prompts"]]
     assert job.cut([4, 5], [2]) == [4, 5]
 
 

@@ -97,14 +97,16 @@ shares = st.tuples(st.integers(0, 100), st.integers(0, 100)).map(
     ),
     store_slots=st.integers(1, 3),
     throttled=st.sampled_from([None, *fg.Tier]),
-    batches=st.sampled_from([1, 3]),
-    stages=st.integers(1, 3),
+    batches=st.integers(1, 3),
+    stages=st.integers(1, 4),
     groups=st.sampled_from([None, 1, 3]),
     compression=st.sampled_from(
         [
             {},
             {"weight_bits": 4},
             {"weight_bits": 8, "cache_bits": 8},
+            {"cache_bits": 4},
+            {"attention_sparsity": 0.3},
             {"weight_bits": 4, "cache_bits": 4, "attention_sparsity": 0.3},
         ]
     ),

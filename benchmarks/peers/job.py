@@ -20,6 +20,8 @@ from machine import die_first, die_with, measured
 
 Answers = list[list[int]]
 Generate = Callable[[dict[str, Any]], tuple[Answers, dict[str, Any]]]
+# The new tokens of each of some prompts, of which there are at most so many.
+Ask = Callable[[list[list[int]], int], list[list[int]]]
 
 
 class CannotRun(Exception):
@@ -36,6 +38,16 @@ def in_batches(run: dict[str, Any]) -> list[list[int]]:
     """The indices of the prompts, longest first, as many as a batch has: alike in length."""
     order = sorted(range(len(run["prompts"])), key=lambda i: -len(run["prompts"][i]))
     return [order[i : i + run["batch"]] for i in range(0, len(order), run["batch"])]
+
+
+def by_batches(run: dict[str, Any], ends: list[int], ask: Ask) -> Answers:
+    """The answers of prompts that are asked batch by batch: each ends when its last one does."""
+    answers: Answers = [[] for _ in run["prompts"]]
+    for rows in in_batches(run):
+        found = ask([run["prompts"][i] for i in rows], run["limit"])
+        for row, tokens in zip(rows, found, strict=True):
+            answers[row] = cut(tokens, ends)
+    return answers
 
 
 def _timed(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from peers.job import Answers, CannotRun, Generate, cut, in_batches, serve
+from peers.job import CannotRun, Generate, by_batches, serve
 
 
 def load(job: dict[str, Any]) -> tuple[Generate, dict[str, Any]]:
@@ -19,23 +19,20 @@ def load(job: dict[str, Any]) -> tuple[Generate, dict[str, Any]]:
         raise CannotRun(f"{type(error).__name__}: {error}") from error
     ends = job["ends"]
 
-    def generate(run: dict[str, Any]) -> tuple[Answers, dict[str, Any]]:
-        answers: Answers = [[] for _ in run["prompts"]]
-        for rows in in_batches(run):
-            ids = torch.tensor([run["prompts"][i] for i in rows])
-            with torch.inference_mode():
-                out = model.model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    do_sample=False,
-                    max_new_tokens=run["limit"],
-                    min_new_tokens=None if ends else run["limit"],
-                )
-            for row, tokens in zip(rows, out[:, ids.shape[1] :].tolist(), strict=True):
-                answers[row] = cut(tokens, ends)
-        return answers, {}
+    def ask(prompts: list[list[int]], limit: int) -> list[list[int]]:
+        ids = torch.tensor(prompts)
+        with torch.inference_mode():
+            out = model.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=limit,
+                min_new_tokens=None if ends else limit,
+            )
+        return out[:, ids.shape[1] :].tolist()
 
-    return generate, {"versions": {"torch": torch.__version__}}
+    told = {"versions": {"torch": torch.__version__}}
+    return lambda run: (by_batches(run, ends, ask), {}), told
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from peers.job import Answers, CannotRun, Generate, cut, in_batches, serve
+from peers.job import Answers, CannotRun, Generate, by_batches, cut, serve
 
 
 def load(job: dict[str, Any]) -> tuple[Generate, dict[str, Any]]:
@@ -26,28 +26,23 @@ def static(model: Any, ends: list[int]) -> Generate:
     """Batches of requests of about one length, each until the last of them has ended."""
     import torch
 
-    def generate(run: dict[str, Any]) -> tuple[Answers, dict[str, Any]]:
-        answers: Answers = [[] for _ in run["prompts"]]
-        for rows in in_batches(run):
-            prompts = [run["prompts"][i] for i in rows]
-            width = max(map(len, prompts))
-            ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-            with torch.inference_mode():
-                out = model.generate(
-                    ids,
-                    attention_mask=mask,
-                    do_sample=False,
-                    max_new_tokens=run["limit"],
-                    min_new_tokens=None if ends else run["limit"],
-                    eos_token_id=ends or None,
-                    pad_token_id=0,
-                )
-            for row, tokens in zip(rows, out[:, width:].tolist(), strict=True):
-                answers[row] = cut(tokens, ends)
-        return answers, {}
+    def ask(prompts: list[list[int]], limit: int) -> list[list[int]]:
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        with torch.inference_mode():
+            out = model.generate(
+                ids,
+                attention_mask=mask,
+                do_sample=False,
+                max_new_tokens=limit,
+                min_new_tokens=None if ends else limit,
+                eos_token_id=ends or None,
+                pad_token_id=0,
+            )
+        return out[:, width:].tolist()
 
-    return generate
+    return lambda run: (by_batches(run, ends, ask), {})
 
 
 def _continuous(model: Any, ends: list[int]) -> Generate:

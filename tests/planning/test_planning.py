@@ -263,11 +263,14 @@ def test_the_papers_four_machines_within_a_factor_of_two(model):
 
 
 def test_the_search_plans_for_stages():
+    # All of the host's memory to plan with, for the figures below.
+    machine = dataclasses.replace(fg.Hardware.preset("t4"), runtime_memory=0.0)
+
     def found(stages, hosts):
         return fg.plan(
             "facebook/opt-30b",
             "auto",
-            fg.Hardware.preset("t4"),
+            machine,
             prompt_len=512,
             gen_len=32,
             schedule=ZIGZAG,
@@ -280,7 +283,7 @@ def test_the_search_plans_for_stages():
     assert not four.misfits
     assert four.policy.num_device_batches >= 4
     # Four devices hold what one has to fetch, which makes the most of it with blocks of its own.
-    assert one.tokens_per_second > 4.15
+    assert one.tokens_per_second > 4.2
     assert four.tokens_per_second > max(15.9, 3.7 * one.tokens_per_second)
 
 
