@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -45,12 +46,8 @@ def _warm_up(
     Only the prefill and one decode step: ``params`` must stay, since the cache's length follows
     from ``max_tokens``.
     """
-    with make() as llm:
-        try:
-            llm.generate(prompts, params, progress=_enough(len(prompts)))
-        except fg.ExecutionError as error:
-            if not isinstance(error.__cause__, _Enough):
-                raise
+    with make() as llm, contextlib.suppress(_Enough):
+        llm.generate(prompts, params, progress=_enough(len(prompts)))
 
 
 def _prefill_end(llm: fg.LLM) -> float:
