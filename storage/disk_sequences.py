@@ -24,6 +24,7 @@ from storage.chunks import Chunks, Layout, RawChunks, Views, ZarrChunks, touched
 from storage.device import take_positions
 from storage.disk import DiskContext
 from storage.memory import available_memory, round_up
+from storage.pinned_memory import on_host
 from storage.ring_index import even_pieces, resized_index, spans
 from storage.slots import Slot
 from storage.store import (
@@ -179,8 +180,8 @@ class DiskSequences:
     @staticmethod
     def _flat(group: _Group, arrays: Sequence[jax.Array | np.ndarray]) -> list[np.ndarray]:
         return [
-            np.asarray(a).reshape(s[0], -1, s[2])
-            for a, s in zip(arrays, group.layout.shapes, strict=True)
+            a.reshape(s[0], -1, s[2])
+            for a, s in zip(on_host(arrays), group.layout.shapes, strict=True)
         ]
 
     def _add(self, name: str, group: _Group, more: Views) -> None:

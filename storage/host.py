@@ -18,6 +18,7 @@ import numpy as np
 
 from storage.device import grow, take_positions, take_rows
 from storage.memory import aligned_bytes
+from storage.pinned_memory import on_host, pin
 from storage.pinned_ring import PinnedRing, patched
 from storage.ring_index import resized_index, spans
 from storage.slots import Slot
@@ -42,8 +43,12 @@ class HostStore:
         self._arrays: dict[str, jax.Array] = {}
 
     def put(self, name: str, array: np.ndarray) -> None:
-        """Keeps ``array``: aliased if aligned on the CPU backend, else as a pinned copy."""
-        self._arrays[name] = jax.block_until_ready(jax.device_put(array, self._home))
+        """Keeps ``array``: aliased if aligned on the CPU backend, else as a pinned copy.
+
+        Raises:
+            StorageError: no more can be pinned.
+        """
+        self._arrays[name] = pin(array, self._home)
 
     def __contains__(self, name: str) -> bool:
         return name in self._arrays
@@ -143,7 +148,7 @@ class HostSequences:
     @staticmethod
     def _write(group: _Group, arrays: Sequence[jax.Array]) -> None:
         more = arrays[0].shape[-2]
-        host = [np.asarray(array) for array in arrays]
+        host = on_host(arrays)
         for start, source, size in spans(group.length, more, group.capacity):
             for kept, array in zip(group.arrays, host, strict=True):
                 kept[..., start : start + size, :] = array[..., source : source + size, :]
@@ -172,7 +177,8 @@ class HostSequences:
         self._groups[name] = _Group(arrays, group.length, ring=True)
 
     def load(self, name: str, slot: Slot) -> tuple[jax.Array, ...]:
-        return tuple(jax.device_put(self._groups[name].arrays, self._device))
+        # A transfer may read them later, and the newest positions are written meanwhile.
+        return tuple(jax.block_until_ready(jax.device_put(self._groups[name].arrays, self._device)))
 
     def take(self, name: str, index: jax.Array) -> tuple[jax.Array, ...]:
         """Gathered here; only the positions asked for go to where ``index`` lies."""
@@ -239,7 +245,7 @@ class PinnedSequences:
         if ring:
             self._groups[name] = PinnedRing(arrays, capacity, length, self._piece, self._pinned)
             return
-        first = jax.block_until_ready(jax.device_put(tuple(arrays), self._pinned))
+        first = pin(tuple(arrays), self._pinned)
         room = min(self._piece, capacity - length)
         tail = [np.zeros((*a.shape[:-2], room, a.shape[-1]), a.dtype) for a in arrays]
         self._groups[name] = _Pieces([first], tail, 0, length, capacity)
@@ -250,7 +256,7 @@ class PinnedSequences:
             group.append(arrays)
             return
         check_capacity(name, group.length, more, group.capacity)
-        host = [np.asarray(array) for array in arrays]
+        host = on_host(arrays)
         taken = 0
         while taken < more:
             room = group.tail[0].shape[-2]
@@ -263,9 +269,7 @@ class PinnedSequences:
             group.filled += count
             if group.filled == room == self._piece:
                 full = [array.copy() for array in group.tail]  # a transfer may read it later
-                group.pieces.append(
-                    jax.block_until_ready(jax.device_put(tuple(full), self._pinned))
-                )
+                group.pieces.append(pin(tuple(full), self._pinned))
                 group.filled = 0
         group.length += more
 
@@ -284,9 +288,7 @@ class PinnedSequences:
             at = max(start, oldest)
             if at < end:
                 new = [array[..., at - oldest : end - oldest, :] for array in host]
-                group.pieces[number] = jax.block_until_ready(
-                    jax.device_put(patched(piece, rows, at - start, new), self._pinned)
-                )
+                group.pieces[number] = pin(patched(piece, rows, at - start, new), self._pinned)
             start = end
         newest = min(group.filled, positions)
         for kept, array in zip(group.tail, host, strict=True):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from storage.device import gathered, grow
+from storage.pinned_memory import on_host, pin
 from storage.ring_index import even_pieces, resized_index, spans
 from storage.store import full_nbytes
 
@@ -60,10 +61,10 @@ class PinnedRing:
         return divmod(self.length % self.capacity, self._piece)
 
     def _pin(self, number: int, arrays: tuple[Any, ...]) -> None:
-        self._pieces[number] = jax.block_until_ready(jax.device_put(arrays, self._pinned))
+        self._pieces[number] = pin(arrays, self._pinned)
 
     def append(self, arrays: Sequence[jax.Array]) -> None:
-        host = [np.asarray(array) for array in arrays]
+        host = on_host(arrays)
         more = host[0].shape[-2]
         taken = max(0, more - self.capacity)
         self.length += taken

@@ -275,7 +275,9 @@ class Chosen:
         from flexgen_jax.weights.dtypes import checked_dtype
         from scheduling.hardware import Hardware
         from storage.disk import DiskContext
+        from storage.pinned_memory import allow_pinned_memory
 
+        allow_pinned_memory()
         keep_programs()
         if process_count() > 1:
             stages = self._num_stages or jax.device_count()

@@ -85,7 +85,9 @@ def joined(options: dict[str, Any], chosen: Chosen) -> Iterator[bool]:
             "--distributed to take them from the cluster"
         )
     from flexgen_jax.distributed import processes
+    from storage.pinned_memory import allow_pinned_memory
 
+    allow_pinned_memory()
     if given["num_processes"] is not None:
         chosen.allow_cpu_devices(given["num_processes"])
     # Gloo writes to the standard output, which may be for results.

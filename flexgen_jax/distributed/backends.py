@@ -15,12 +15,13 @@ def local_devices() -> list[Any]:
     """``jax.local_devices()``.
 
     Raises:
-        BackendError: there are none; the message says what asked for them and what to do.
+        BackendError: there are none, or none of the host beside an accelerator; the message says
+            what asked for them and what to do.
     """
     import jax
 
     try:
-        return list(jax.local_devices())
+        found = list(jax.local_devices())
     # What comes depends on version and plugin, up to an assertion without a word.
     except Exception as error:
         asked = _asked()
@@ -33,6 +34,16 @@ def local_devices() -> list[Any]:
         raise BackendError(
             f"JAX finds no device{_reason(error)}. Set JAX_PLATFORMS=cpu to run on the CPU"
         ) from error
+    try:
+        jax.local_devices(backend="cpu")
+    except RuntimeError as error:
+        asked = _asked() or found[0].platform
+        raise BackendError(
+            f"JAX_PLATFORMS={asked} leaves out the CPU, on which weights are prepared and "
+            "attention on the host is computed: "
+            f"set JAX_PLATFORMS={asked},cpu, or unset it"
+        ) from error
+    return found
 
 
 def allow_cpu_devices(count: int) -> None:

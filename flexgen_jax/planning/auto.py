@@ -36,6 +36,7 @@ from scheduling.sizes import BatchSizes, ExpertSizes
 from scheduling.workload import Experts, Workload
 from storage.disk import DiskContext
 from storage.memory import available_memory
+from storage.pinned_memory import pinned_limit
 
 # Of the memory there is; the rest is for the programs, the system, and what others take meanwhile.
 MEMORY_SHARE, DISK_SHARE = 0.8, 0.9
@@ -311,6 +312,8 @@ def limits_of_this_machine(
         device = int(MEMORY_SHARE * device_memory())
     if host is None:
         host = 0 if shared else int(MEMORY_SHARE * available_memory())
+    if not shared:
+        host = min(host, pinned_limit())
     where = next(p for p in (scratch, *scratch.absolute().parents) if p.exists())
     free = DISK_SHARE * shutil.disk_usage(where).free
     disk = free + stored_nbytes

@@ -178,6 +178,20 @@ def test_a_backend_that_says_nothing(monkeypatch):
         backends.local_devices()
 
 
+def test_an_accelerator_without_the_cpu_beside_it(monkeypatch):
+    def local(backend=None):
+        if backend == "cpu":
+            raise RuntimeError("Unknown backend cpu")
+        return ["cuda:0"]
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr("jax.local_devices", local)
+    with pytest.raises(backends.BackendError, match=r"leaves out the CPU.*JAX_PLATFORMS=cuda,cpu"):
+        backends.local_devices()
+    monkeypatch.setattr("jax.local_devices", lambda backend=None: ["cuda:0"])
+    assert backends.local_devices() == ["cuda:0"]
+
+
 def test_a_directory_that_cannot_be_written(tmp_path):
     file = tmp_path / "file"
     file.touch()
