@@ -40,7 +40,9 @@ def _reasons(records: list[Record]) -> str:
     return "\n".join(["Not run:\n", *lines]) if lines else ""
 
 
-def _questions(records: list[Record], agreement: dict[str, Record], table: Table) -> str:
+def _questions(
+    records: list[Record], agreement: dict[tuple[str, int], Record], table: Table
+) -> str:
     rows = []
     for tool in _tools([r for r in records if r["kind"] == "run"]):
         own = [r for r in _of(records, tool) if r["kind"] == "run"]
@@ -49,7 +51,7 @@ def _questions(records: list[Record], agreement: dict[str, Record], table: Table
             rates.setdefault(r["run"], []).append(r["tokens_per_second"])
         best = max(rates, key=lambda run: statistics.median(rates[run]))
         chosen = next(r for r in own if r["run"] == best)
-        same = agreement.get(chosen["answers_file"])
+        same = agreement.get((chosen["answers_file"], chosen["questions"]))
         rows.append(
             (
                 *tool,
@@ -91,12 +93,13 @@ def _decode(records: list[Record], lengths: str, batches: list[int], table: Tabl
 def peers(records: list[Record], table: Table) -> str:
     """All workloads that ``records`` has."""
     parts = []
-    agreement = {r["answers_file"]: r for r in records if r["kind"] == "agreement"}
-    asked = [r for r in records if r.get("workload") == "questions"]
-    if asked:
+    agreement = {(r["answers_file"], r["of"]): r for r in records if r["kind"] == "agreement"}
+    every = [r for r in records if r.get("workload") == "questions"]
+    for count in sorted({r["questions"] for r in every}, reverse=True):
+        asked = [r for r in every if r["questions"] == count]
         own = [r for r in records if r["kind"] == "machine" or r in asked]
         parts.append(
-            f"SmolLM2-135M-Instruct answers {asked[0]['questions']} everyday questions, greedily, "
+            f"SmolLM2-135M-Instruct answers {count} everyday questions, greedily, "
             f"up to its own ends or {asked[0]['max_tokens']} tokens; loading and compiling left "
             f"out ({_note(own)}). Same answers: as "
             "transformers' in float32, token for token. Ours and llama.cpp give the place of a "
