@@ -39,23 +39,23 @@ from storage.pinned_memory import allow_pinned_memory, through_pinned
 HERE = Path(__file__).resolve().parent
 HOST = fg.Split(device=0, host=100)
 CASES: dict[str, dict[str, Any]] = {
-    "weights in host memory": {},
-    "and the cache": {"cache": HOST},
-    "and attention": {"cache": HOST, "host_attention": True},
-    "4 bits": {"weight_bits": 4},
-    "unequal lengths, refill": {"refill": True},
-    "unequal lengths, blocks": {},
+    "weights": {},
+    "weights, cache": {"cache": HOST},
+    "weights, cache, attention": {"cache": HOST, "host_attention": True},
+    "weights in 4 bits": {"weight_bits": 4},
+    "weights; unequal lengths, refill": {"refill": True},
+    "weights; unequal lengths, blocks": {},
 }
 MODELS = {
     "facebook/opt-30b": list(CASES),
-    "meta-llama/Llama-3.1-70B": ["weights in host memory", "and attention", "4 bits"],
-    "mistralai/Mixtral-8x7B-v0.1": ["weights in host memory", "4 bits"],
+    "meta-llama/Llama-3.1-70B": ["weights", "weights, cache, attention", "weights in 4 bits"],
+    "mistralai/Mixtral-8x7B-v0.1": ["weights", "weights in 4 bits"],
 }
 # The peers' cases that are like ours, with FlexGen's options.
 FLEXGEN = {
-    "weights in host memory": "--percent 0 100 100 0 100 0",
-    "and attention": "--percent 0 100 0 100 100 0 --cpu-cache-compute",
-    "4 bits": "--percent 0 100 100 0 100 0 --compress-weight",
+    "weights": "--percent 0 100 100 0 100 0",
+    "weights, cache, attention": "--percent 0 100 0 100 100 0 --cpu-cache-compute",
+    "weights in 4 bits": "--percent 0 100 100 0 100 0 --compress-weight",
 }
 _TINY = {
     "hidden_size": 64,
@@ -153,7 +153,7 @@ class Bench:
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text(json.dumps(write_config(config)))
         nbytes = 2 * sum(float(np.prod(r.shape)) for r in param_records(config).values())
-        jobs = [("vLLM", args.vllm_python, "weights in host memory", f"--gb {nbytes / 2**30:.2f}")]
+        jobs = [("vLLM", args.vllm_python, "weights", f"--gb {nbytes / 2**30:.2f}")]
         if model == "facebook/opt-30b":
             jobs += [("FlexGen", args.flexgen_python, case, o) for case, o in FLEXGEN.items()]
         for tool, python, case, options in jobs:
@@ -199,7 +199,7 @@ class Bench:
                 fg.convert_dummy(config, store, dtype="bfloat16", weight_bits=bits)
             print(f"{model}, {case} ...", file=sys.stderr, flush=True)
             try:
-                found = self._run(config, store, policy, unequal=case.startswith("unequal"))
+                found = self._run(config, store, policy, unequal="unequal" in case)
                 self.record("run", {**told, **found})
             except (RuntimeError, ValueError, fg.ExecutionError) as error:
                 self.record("failed", {**told, "failed": f"{type(error).__name__}: {error}"[:500]})

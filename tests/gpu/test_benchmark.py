@@ -33,16 +33,61 @@ def test_all_cases_of_a_model_and_peers_that_are_not_there():
         assert run["tokens_per_second"] > 0
         assert run["flop_limit"] > 0
         assert run["bus_limit"] > 0
-    fewer, more = runs["4 bits"], runs["weights in host memory"]
+    fewer, more = runs["weights in 4 bits"], runs["weights"]
     assert fewer["bus_limit"] > more["bus_limit"]
-    assert runs["unequal lengths, refill"]["occupancy"] > 0
+    assert runs["weights; unequal lengths, refill"]["occupancy"] > 0
     skipped = {(r["tool"], r["skipped"]) for r in found if r["kind"] == "skipped"}
     assert ("vLLM", "not installed: vllm") in skipped
     assert ("FlexGen", "no --flexgen-python was given") in skipped
-    assert "| facebook/opt-30b, 2 layers | 4 bits | flexgen-jax |" in table
+    assert "| facebook/opt-30b, 2 layers | weights in 4 bits | flexgen-jax |" in table
 
 
 def test_without_time_it_says_what_it_left_out():
     found, _ = bench("--model", "mistralai/Mixtral-8x7B-v0.1", "--minutes", "0")
     left = [r["skipped"] for r in found if r.get("tool") == "flexgen-jax"]
     assert left == ["out of time"] * 2
+
+
+FLEXGEN = """
+import dataclasses
+
+@dataclasses.dataclass
+class Config:
+    num_hidden_layers: int = 48
+
+def get_opt_config(name):
+    return Config()
+
+def add_parser_arguments(parser):
+    for name in ("model", "path", "offload-dir", "log-file"):
+        parser.add_argument(f"--{name}")
+    for name in ("gpu-batch-size", "num-gpu-batches", "prompt-len", "gen-len", "verbose"):
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--percent", nargs="+", type=int)
+
+class timers:
+    def __init__(self, name):
+        self.costs = [1.0, 0.25, 0.25]
+
+def run_flexgen(args):
+    assert args.path == "_DUMMY_" and args.percent == [0, 100, 100, 0, 100, 0]
+    assert get_opt_config(args.model).num_hidden_layers == 2
+    tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
+    (ids,) = tokenizer(["a"], padding="max_length", max_length=args.prompt_len).input_ids
+    assert len(ids) == 8
+"""
+
+
+def test_how_flexgens_package_is_asked(tmp_path):
+    """With a stand-in that has the functions of flexgen 0.1.8 which are called."""
+    (tmp_path / "flexgen").mkdir()
+    (tmp_path / "flexgen" / "__init__.py").touch()
+    (tmp_path / "flexgen" / "flex_opt.py").write_text(FLEXGEN)
+    command = [sys.executable, str(ROOT / "benchmarks" / "peers" / "on_gpu.py"), "flexgen"]
+    command += ["--folder", str(tmp_path), "--batch", "3", "--num-batches", "2", "--layers", "2"]
+    command += ["--prompt-len", "8", "--gen-len", "4", "--percent"]
+    command += ["0", "100", "100", "0", "100", "0"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["tokens_per_second"] == 16
