@@ -57,8 +57,7 @@ class WeightFormat:
         """With the layout that is made now: the faster one for few rows on a CPU.
 
         Of bfloat16 that is (out, in), as published: up to twice as fast with jax 0.10, no slower
-        with 0.12. Of float32 CPUs differ, and (in, out) stays what it was: it is 1.2 to 1.8 times
-        as fast with AVX-512, and 0.5 to 0.8 times without.
+        with 0.12. Of float32 CPUs differ, and (in, out) stays what it was: docs/models.md.
         """
         return cls(dtype, bits, group, "in_out" if dtype == "float32" else "out_in")
 

@@ -211,3 +211,21 @@ def test_the_workspace_that_is_counted_is_what_is_taken(rows, seq, heads, kv_hea
     result = rows * heads * seq * dim * 4  # which is computed in 32 bits
     assert taken.temp_size_in_bytes <= counted * 1.3 + result + 4 * rows * seq * seq + 2**20
     assert counted < 64 * 2**20  # never a square of all heads
+
+
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_ways_of_multiplying_few_queries_agree(group, dtype, monkeypatch):
+    """Which one is taken depends on the version of JAX."""
+    draws = [
+        jax.random.normal(jax.random.key(number), (2, 2, size, 8), dtype)
+        for number, size in enumerate((6, 6, 1, 1))
+    ]
+    query = jax.random.normal(jax.random.key(9), (2, 2 * group, 1, 8), dtype)
+    cache, new = LayerCache(*draws[:2]), LayerCache(*draws[2:])
+    found = []
+    for shares in (False, True):
+        monkeypatch.setattr(attention, "_SHARES_ROWS", shares)
+        made = attention.attend_cached(query, cache, new, jnp.int32(4), jnp.array([0, 2]))
+        found.append(np.asarray(made, np.float32))
+    np.testing.assert_allclose(found[0], found[1], atol=1e-5 if dtype == "float32" else 1e-2)
