@@ -20,10 +20,10 @@ os.environ["FLEXGEN_JAX_CACHE"] = "/nonexistent/flexgen-jax-tests-must-pass-offl
 # Nor is any to measure the machine, unless it asks for that.
 os.environ["FLEXGEN_JAX_PROFILE"] = "off"
 
-# Programs are kept for this run of the tests only, which workers and the processes that they start
-# share: the same ones are asked for again and again.
+# Programs are kept for this run of the tests only: the same ones are asked for again and again.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["FLEXGEN_JAX_PROGRAMS"] = tempfile.mkdtemp(prefix="flexgen-jax-tests-programs-")
+_PROGRAMS = Path(os.environ["FLEXGEN_JAX_PROGRAMS"])
 
 # Two runs of a job are the same job: what they answer has no clock in it.
 os.environ["SOURCE_DATE_EPOCH"] = "1700000000"
@@ -46,21 +46,24 @@ install_import_hook(
 import jax
 import pytest
 from hypothesis import settings
-from jax._src.lru_cache import LRUCache
 
 from flexgen_jax.machine.kept_programs import keep_programs
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_num_cpu_devices", 4)  # for pipeline stages
 
+# Workers share theirs without limit. With one, JAX looks through all of them for each new one, half
+# a second where there are 6,000, in which nobody else gets any. Processes that tests start have the
+# limit of every user; so they share others, which are few.
+os.environ["FLEXGEN_JAX_PROGRAMS"] = str(_PROGRAMS / "workers")
 keep_programs()
-# Nothing is evicted, and looking through all programs for each new one takes as long as making it.
-LRUCache._evict_if_needed = lambda self, **_: None
+jax.config.update("jax_compilation_cache_max_size", -1)
+os.environ["FLEXGEN_JAX_PROGRAMS"] = str(_PROGRAMS / "started")
 
 
 def pytest_unconfigure():
     if "PYTEST_XDIST_WORKER" not in os.environ:
-        shutil.rmtree(os.environ["FLEXGEN_JAX_PROGRAMS"], ignore_errors=True)
+        shutil.rmtree(_PROGRAMS, ignore_errors=True)
 
 
 # Machines are shared and noisy: what matters is that the property holds, not how fast it is shown.

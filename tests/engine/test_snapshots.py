@@ -3,12 +3,7 @@
 import dataclasses
 import json
 import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -21,6 +16,7 @@ from flexgen_jax.jobs.results import FileResults, StreamResults
 from flexgen_jax.requests.sampling_params import SamplingParams
 from scheduling import zigzag
 from storage.store import StorageError
+from tests.killing import killed
 from tests.scheduling.strategies import in_parts
 
 MODEL = "flexgen_jax/demo_model"
@@ -274,30 +270,23 @@ def test_checkpoints_need_an_output_file(source, offload):
 
 
 def test_a_killed_process_goes_on_inside_the_block(source, tmp_path, offload):
-    """SIGKILL at a random moment of a process that saves at every step."""
+    """SIGKILL in the middle of saving, to a process that saves at every step."""
     arguments = [
         *("generate", "--model", MODEL, "-i", str(source), "--ignore-eos", "--quiet"),
         *("--gpu-batch-size", "2", "--num-gpu-batches", "3", "--percent", "0", "0", "0", "50", "0"),
-        *("0", "--max-tokens", "60", "--offload-dir", offload),
+        *("0", "--max-tokens", "30", "--offload-dir", offload),
     ]
     result = CliRunner().invoke(main, [*arguments, "-o", str(tmp_path / "clean")])
     assert result.exit_code == 0, result.output
-    target = str(tmp_path / "out")
-    command = [sys.executable, "-m", "flexgen_jax", *arguments, "-o", target]
-    process = subprocess.Popen(
-        [*command, "--checkpoint-minutes", "1e-9"],
-        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
-    )
-    steps = random.Random(3).randint(5, 30)
-    while process.poll() is None:
-        states = list((tmp_path / "out.checkpoint").glob(f"{steps}*/state.json"))
-        if states:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-    assert process.returncode == -signal.SIGKILL
-    kept = [json.loads(p.read_text()) for p in (tmp_path / "out.checkpoint").glob("*/state.json")]
-    steps_done = [b["number"] + state["steps"] for state in kept for b in state["batches"]]
-    assert max(steps_done) >= steps
+    target, saved = str(tmp_path / "out"), 12
+    # The first call writes the mark, and every other one the state, when the arrays are there.
+    arguments_once = [*arguments, "-o", target, "--checkpoint-minutes", "1e-9"]
+    killed("flexgen_jax.engine.snapshots", "_write_durably", saved + 2, arguments_once)
+    (kept,) = (tmp_path / "out.checkpoint").glob("*/state.json")
+    assert kept.parent.name == str(saved - 1)
+    assert list((tmp_path / "out.checkpoint" / str(saved)).glob("cells_*"))
+    state = json.loads(kept.read_text())
+    assert max(b["number"] + state["steps"] for b in state["batches"]) >= saved
     # Without the option, too.
     result = CliRunner().invoke(main, [*arguments, "-o", target])
     assert result.exit_code == 0, result.output

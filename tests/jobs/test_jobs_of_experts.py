@@ -4,11 +4,7 @@ run."""
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +17,7 @@ from flexgen_jax.jobs.job_input import JobInput
 from flexgen_jax.jobs.results import FileResults
 from flexgen_jax.planning.window_size import WindowSize
 from flexgen_jax.weights.checkpoint import convert
+from tests.killing import killed
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "tests" / "goldens" / "families" / "qwen3_moe"
@@ -105,14 +102,11 @@ def test_a_process_that_is_killed(store, tmp_path):
     result = CliRunner().invoke(main, [*arguments, "-o", str(tmp_path / "clean")])
     assert result.exit_code == 0, result.output
     arguments += ["-o", str(tmp_path / "out")]
-    command = [sys.executable, "-m", "flexgen_jax", *arguments, "--checkpoint-minutes", "1e-9"]
     kept, states = tmp_path / "out.ordered", tmp_path / "out.checkpoint"
-    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
-        while process.poll() is None:
-            if kept.exists() and kept.stat().st_size and list(states.glob("*/state.json")):
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-    assert process.returncode == -signal.SIGKILL
+    durably = "flexgen_jax.engine.snapshots", "_write_durably"
+    killed(*durably, 30, [*arguments, "--checkpoint-minutes", "1e-9"])
+    assert kept.stat().st_size
+    assert list(states.glob("*/state.json"))
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     assert (tmp_path / "out").read_bytes() == (tmp_path / "clean").read_bytes()
