@@ -13,7 +13,7 @@ demo: $(STAMP)
 	$(BIN)/flexgen-jax demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 --durations 40
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 --durations 40
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """Every test runs with shapes and dtypes checked, and with JAX's strict dtype promotion."""
 
+import gc
 import os
 import shutil
 import signal
@@ -48,6 +49,7 @@ import pytest
 from hypothesis import settings
 
 from flexgen_jax.machine.kept_programs import keep_programs
+from storage.memory import give_back
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_num_cpu_devices", 4)  # for pipeline stages
@@ -75,13 +77,15 @@ settings.load_profile("default")
 MOST_RESIDENT = 1_000_000_000
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def _programs_do_not_pile_up():
     """A worker that runs many files would hold the programs of all of them."""
     yield
     statm = Path("/proc/self/statm")
     if statm.exists() and int(statm.read_text().split()[1]) * 4096 > MOST_RESIDENT:
         jax.clear_caches()
+        gc.collect()
+        give_back()
 
 
 @pytest.fixture

@@ -290,6 +290,7 @@ def test_the_weights_are_fixed_once_in_place(offload):
 DEMO = Path(fg.__file__).parent / "demo_model"
 
 
+@pytest.mark.usefixtures("optimised")  # 100,000 rows of it are computed
 def test_the_error_on_the_bundled_model(tmp_path):
     """4 bits within 3% of full precision's perplexity, 8 within 0.3%, sparse within 3% more."""
     text = (DEMO / "held_out.txt").read_text(encoding="utf-8")
@@ -312,7 +313,7 @@ def test_the_error_on_the_bundled_model(tmp_path):
             "8": {**off, "weight_bits": 8, "cache_bits": 8},
             "4 sparse": ways["all together"],
         },
-        context=256,
+        context=128,
         max_windows=32,
     )
     full, four, eight, sparse = (row.perplexity for row in rows)

@@ -29,6 +29,9 @@ THOROUGH = (
     "granite",
     "smollm3",
 )
+# Those of them with windows, soft caps or a scale of their own in attention, and a plain one. For
+# the cache in codes and for stages the others are nothing new.
+ATTENDING = ("llama3", "mistral", "gemma2", "gemma3", "granite")
 # Those with experts, of which one stands for all in the ways to compute them.
 SPARSE = (
     "mixtral",
@@ -83,8 +86,9 @@ def test_the_tokens_of_transformers_from_every_tier(variant, store_of):
     tokens, bits = run(store)
     assert tokens == expected["tokens"]
 
+    stages = {"num_stages": 2} if variant in ATTENDING else {}
     spread = {"weights": MIXED, "cache": MIXED, "hidden": DISK}
-    for options in (spread, {"weights": DISK, "cache": DISK, "hidden": HOST, "num_stages": 2}):
+    for options in (spread, {"weights": DISK, "cache": DISK, "hidden": HOST, **stages}):
         again, same = run(store, **options)
         assert again == tokens
         equal_bits(same, bits)
@@ -95,6 +99,10 @@ def test_the_tokens_of_transformers_from_every_tier(variant, store_of):
     sparse, _ = run(store, cache=HOST, attention_sparsity=0.999)
     assert sparse == tokens
 
+
+@pytest.mark.parametrize("variant", ATTENDING)
+def test_a_cache_in_codes_from_every_tier(variant, store_of):
+    store, tokens = store_of(variant), EXPECTED["variants"][variant]["tokens"]
     coarse, codes = run(store, cache=DEVICE, cache_bits=4)
     again, same = run(store, cache=DISK, weights=DISK, cache_bits=4)
     assert again == coarse
