@@ -66,6 +66,7 @@ class Pipeline:
                 [sys.executable, *arguments(index, address)],
                 env={**environment, **variables(index)},
                 cwd=cwd,
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -126,9 +127,11 @@ import jax
 index, address, stages, path = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
 jax.config.update("jax_num_cpu_devices", -(-stages // 2))
 from flexgen_jax.distributed.processes import initialize
+from flexgen_jax.machine.kept_programs import keep_programs
 import flexgen_jax as fg
 from tests.engine.test_stages import PROMPTS, PARAMS, MIXED, policy
 
+keep_programs()
 initialize(address, 2, index, timeout=20)
 chosen = policy(stages, weights=MIXED, cache=MIXED, hidden=MIXED)
 with fg.LLM(path, policy=chosen, schedule=sys.argv[5]) as llm:
@@ -199,6 +202,30 @@ def test_a_job_of_slurm_each_process_with_its_layers_only(tmp_path, store, lines
     assert report["errors"] == 1
 
 
+# The command line, which keeps a third part of the results only when its standard input is closed:
+# what happens to it or to others before comes in the middle of the job, on a fast machine, too.
+GATED = """
+import sys
+from flexgen_jax.cli.entry import main
+from flexgen_jax.jobs.results import FileResults
+
+add_part, parts = FileResults.add_part, []
+
+def adding(self, *about):
+    if len(parts) == 2:
+        sys.stdin.read()
+    parts.append(None)
+    add_part(self, *about)
+
+FileResults.add_part = adding
+main()
+"""
+
+
+def gated(index):
+    return ["-c", GATED, "--log-level", "info"] if index == 0 else ["-m", "flexgen_jax"]
+
+
 def begun(process):
     """Waits until two parts of the results are kept."""
     said = []
@@ -214,13 +241,13 @@ def test_the_other_ends_and_names_the_stage_when_one_is_killed(
     tmp_path, store, lines, expected, killed
 ):
     def arguments(index, address):
-        options = [*lines, "--log-level", "info"] if index == 0 else lines
-        where = job(tmp_path, store, *options[: len(lines)], index=index, address=address)
-        return ["-m", "flexgen_jax", *options[len(lines) :], *where]
+        where = job(tmp_path, store, *lines, index=index, address=address)
+        return [*gated(index), *where]
 
     with Pipeline(arguments) as pipeline:
         begun(pipeline.processes[0])
         pipeline.processes[killed].send_signal(signal.SIGKILL)
+        pipeline.processes[killed].wait()
         code, _, errors = pipeline.ends()[1 - killed]
     assert code not in (0, None)
     stages = ["(stage 0, layers 0 to 3)", "(stage 1, layers 4 to 7)"]
@@ -237,13 +264,8 @@ def test_the_other_ends_and_names_the_stage_when_one_is_killed(
 
 def test_one_that_hangs_is_taken_for_lost(tmp_path, store, lines):
     def arguments(index, address):
-        return [
-            "-m",
-            "flexgen_jax",
-            "--log-level",
-            "info",
-            *job(tmp_path, store, *lines, index=index, address=address, timeout="6"),
-        ]
+        where = job(tmp_path, store, *lines, index=index, address=address, timeout="6")
+        return [*gated(index), *where]
 
     with Pipeline(arguments) as pipeline:
         leader, follower = pipeline.processes
@@ -284,7 +306,7 @@ def test_what_fails_in_one_is_said_by_all(tmp_path, store, lines):
 def test_an_interrupt_ends_all_and_says_how_to_go_on(tmp_path, store, lines):
     def arguments(index, address):
         where = job(tmp_path, store, *lines, index=index, address=address)
-        return ["-m", "flexgen_jax", "--log-level", "info", *where]
+        return [*gated(index), *where]
 
     with Pipeline(arguments) as pipeline:
         leader, _ = pipeline.processes

@@ -22,9 +22,11 @@ import jax
 index, address, stages, path = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
 jax.config.update("jax_num_cpu_devices", -(-stages // 2))
 from flexgen_jax.distributed.processes import initialize
+from flexgen_jax.machine.kept_programs import keep_programs
 import flexgen_jax as fg
 from tests.test_families import DISK, MIXED, NEW, PROMPTS
 
+keep_programs()
 initialize(address, 2, index, timeout=20)
 policy = fg.Policy(
     device_batch_size=4, num_device_batches=2, num_stages=stages, weights=MIXED, experts=DISK,
