@@ -55,14 +55,20 @@ number: int = fg.LLM("model").generate("a")[0].outputs[0].text
 """
 
 
-def errors(tmp_path, text):
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """What mypy has made of the package, and of what that imports, is the same for any script."""
+    return tmp_path_factory.mktemp("mypy")
+
+
+def errors(tmp_path, cache, text):
     """What mypy says of a user's script: what is wrong inside an installed package it leaves."""
     pytest.importorskip("mypy", reason="mypy is of the dependency group check")
     (tmp_path / "script.py").write_text(text)
     done = subprocess.run(
         [
             *(sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent"),
-            *("--cache-dir", str(tmp_path / "cache"), "script.py"),
+            *("--cache-dir", str(cache), "script.py"),
         ],
         cwd=tmp_path,
         env={**os.environ, "MYPYPATH": str(ROOT)},
@@ -74,12 +80,12 @@ def errors(tmp_path, text):
     return [line for line in done.stdout.splitlines() if ": error: " in line]
 
 
-def test_a_script_is_checked_strictly(tmp_path):
-    assert errors(tmp_path, SCRIPT) == []
+def test_a_script_is_checked_strictly(tmp_path, cache):
+    assert errors(tmp_path, cache, SCRIPT) == []
 
 
-def test_what_is_wrong_in_a_script_is_found(tmp_path):
-    found = errors(tmp_path, WRONG)
+def test_what_is_wrong_in_a_script_is_found(tmp_path, cache):
+    found = errors(tmp_path, cache, WRONG)
     assert [line.split(":")[1] for line in found] == ["3", "4", "5"]
 
 

@@ -70,11 +70,10 @@ class Killer:
 def write_lines(path, count, seed=5, bad=()):
     """Prompts of unequal lengths; every line of ``bad`` is none."""
     random_ = random.Random(seed)
-    words = ["the", "tide", "comes", "in", "and", "out", "again", "my", "lord", "says", "nothing"]
     with path.open("w") as file:
         for i in range(1, count + 1):
-            text = " ".join(random_.choices(words, k=random_.randint(1, 8)))
-            line = {"id": f"r{i}", "prompt": text, "max_tokens": random_.choice((2, 5))}
+            ids = [random_.randint(4, 70) for _ in range(random_.randint(1, 12))]
+            line = {"id": f"r{i}", "prompt_token_ids": ids, "max_tokens": random_.choice((2, 5))}
             if i % 3 == 0:  # sampled
                 line |= {"temperature": 1.0}
             file.write("nonsense\n" if i in bad else json.dumps(line) + "\n")
@@ -84,7 +83,7 @@ def test_a_job_that_is_killed_again_and_again(tmp_path, offload):
     """A dozen times and more, from its first moment to its last."""
     source = tmp_path / "in.jsonl"
     write_lines(source, 99, bad=(7, 50, 51))
-    arguments = ["generate", "--model", DEMO, "--offload-dir", offload, "-i", str(source)]
+    arguments = ["generate", "--model", MODEL, "--offload-dir", offload, "-i", str(source)]
     arguments += ["--device-batch-size", "4", "--num-device-batches", "2", "--window", "32"]
     random_, kills, outputs, went_on = random.Random(11), 0, 0, 0
     with Killer(tmp_path) as killer:

@@ -94,11 +94,13 @@ def test_sinks_and_windows_count_for_each_new_token():
     config, params = loaded("gpt_oss")
     tokens, padding = map(jnp.asarray, padded([PROMPTS[-1], PROMPTS[-2]]))
     whole = np.asarray(forward(params, tokens, config, padding))
-    _, caches = decoding.prefill(
-        params, tokens[:, :-1], config, cache_len=tokens.shape[1], padding=padding
+    prefill = jax.jit(decoding.prefill, static_argnames=("config", "cache_len"))
+    _, caches = prefill(
+        params, tokens[:, :-1], config=config, cache_len=tokens.shape[1], padding=padding
     )
     last = jnp.int32(tokens.shape[1] - 1)
-    step, _ = decoding.decode(params, tokens[:, -1], caches, last, config, padding=padding)
+    decode = jax.jit(decoding.decode, static_argnames="config")
+    step, _ = decode(params, tokens[:, -1], caches, last, config=config, padding=padding)
     np.testing.assert_allclose(step, whole[:, -1], rtol=1e-4, atol=1e-3)
 
     hidden = jnp.asarray(whole[:, -1:, : config.hidden_size])
