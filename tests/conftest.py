@@ -88,15 +88,21 @@ def _programs_do_not_pile_up():
         give_back()
 
 
+_QUICKLY = jax.config.read("jax_disable_most_optimizations")
+
+
 @pytest.fixture
 def optimised():
     """Programs as users have them."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-    jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def _programs_are_of_one_kind(request):
+    """JAX does not tell them apart. Tests that follow one another and want the same share them."""
+    quickly = _QUICKLY and "optimised" not in request.fixturenames
+    if jax.config.read("jax_disable_most_optimizations") != quickly:
+        jax.clear_caches()
+        jax.config.update("jax_disable_most_optimizations", quickly)
 
 
 @pytest.fixture(scope="session")
