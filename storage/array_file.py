@@ -46,6 +46,15 @@ class Stamp(NamedTuple):
         found = os.stat(file)
         return cls(found.st_size, found.st_mtime_ns, found.st_ino)
 
+    def still_of(self, file: str) -> bool:
+        """Whether ``file`` is what it was; cheap, for it is asked at every read.
+
+        Raises:
+            OSError: there is none.
+        """
+        found = os.stat(file)
+        return self == (found.st_size, found.st_mtime_ns, found.st_ino)
+
 
 @dataclasses.dataclass(frozen=True)
 class ArrayFile:

@@ -7,7 +7,6 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from pathlib import Path
 
 MOST = 256
 
@@ -21,11 +20,11 @@ class Descriptors:
 
     def __init__(self, most: int = MOST) -> None:
         self._most = most
-        self._open: OrderedDict[tuple[Path, int], list[int]] = OrderedDict()  # descriptor, readers
+        self._open: OrderedDict[tuple[str, int], list[int]] = OrderedDict()  # descriptor, readers
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
-    def opened(self, path: Path, flags: int) -> Iterator[int]:
+    def opened(self, path: str, flags: int) -> Iterator[int]:
         """A descriptor of ``path``, which stays open meanwhile.
 
         Raises:

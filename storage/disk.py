@@ -24,7 +24,7 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 
-from storage.array_file import ArrayFile, Stamp
+from storage.array_file import ArrayFile
 from storage.checksums import TensorChecksum, is_finite, tensor_checksum
 from storage.descriptors import Descriptors
 from storage.memory import ALIGNMENT, available_memory, populate, resident_fraction, round_up
@@ -84,6 +84,7 @@ class _OpenTensor:
         self.name = name
         self.file = file
         self._descriptors = descriptors
+        self._path = os.fspath(file.chunk)
         self.start = file.offset or 0
         # Bytes before the tensor in the page that it begins in.
         self.lead = self.start % mmap.PAGESIZE
@@ -171,7 +172,7 @@ class _OpenTensor:
     def _read_calls(self, target: memoryview, call_nbytes: int) -> None:
         position, wanted, first = 0, self.lead + self.file.nbytes, self.start - self.lead
         whole = round_up(wanted)
-        with self._descriptors.opened(self.file.chunk, os.O_RDONLY | self._direct) as descriptor:
+        with self._descriptors.opened(self._path, os.O_RDONLY | self._direct) as descriptor:
             while position < wanted:
                 into = target[position : min(whole, position + call_nbytes)]
                 got = os.preadv(descriptor, [into], first + position)
@@ -182,7 +183,7 @@ class _OpenTensor:
 
     def _read_cached(self, target: memoryview) -> None:
         position = 0
-        with self._descriptors.opened(self.file.chunk, os.O_RDONLY) as descriptor:
+        with self._descriptors.opened(self._path, os.O_RDONLY) as descriptor:
             while position < self.file.nbytes:
                 into = target[position : self.file.nbytes]
                 got = os.preadv(descriptor, [into], self.start + position)
@@ -229,7 +230,7 @@ class _OpenTensor:
 
     def _check_unchanged(self) -> None:
         """Raises if the file is no longer the one that was opened, or was written to."""
-        if self.file.stamp is not None and Stamp.of(self.file.chunk) != self.file.stamp:
+        if self.file.stamp is not None and not self.file.stamp.still_of(self._path):
             raise StorageError(
                 f"{self.name} was changed or replaced while it was in use: {self.file.chunk} is "
                 "not the file that was opened; what was computed so far stands, the rest would be "
@@ -338,6 +339,9 @@ class DiskStore:
             reads.append((tensor, block))
             views[name] = tensor.typed(block)
         self._read_all(reads)
+        if self._aliases:
+            for tensor, _ in reads:
+                views[tensor.name] = slot.alias(views[tensor.name], self._device)
         # The consumer's result, not this transfer, tells when the slot may be refilled; waiting
         # here makes the copy to an accelerator count as loading, which it is.
         moved = {n: v for n, v in views.items() if not isinstance(v, jax.Array)}
@@ -386,13 +390,17 @@ class DiskStore:
             if self._readers is None:
                 self._readers = ThreadPoolExecutor(_AT_A_TIME, "flexgen-read")
             # All have ended when this returns or raises: no thread writes into a slot later.
-            futures = [self._readers.submit(self._read, *one) for one in reads]
+            shares = [reads[n::_AT_A_TIME] for n in range(_AT_A_TIME)]
+            futures = [self._readers.submit(self._read_each, share) for share in shares]
             wait(futures)
             for future in futures:
                 future.result()
             return
-        for one in reads:
-            self._read(*one)
+        self._read_each(reads)
+
+    def _read_each(self, reads: Sequence[tuple[_OpenTensor, np.ndarray]]) -> None:
+        for tensor, block in reads:
+            self._read(tensor, block)
 
     def _read(self, tensor: _OpenTensor, block: np.ndarray) -> None:
         mode, file = self._context.mode, tensor.file

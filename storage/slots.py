@@ -24,6 +24,7 @@ class Slot:
         self._memory = aligned_bytes(round_up(nbytes), touch=True)
         self._used = 0
         self._readers: list[Any] = []
+        self._aliases: dict[Any, jax.Array] = {}
 
     @property
     def nbytes(self) -> int:
@@ -35,6 +36,7 @@ class Slot:
         jax.block_until_ready(readers)
         self._used = 0
         if nbytes > self._memory.nbytes:
+            self._aliases.clear()
             self._memory = aligned_bytes(0)  # give the old memory back first
             self._memory = aligned_bytes(round_up(nbytes), touch=True)
 
@@ -47,6 +49,17 @@ class Slot:
             )
         self._used = end
         return self._memory[start:end]
+
+    def alias(self, view: np.ndarray, device: Any) -> jax.Array:
+        """``view``, of what was taken, as an array of the CPU ``device``: it *is* the memory.
+
+        Made once for each place, shape and dtype: what is loaded next into the same place is seen
+        through the same array. Making one takes longer than reading a small tensor.
+        """
+        key = view.ctypes.data, view.shape, view.dtype, device
+        if key not in self._aliases:
+            self._aliases[key] = jax.device_put(view, device)
+        return self._aliases[key]
 
     def release(self, readers: Iterable[Any]) -> None:
         """Hands the slot back; ``readers`` are the results (JAX arrays) computed from it."""
