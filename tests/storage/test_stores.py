@@ -307,3 +307,21 @@ def test_small_tensors_are_mapped_unless_they_are_many(tmp_path, monkeypatch):
         disk = DiskStore(files, DiskContext(mode="auto"))
         assert disk.slot_nbytes(list(files)) == slots
         disk.close()
+
+
+def test_a_place_of_a_slot_has_one_array():
+    """Making an array takes longer than reading a small tensor; a larger slot is another place."""
+    slot, device = Slot(), jax.local_devices(backend="cpu")[0]
+    seen = []
+    for nbytes, value in ((1 << 12, 1), (1 << 12, 2), (1 << 24, 3), (1 << 12, 4)):
+        slot.begin(nbytes)
+        block = slot.take(1 << 12).view(np.float32)
+        block[:] = value
+        seen.append(slot.alias(block, device))
+        assert np.asarray(seen[-1]).max() == np.asarray(seen[-1]).min() == value
+        assert seen[-1].unsafe_buffer_pointer() == block.ctypes.data
+    assert seen[0] is seen[1]
+    assert seen[1] is not seen[2]
+    assert seen[2] is seen[3]
+    slot.begin()
+    assert slot.alias(slot.take(64).view(np.int8), device).dtype == np.int8
