@@ -22,6 +22,8 @@ from flexgen_jax.weights.checkpoint import cache_directory
 VARIABLE = "FLEXGEN_JAX_PROGRAMS"
 _BEING_WRITTEN = 60.0  # seconds: a younger one may be on its way
 MOST_NBYTES = 1 << 30  # of a directory; what was not used for longest goes first
+# JAX looks at all that are kept whenever it adds one: half a second with 6,400, measured.
+MOST = 1000
 
 
 def keep_programs() -> Path | None:
@@ -43,6 +45,7 @@ def keep_programs() -> Path | None:
         with tempfile.TemporaryFile(dir=directory) as probe:
             probe.write(b"x")
         _drop_halves(directory)
+        _drop_oldest(directory)
     except OSError:
         return None
     # A disk that fills later, or a program that cannot be read, is compiled again without a word.
@@ -65,6 +68,24 @@ def _drop_halves(directory: Path) -> None:
         with contextlib.suppress(OSError):  # another process removes it, too
             if time.time() - program.stat().st_mtime > _BEING_WRITTEN:
                 program.unlink()
+
+
+def _drop_oldest(directory: Path) -> None:
+    """Leaves the three quarters of :data:`MOST` that were used last, once there are more than it.
+
+    Another process may remove the same ones, or compile again what it finds gone.
+    """
+    used = list(directory.glob("*-atime"))
+    if len(used) <= MOST:
+        return
+    when: dict[Path, int] = {}
+    for path in used:
+        with contextlib.suppress(OSError):
+            when[path] = int.from_bytes(path.read_bytes(), "little")
+    for path in sorted(when, key=lambda path: when[path])[: len(used) - MOST * 3 // 4]:
+        program = path.with_name(path.name.removesuffix("-atime") + "-cache")
+        for each in (program, path):  # a program alone is a half, and goes one day
+            each.unlink(missing_ok=True)
 
 
 def _in_use() -> bool:

@@ -107,6 +107,33 @@ def test_they_are_bounded(compiled):
     assert 0 < sum(fewer.values()) <= most
 
 
+def test_few_enough_are_kept_to_look_at_each(tmp_path, monkeypatch):
+    """Those that were used last stay; nothing happens while there are no more than the most."""
+    monkeypatch.setenv("FLEXGEN_JAX_PROGRAMS", str(tmp_path))
+    monkeypatch.setattr(kept_programs, "MOST", 8)
+    monkeypatch.setattr(kept_programs, "_in_use", lambda: False)
+    monkeypatch.setattr("jax.config.update", lambda *_: None)
+    directory = tmp_path / kept_programs.this_cpu()
+    directory.mkdir()
+
+    def add(names):
+        for name in names:
+            (directory / f"{name}-cache").write_bytes(b"program")
+            used = (99 - int(name)).to_bytes(8, "little")  # the first was used last
+            (directory / f"{name}-atime").write_bytes(used)
+
+    def names():
+        assert kept_programs.keep_programs() == directory
+        found = {path.name.partition("-") for path in directory.iterdir()}
+        assert {last for *_, last in found} == {"atime", "cache"}
+        return sorted({name for name, *_ in found}, key=int)
+
+    add(map(str, range(8)))
+    assert names() == [str(n) for n in range(8)]
+    add(map(str, range(8, 11)))
+    assert names() == [str(n) for n in range(6)]
+
+
 def test_a_full_disk_ends_nothing(compiled, tmp_path):
     """Halves that it leaves are in nobody's way later."""
     said, halves = compiled(10**9, "full")
