@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from scheduling.candidates import Candidate
+from scheduling.linear_program import SPLITS
 from scheduling.policy import Policy, Split, Tier
 from scheduling.shapes import Shapes
 
@@ -165,32 +166,35 @@ class _Climb:
         return self.search.rounded(shape, fixed, within=self.best / _SLACK)
 
     def _shifted(self, policy: Policy) -> Iterator[Candidate | None]:
-        """A part of one kind of tensors in another tier."""
+        """A part of one kind of tensors in another tier. If there is no room for it, the weights
+        make some; for weights the experts do, or else the cache."""
         for kind in ("weights", "cache", "hidden", "experts"):
             split = getattr(policy, kind)
             if split is None or kind in self.search.fixed:
                 continue
-            shares = {tier.value: share for tier, share in split.shares().items()}
-            for give, take in itertools.permutations(shares, 2):
-                if take == Tier.HOST.value and self.dealer.limits.shared:
+            for moved in self._moved(split):
+                key = policy, kind, moved
+                if key in self.tried:
                     continue
-                for shift in sorted({min(most, shares[give]) for most in _SHIFTS} - {0.0}):
-                    left = round(shares[give] - shift, 6)
-                    moved = shares | {
-                        give: left,
-                        take: round(
-                            100
-                            - left
-                            - sum(
-                                share for tier, share in shares.items() if tier not in (give, take)
-                            ),
-                            6,
-                        ),
-                    }
-                    key = policy, kind, tuple(moved.values())
-                    if key not in self.tried:
-                        self.tried.add(key)
-                        yield self.dealer.dealt(policy, {kind: Split(**moved)}, {})
+                self.tried.add(key)
+                found = self.dealer.dealt(policy, {kind: moved}, {})
+                if found is None:
+                    free = {"weights", "experts"} - {kind}
+                    if kind == "weights" and policy.experts is None:
+                        free = {"cache"}
+                    kept = {k: getattr(policy, k) for k in SPLITS if k not in free}
+                    found = self._with(self.search.shape(policy), kept | {kind: moved})
+                yield found
+
+    def _moved(self, split: Split) -> Iterator[Split]:
+        shares = {tier.value: share for tier, share in split.shares().items()}
+        for give, take in itertools.permutations(shares, 2):
+            if take == Tier.HOST.value and self.dealer.limits.shared:
+                continue
+            for shift in sorted({min(most, shares[give]) for most in _SHIFTS} - {0.0}):
+                left = round(shares[give] - shift, 6)
+                others = sum(s for tier, s in shares.items() if tier not in (give, take))
+                yield Split(**shares | {give: left, take: round(100 - left - others, 6)})
 
 
 def _tiers(search: Shapes) -> list[Tier]:

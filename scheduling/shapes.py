@@ -70,7 +70,7 @@ class Shapes:
         stages = self.base.num_stages
         # Fewer batches than stages leave stages idle.
         self.counts = _BATCHES if stages == 1 else (stages, 2 * stages, 4 * stages)
-        self.most_batches = max(_MOST_BATCHES, self.counts[-1])
+        self.most_batches = max(_MOST_BATCHES // stages * stages, self.counts[-1])
         # What is said of weights holds for experts, unless those are said.
         self._together = self.base.experts is None and bool({"weights", "experts"} & set(fixed))
         # By shape and choices: what the program says, and the candidate that it was dealt out to.
@@ -96,7 +96,7 @@ class Shapes:
         return dataclasses.replace(policy, **splits)
 
     def neighbours(self, policy: Policy, *, both: bool = False) -> Iterator[tuple[int, int]]:
-        """Shapes of blocks near its own: half to twice as many rows or batches.
+        """Shapes of blocks near its own: half to twice as many rows or batches, up to the most.
 
         Args:
             both: Also fewer of one and more of the other.
@@ -105,7 +105,10 @@ class Shapes:
         steps = [(a, 1.0) for a in (0.5, 0.75, 1.5, 2.0)] + [(1.0, a) for a in (0.5, 0.75, 1.5, 2)]
         if both:
             steps += [(2.0, 0.5), (0.5, 2.0), (1.5, 0.75), (0.75, 1.5)]
-        shapes = [(int(size * a), self._batches(batches * b)) for a, b in steps]
+        shapes = [
+            (min(int(size * a), _MOST_REQUESTS), min(self._batches(batches * b), self.most_batches))
+            for a, b in steps
+        ]
         stages = self.base.num_stages
         if stages > 1:
             shapes = [(size, batches + stages), (size, batches - stages), *shapes]
@@ -195,23 +198,31 @@ class Shapes:
         """
         if together is None:
             together = self._together
-        less = dict.fromkeys(Tier, 0.0)
-        program = self.program(policy)
+        less, more = dict.fromkeys(Tier, 0.0), dict.fromkeys(Tier, 0.0)
+        program, misfits = self.program(policy), 0
         for attempt in range(_TRIES):
             if not attempt and fixed is self.fixed and together is self._together:
                 solution = self._first(policy)
             else:
-                solution = program.solve(self.limits, less, fixed, together=together)
+                room = {tier: less[tier] + more[tier] for tier in Tier}
+                solution = program.solve(self.limits, room, fixed, together=together)
                 self.dealer.work += _SOLVING
-            if solution is None or (within is not None and solution.bound >= within):
+            if solution is None:
+                if not misfits:
+                    break
+                # Too much was taken away: what moving takes is less where less of it has to move.
+                more = {tier: nbytes / 2 for tier, nbytes in more.items()}
+                continue
+            if within is not None and solution.bound >= within:
                 break
             over: dict[Tier, float] = {}
             found = self.dealer.dealt(policy, solution.splits, over)
             if found is not None:
                 return found
-            for tier, nbytes in over.items():
-                # Ever more: what is too much may be less than what is dealt out at once.
-                less[tier] += nbytes * 2**attempt
+            less = {tier: less[tier] + more[tier] for tier in Tier}
+            # Ever more: what is too much may be less than what is dealt out at once.
+            more = {tier: over.get(tier, 0.0) * 2**misfits for tier in Tier}
+            misfits += 1
         return None
 
     def _in_steps(self, policy: Policy) -> Candidate | None:

@@ -3,11 +3,19 @@ people found them."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 import flexgen_jax as fg
 
 HOST = (0, 100)
+T4, A5000 = fg.Hardware.preset("t4"), fg.Hardware.preset("a5000")
+# As in benchmarks/search_grid.py.
+MACHINES = {
+    "little memory": dataclasses.replace(A5000, device_memory=8e9, host_memory=16e9),
+    "many cores": dataclasses.replace(T4, host_memory=512e9, host_attention=300e9),
+}
 CASES = [
     # model, machine, prompt, new; fields that auto keeps; percent, rows x batches, other fields
     (
@@ -38,6 +46,30 @@ CASES = [
         (3, 16),
         {"num_stages": 4},
     ),
+    (  # where moving weights took more than there was room for
+        ("facebook/opt-66b", "h200", 32, 128),
+        {},
+        (60, 40, 20, 80, 100, 0),
+        (256, 3),
+        {"host_attention": True},
+    ),
+    (
+        ("facebook/opt-6.7b", "many cores", 32, 32),
+        {},
+        (20, 80, *HOST, 100, 0),
+        (256, 32),
+        {"host_attention": True},
+    ),
+    *(
+        (
+            ("Qwen/Qwen3-30B-A3B", "little memory", 2048, new),
+            {},
+            (0, 10, 0, 10, 0, 20),
+            (8, 16),
+            {"host_attention": True, "experts": fg.Split(device=0, host=20, disk=80)},
+        )
+        for new in (32, 512)
+    ),
 ]
 
 
@@ -48,8 +80,9 @@ def test_nothing_is_predicted_to_be_faster(job, fixed, percent, shape, choices):
     policy = fg.Policy.from_percent(
         *percent, device_batch_size=rows, num_device_batches=batches, **choices
     )
+    hardware = MACHINES.get(machine) or fg.Hardware.preset(machine)
     lengths = {"prompt_len": prompt_len, "gen_len": gen_len, "num_hosts": policy.num_stages}
-    other = fg.plan(model, policy, fg.Hardware.preset(machine), **lengths)
-    auto = fg.plan(model, "auto", fg.Hardware.preset(machine), **lengths, fixed=fixed)
+    other = fg.plan(model, policy, hardware, **lengths)
+    auto = fg.plan(model, "auto", hardware, **lengths, fixed=fixed)
     assert not auto.misfits
     assert auto.tokens_per_second >= 0.99 * other.tokens_per_second
