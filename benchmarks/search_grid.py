@@ -6,9 +6,10 @@ and attention on the device or the host. Each is bounded by its busiest stream o
 simulation undercuts, and by the memory it takes; those that are left are simulated, the lowest
 bound first, as many as --simulations says; then every neighbour of the best, until none is better.
 
-    python benchmarks/search_grid.py --cases 20 --seed 1
+    python benchmarks/search_grid.py --each --seed 1 --out results.jsonl
 
-prints the cases in which something is faster than auto, the worst first, and a summary.
+takes each model on each machine once, prints the cases in which something is faster than auto, the
+worst first, and a summary; every case goes to the file as it is found.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import json
 import random
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -111,6 +114,8 @@ class Grid:
         total = np.zeros(len(x))
         for phase in (0, 1):
             own = rows[:, count + phase] == -1
+            if not own.any():  # one new token: no decode steps
+                continue
             busy = x @ rows[own][:, :count].T - np.array(program.upper)[own]
             total += busy.max(axis=1)
         memory, room = program.memory(self.limits, dict.fromkeys(TIERS, 0.0))
@@ -201,7 +206,7 @@ def compare(
     model: str, machine: str, job: Uniform, hardware: fg.Hardware, simulations: int
 ) -> dict[str, Any]:
     """A case: auto, and the best of the grid."""
-    case: dict[str, Any] = {"model": model, "machine": machine}
+    case: dict[str, Any] = {"benchmark": "search_grid", "model": model, "machine": machine}
     case |= {"prompt_len": job.prompt_len, "gen_len": job.gen_len}
     begun = time.perf_counter()
     lengths = {"prompt_len": job.prompt_len, "gen_len": job.gen_len}
@@ -236,16 +241,36 @@ def cases(models: list[str], known: list[str]) -> list[tuple[str, str, Uniform]]
     return found
 
 
+def one_of_each(
+    chosen: list[tuple[str, str, Uniform]], seed: int
+) -> list[tuple[str, str, Uniform]]:
+    """Each model on each machine once, with lengths that are as seldom so far as any."""
+    chosen = random.Random(seed).sample(chosen, len(chosen))
+    pairs = dict.fromkeys((model, machine) for model, machine, _ in chosen)
+    seen: Counter[Uniform] = Counter()
+    found = []
+    for pair in pairs:
+        jobs = [job for *those, job in chosen if tuple(those) == pair]
+        job = min(jobs, key=lambda each: seen[each])
+        seen[job] += 1
+        found.append((*pair, job))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, help="a random sample of so many [default: all]")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--each", action="store_true", help="each model on each machine once")
+    parser.add_argument("--seed", type=int, default=0, help="of what is random")
+    parser.add_argument("--out", type=Path, help="a file to append every case to")
     parser.add_argument("--simulations", type=int, default=200, help="of the grid, for each case")
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--machines", nargs="+", default=list(machines()))
     args = parser.parse_args()
     known = machines()
     chosen = cases(args.models, args.machines)
+    if args.each:
+        chosen = one_of_each(chosen, args.seed)
     if args.cases is not None:
         chosen = random.Random(args.seed).sample(chosen, min(args.cases, len(chosen)))
     found = []
@@ -256,6 +281,9 @@ def main() -> None:
             print(f"{model} on {machine}, {job}: {error}", file=sys.stderr)
             continue
         found.append(case)
+        if args.out is not None:
+            with args.out.open("a", encoding="utf-8") as out:
+                print(json.dumps(case), file=out)
         print(f"{case['ratio']} {model} on {machine}, {job}", file=sys.stderr)
     ratios = [case["ratio"] for case in found if case["ratio"] is not None]
     for case in sorted(found, key=lambda each: each["ratio"] or 0.0):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -495,6 +496,49 @@ def auto(records: list[dict]) -> str:
     return f"{note}\n\n{table((*header, 'auto ÷ best'), rows)}"
 
 
+def search_grid(records: list[dict]) -> str:
+    """Of cases that something is known to fit; of each that auto does not win, both policies."""
+    known = sorted((r for r in records if r["ratio"] is not None), key=lambda r: r["ratio"])
+    ratios = [r["ratio"] for r in known]
+    below = [r for r in known if r["ratio"] < 1]
+    note = (
+        f"What policy auto is predicted to reach, over the best of a grid and its neighbours: "
+        f"{len(known)} cases, worst {ratios[0]:.3f}, median {statistics.median(ratios):.3f}, "
+        f"{len(below)} below 1."
+    )
+    if not below:
+        return note
+    note += (
+        " Those, with the shares on device / host / disk of weights (w), cache (c), hidden states "
+        "(h) and experts (e); *: attention on the host."
+    )
+    rows = [
+        (
+            r["model"].rpartition("/")[2],
+            r["machine"],
+            f"{r['prompt_len']} + {r['gen_len']}",
+            f"{r['auto']['tokens_per_second']:.3g}",
+            _placed(r["auto"]["policy"]),
+            f"{r['best']['tokens_per_second']:.3g}",
+            _placed(r["best"]["policy"]),
+            f"{r['ratio']:.4f}",
+        )
+        for r in below
+    ]
+    header = ("model", "machine", "tokens", "auto", "", "best of the grid", "", "auto ÷ best")
+    return f"{note}\n\n{table(header, rows)}"
+
+
+def _placed(policy: dict) -> str:
+    """A policy's block, and where things are that are not on the device."""
+    shape = f"{policy.get('device_batch_size', 8)} x {policy.get('num_device_batches', 4)}"
+    parts = [shape + "*" * policy.get("host_attention", False)]
+    for kind in ("weights", "cache", "hidden", "experts"):
+        if kind in policy:
+            parts.append(f"{kind[0]} " + "/".join(f"{n:g}" for n in policy[kind].values()))
+    return ", ".join(parts)
+
+
 def stages(records: list[dict]) -> str:
     on_paper = [
         (
@@ -555,7 +599,13 @@ TARGETS: dict[str, dict[str, Callable[[list[dict]], str]]] = {
     "docs/throughput.md": {"growth": growth},
     "docs/experts.md": {"experts": experts, "experts_read": experts_read, "published": published},
     "docs/scaling.md": {"stages": stages},
-    "docs/planning.md": {"paper": paper, "predict": predict, "auto": auto, "resident": resident},
+    "docs/planning.md": {
+        "paper": paper,
+        "predict": predict,
+        "auto": auto,
+        "search_grid": search_grid,
+        "resident": resident,
+    },
     "docs/compression.md": {"quality": quality, "compressed": compressed_speed},
 }
 
