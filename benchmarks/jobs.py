@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 from memory import held_nbytes
@@ -85,11 +87,12 @@ def main() -> None:
         with target.open() as file:
             ids = [json.loads(line)["id"] for line in file]
         assert ids == [f"r{number}" for number in range(args.requests)]
-    print(json.dumps(summary(args.requests, samples, report)))
+    print(json.dumps(summary(args, samples, report)))
 
 
-def summary(requests: int, samples: list[tuple[float, int, int]], report: dict) -> dict:
+def summary(args: argparse.Namespace, samples: list[tuple[float, int, int]], report: dict) -> dict:
     """The second quarter of the requests beside the last: the first one compiles."""
+    requests = args.requests
     quarters = []
     for quarter in (1, 3):
         inside = [
@@ -105,11 +108,16 @@ def summary(requests: int, samples: list[tuple[float, int, int]], report: dict) 
     return {
         "benchmark": "jobs",
         "requests": requests,
+        "max_tokens": args.max_tokens,
+        "block": [args.device_batch_size, args.num_device_batches],
+        "refill": not args.no_refill,
         "seconds": samples[-1][0],
         "requests_per_second": {"second quarter": second, "last quarter": last},
         "peak_held_gb": {"second quarter": held_second, "last quarter": held_last},
         "padding": report["padding"],
         "compilations": report["compilations"],
+        "jax": version("jax"),
+        "cores": len(os.sched_getaffinity(0)),
     }
 
 

@@ -80,6 +80,7 @@ def refill(records: list[dict]) -> str:
             f"{r['ratio']:.2f}",
             f"{r['occupancy']['refill']:.0%} ({r['occupancy']['blocks']:.0%})",
             f"{r['passes_over_ideal']:.2f}",
+            f"{r['measured_over_predicted']:.2f}",
         )
         for r in records
     ]
@@ -101,7 +102,32 @@ def refill(records: list[dict]) -> str:
         "ratio",
         "occupancy",
         "passes ÷ ideal",
+        "measured ÷ predicted",
     )
+    return f"{note}\n\n{table(header, rows)}"
+
+
+def jobs(records: list[dict]) -> str:
+    def quarters(r: dict, field: str) -> tuple[float, float]:
+        return r[field]["second quarter"], r[field]["last quarter"]
+
+    rows = [
+        (
+            f"{r['requests']:,}",
+            "refill" if r["refill"] else "blocks",
+            f"{r['seconds']:.0f} s",
+            *(f"{each:.0f}" for each in quarters(r, "requests_per_second")),
+            *(f"{each:.2f} GB" for each in quarters(r, "peak_held_gb")),
+        )
+        for r in records
+    ]
+    first = records[0]
+    note = (
+        f"The bundled model, prompts of 1 to 10 words, {first['max_tokens']} new tokens each, "
+        f"blocks of {' x '.join(map(str, first['block']))}: requests/s and memory held in the "
+        f"second and the last quarter of the job ({first['cores']} CPU cores, jax {first['jax']})."
+    )
+    header = ("requests", "", "in all", "requests/s", "in the end", "memory", "in the end")
     return f"{note}\n\n{table(header, rows)}"
 
 
@@ -596,6 +622,7 @@ TARGETS: dict[str, dict[str, Callable[[list[dict]], str]]] = {
         "long_prompt": long_prompt,
         "startup": startup,
     },
+    "docs/jobs.md": {"jobs": jobs},
     "docs/throughput.md": {"growth": growth},
     "docs/experts.md": {"experts": experts, "experts_read": experts_read, "published": published},
     "docs/scaling.md": {"stages": stages},

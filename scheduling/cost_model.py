@@ -221,6 +221,9 @@ class CostModel:
             found.append(Term("dequantize", DEVICE, sizes.dense[op.layer] / h.dequantize))
         if not self.workload.has_cache(op.layer):
             return found
+        if h.elementwise:
+            values = (batch.rows * positions + come * length) * sizes.hidden_size
+            found.append(Term("elementwise", DEVICE, values * h.elementwise))
         begins = batch.begins(op.step)
         prompts = (batch.rows if begins else 0, positions), (come, length)
         window = sizes.windows.get(op.layer, positions + length)

@@ -36,6 +36,8 @@ class Hardware:
             Outwards; the KV cache moves in smaller pieces than hidden states.
         matmul: (rows, FLOP per second) of matrix products, by rising rows; between two the rate is
             interpolated, with fewer rows it falls in proportion, and with more it stays.
+        elementwise: Seconds that each value of the hidden states takes in a layer beside its
+            products: norms, activations, residuals. It is what makes narrow layers slow.
         attention: FLOP per second of attention in prefill.
         cached_attention: Bytes of cache per second that a decode step attends to on the device;
             ``host_attention``: on the host.
@@ -84,6 +86,7 @@ class Hardware:
     compute_overhead: float = 0.0
     load_overhead: float = 0.0
     step_overhead: float = 0.0
+    elementwise: float = 0.0
     runtime_memory: float = RUNTIME_MEMORY
     short: bool = False
 
@@ -213,6 +216,7 @@ FIXED = (
     "compute_overhead",
     "load_overhead",
     "step_overhead",
+    "elementwise",
     "disk_read_latency",
     "disk_write_latency",
 )

@@ -43,6 +43,7 @@ from storage.slots import Slot
 _ROWS = (2, 8, 16, 32, 64, 128, 512, 1024)
 _SHORT_ROWS = (2, 16, 64, 512)
 _MOST_DECODE_ROWS, _PROMPT = 128, 64
+_NARROW, _NARROW_REPEATS = "facebook/opt-125m", 5
 _WIDTH, _FFN, _HEADS, _HEAD_DIM = 2048, 8192, 32, 64
 _FILE_NBYTES, _CALL_NBYTES, _SMALL_NBYTES = 1 << 30, 32 << 20, 64 << 10
 SHORT_REPEATS, SHORT_FILE_NBYTES = 2, 128 << 20
@@ -91,9 +92,11 @@ def profile(
     if inward is not None and outward is not None:
         say(f"host to device {_gb(inward)}, device to host {_gb(outward)}")
     points = _layers(_SHORT_ROWS if short else _ROWS, dtype, repeats)
+    elementwise = _elementwise(points, dtype, repeats)
     say(
         "decoder layers, GFLOP/s by rows: "
         + ", ".join(f"{rows:.0f}: {rate / 1e9:.0f}" for rows, rate in points)
+        + f"; {elementwise * 1e9:.1f} ns a hidden value beside products"
     )
     attention = _attention(dtype, repeats)
     cached_attention = _cached_attention(dtype, repeats, device)
@@ -130,7 +133,8 @@ def profile(
         device_to_host_hidden=outward,
         host_to_disk_cache=cache_write,
         host_to_disk_hidden=write,
-        matmul=points,
+        matmul=_products(points, elementwise),
+        elementwise=elementwise,
         attention=attention,
         cached_attention=cached_attention,
         host_attention=hosted,
@@ -288,13 +292,44 @@ def _layers(counts: Sequence[int], dtype: str, repeats: int) -> tuple[tuple[floa
     return tuple((float(n), _layer_rate(config, params, n, dtype, repeats)) for n in counts)
 
 
+def _elementwise(points: Sequence[tuple[float, float]], dtype: str, repeats: int) -> float:
+    """Seconds a value of the hidden states takes in a layer beside its products.
+
+    Of a narrow layer they are the larger part: what it takes beyond a wide one's rate tells.
+    """
+    config = preset(_NARROW)
+    rows = max(_SHORT_ROWS)
+    narrow = _layer_rate(config, _layer(config, dtype), rows, dtype, max(repeats, _NARROW_REPEATS))
+    wide = dict(points).get(rows)
+    if wide is None:
+        return 0.0
+    # Seconds a row = FLOP / rate of products + width * elementwise, of both.
+    flops, more = _flops(config), _flops(preset(MEASURED_WITH))
+    width = config.hidden_size
+    found = (flops / narrow - flops / wide) / (width - _WIDTH * flops / more)
+    return min(max(found, 0.0), more / wide / _WIDTH / 2)
+
+
+def _products(
+    points: Sequence[tuple[float, float]], elementwise: float
+) -> tuple[tuple[float, float], ...]:
+    """Rows, and FLOP per second of the products alone."""
+    flops = _flops(preset(MEASURED_WITH))
+    return tuple((n, flops / (flops / rate - _WIDTH * elementwise)) for n, rate in points)
+
+
+def _flops(config: Config) -> float:
+    """Of a layer's products, a row."""
+    shapes = unit_shapes(config, "layer_0")
+    return sum(2.0 * math.prod(s) for n, s in shapes.items() if n.endswith(".kernel"))
+
+
 def _layer_rate(config: Config, params: Any, rows: int, dtype: str, repeats: int) -> float:
-    shapes, kind = unit_shapes(config, "layer_0"), unit_kinds(config)[1]
-    flops = rows * sum(2.0 * math.prod(s) for n, s in shapes.items() if n.endswith(".kernel"))
-    form = CacheFormat()
+    kind, flops, form = unit_kinds(config)[1], rows * _flops(config), CacheFormat()
+    width, heads = config.hidden_size, config.num_attention_heads
     if rows <= _MOST_DECODE_ROWS:
-        x = _normal(rows, 1, _WIDTH, dtype=dtype)
-        cache = LayerCache(*(_normal(rows, _HEADS, 32, _HEAD_DIM, dtype=dtype),) * 2)
+        x = _normal(rows, 1, width, dtype=dtype)
+        cache = LayerCache(*(_normal(rows, heads, 32, _HEAD_DIM, dtype=dtype),) * 2)
         padding, position = jnp.zeros(rows, jnp.int32), np.int32(16)
         return flops / _seconds(
             lambda: kernels.decode_layer(
@@ -303,7 +338,7 @@ def _layer_rate(config: Config, params: Any, rows: int, dtype: str, repeats: int
             repeats,
         )
     batch = rows // _PROMPT
-    x, padding = _normal(batch, _PROMPT, _WIDTH, dtype=dtype), jnp.zeros(batch, jnp.int32)
+    x, padding = _normal(batch, _PROMPT, width, dtype=dtype), jnp.zeros(batch, jnp.int32)
     return flops / _seconds(
         lambda: kernels.prefill_layer(params, x, padding, config=config, kind=kind, form=form),
         repeats,

@@ -61,6 +61,19 @@ def test_the_first_run_measures_and_the_next_one_knows(measured, tmp_path):
     assert [c["dtype"] for c in measured] == ["float32", "bfloat16"]
 
 
+@pytest.mark.parametrize("other", ["version of JAX", "number of cores", "processor"])
+def test_another_machine_has_figures_of_its_own(measured, monkeypatch, tmp_path, other):
+    opened(tmp_path)
+    if other == "version of JAX":
+        monkeypatch.setattr(jax, "__version__", "0.99.3")
+    elif other == "number of cores":
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(96)))
+    else:
+        monkeypatch.setattr(this_machine, "this_cpu", lambda: "riscv64-1234")
+    opened(tmp_path)
+    assert len(measured) == len(list((tmp_path / "cache").glob("hardware-*.json"))) == 2
+
+
 def test_the_command_profile_replaces_it(measured, monkeypatch, tmp_path):
     opened(tmp_path, dtype="float32")
     full = dataclasses.replace(SHORT, name="in full", short=False)
@@ -200,6 +213,21 @@ def test_a_short_profile_is_a_part_of_the_full_one_and_says_so(monkeypatch, tmp_
     assert found.dequantize / near.dequantize == pytest.approx(
         found.cached_attention / near.cached_attention
     )
-    for name in ("compute_overhead", "load_overhead", "step_overhead"):
+    for name in ("compute_overhead", "load_overhead", "step_overhead", "elementwise"):
         assert getattr(found, name) >= 0
     assert fg.Hardware.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+def test_a_narrow_layer_tells_what_a_layer_takes_beside_products(monkeypatch):
+    per_value, rate = 10e-9, 4e11
+
+    def layer_rate(config, params, rows, *_):
+        flops = profiling._flops(config)
+        return flops / (flops / rate + config.hidden_size * per_value)
+
+    monkeypatch.setattr(profiling, "_layer_rate", layer_rate)
+    points = profiling._layers(profiling._SHORT_ROWS, "bfloat16", 1)
+    found = profiling._elementwise(points, "bfloat16", 1)
+    assert found == pytest.approx(per_value)
+    alone = profiling._products(points, found)
+    assert [each for _, each in alone] == pytest.approx([rate] * len(points))

@@ -8,7 +8,7 @@ import flexgen_jax as fg
 from scheduling.hardware import FIXED, PRESETS
 
 STEPS, BATCHES, LAYERS = 5, 3, 14  # of opt-125m, embedding and head with them
-NEW = ("compute_overhead", "load_overhead", "step_overhead")
+NEW = ("compute_overhead", "load_overhead", "step_overhead", "elementwise")
 
 
 def seconds(weights, **changes):
@@ -34,9 +34,15 @@ def test_each_adds_to_what_it_is_about(name, here, on_disk):
         assert more == pytest.approx(0.25 * count, abs=1e-6)
 
 
+def test_a_layer_takes_time_for_each_value_of_its_hidden_states():
+    positions = 2 * BATCHES * (32 + STEPS - 1)
+    more = seconds(fg.Split(), elementwise=1e-4) - seconds(fg.Split())
+    assert more == pytest.approx(1e-4 * positions * 768 * (LAYERS - 2))
+
+
 def test_presets_have_none_of_them():
     for hardware in PRESETS.values():
-        assert [getattr(hardware, field) for field in NEW] == [0, 0, 0]
+        assert [getattr(hardware, field) for field in NEW] == [0, 0, 0, 0]
         assert not hardware.short
 
 
