@@ -82,6 +82,11 @@ class Dealer:
         self.work += work
         return dataclasses.replace(candidate, seconds=candidate.seconds * ratio, simulated=True)
 
+    def in_whole(self, candidate: Candidate) -> Candidate:
+        """By simulating all layers, and a few steps."""
+        seconds = self.blocks.whole(candidate.policy, self.hardware)
+        return dataclasses.replace(candidate, seconds=seconds, simulated=True)
+
 
 def size(nbytes: float) -> str:
     """Bytes, in words."""

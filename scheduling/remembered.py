@@ -51,6 +51,7 @@ class Remembered:
         self.room = functools.lru_cache(maxsize=None)(self._room)
         self.least = functools.lru_cache(maxsize=None)(self._least)
         self.waits = functools.lru_cache(maxsize=None)(self._waits)
+        self.whole = functools.lru_cache(maxsize=None)(self._whole)
         self.program = functools.lru_cache(maxsize=None)(self._program)
         self._order = functools.lru_cache(maxsize=None)(self._ordered)
 
@@ -100,6 +101,14 @@ class Remembered:
 
         seconds = sum(estimate(schedule, few, hardware, decode_steps=steps, issues=issues))
         return seconds / busiest(_lanes(few, hardware, policy)), count
+
+    def _whole(self, policy: Policy, hardware: Hardware) -> float:
+        """Seconds of the job, by simulating all layers and a few steps of each of its blocks."""
+        schedule, issues = self._order(policy.overlap)
+        return sum(
+            count * sum(estimate(schedule, workload, hardware, issues=issues))
+            for workload, count in self(policy)
+        )
 
     def _ordered(self, overlap: bool) -> tuple[Schedule, Issues]:
         """The schedule as policies have it, and its issues, of some shapes known already."""

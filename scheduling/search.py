@@ -26,7 +26,9 @@ _SIZES = (1, 4, 16, 64, 256)
 # How many are dealt out, of which methods, and simulated.
 _DEALT, _DEALT_OF_EACH = 8, 2
 _SIMULATED, _ALSO_SIMULATED = 3, 3
-_CLOSE = 1.03  # what an estimate may be off by
+# How many are simulated with all their layers, and within what of the best.
+_IN_WHOLE, _ALIKE = 4, 1.03
+_CLOSE = 1.1  # what an estimate may be off by
 
 
 class NothingFitsError(ValueError):
@@ -116,8 +118,8 @@ class _Search(Shapes):
             self._look(chosen)
         fitting = self._fitting(choices)
         promising = _promising(list(filter(self.differs, fitting)) or fitting)
-        for candidate in promising[:_SIMULATED]:
-            promising += self._before_experts(candidate)
+        for candidate in tuple(promising):
+            promising += self._purer(candidate)
         if self.near is None and uphill:
             promising += pure_starts(self)
         elif self.near is not None:
@@ -125,8 +127,24 @@ class _Search(Shapes):
             shape = self.value(_shape(self.near), {n: getattr(self.near, n) for n in self.allow})
             same = None if shape is None else self.dealer.dealt(shape, splits, {})
             promising += [] if same is None else [same]
-        best, *others = climb(self, promising) if uphill else promising
+        found = climb(self, promising) if uphill else promising
+        best, *others = self._in_whole(found) if uphill else found
         return Found(best=best, others=tuple(others), considered=len(self.values))
+
+    def _in_whole(self, found: Sequence[Candidate]) -> list[Candidate]:
+        """The best of a few shapes, of which all layers are simulated, before the rest.
+
+        What a few layers say of shapes that are unlike may be off by some percent.
+        """
+        first: dict[tuple[int, int], Candidate] = {}
+        for candidate in found:
+            if candidate.seconds <= _ALIKE * found[0].seconds and len(first) < _IN_WHOLE:
+                first.setdefault(_shape(candidate.policy), candidate)
+        if len(first) < 2:
+            return list(found)
+        ranked = sorted(map(self.dealer.in_whole, first.values()), key=_seconds)
+        there = {candidate.policy for candidate in ranked}
+        return ranked + [c for c in found if c.policy not in there]
 
     def _fitting(self, choices: Sequence[Mapping[str, Any]]) -> list[Candidate]:
         """Of the shapes that the program likes best, those that fit as dealt out, the best first.
@@ -144,20 +162,25 @@ class _Search(Shapes):
             raise self._nothing_fits()
         return sorted(found, key=_seconds)
 
-    def _before_experts(self, candidate: Candidate) -> list[Candidate]:
-        """The same shape with what every pass uses on the device before any experts are.
+    def _purer(self, candidate: Candidate) -> list[Candidate]:
+        """The same shape with what every pass uses on the device before any experts are; or with
+        all experts on the host, and maybe the other weights too.
 
-        Those are the other weights, and maybe cache and hidden states. The program deals in
+        The first are the other weights, and maybe cache and hidden states. The program deals in
         shares, and where links have time to spare it leaves some of them elsewhere; but that is
         whole tensors, which a pass may wait for.
         """
         policy = candidate.policy
         if policy.experts is None:
             return []
+        here, there = Split(), Split(device=0, host=100)
+        of_kinds = [{"weights": here}, dict.fromkeys(SPLITS, here)]
+        if not self.limits.shared:
+            of_kinds += [{"experts": there}, {"experts": there, "weights": there}]
         found = []
-        for kinds in (("weights",), SPLITS):
-            near = {kind: Split() for kind in kinds} | self.fixed
-            if any(getattr(policy, kind) != near[kind] for kind in kinds):
+        for splits in of_kinds:
+            near = splits | self.fixed
+            if any(getattr(policy, kind) != near[kind] for kind in splits):
                 found.append(self.rounded(self.shape(policy), near, together=False))
         return [c for c in found if c is not None]
 
@@ -168,7 +191,7 @@ class _Search(Shapes):
         elif choices:
             for best in self._ranked({})[:3]:
                 self.value(_shape(best), choices)
-        if not self._ranked(choices):
+        if self.near is None or not self._ranked(choices):
             given = self.fixed
             sizes = (given["device_batch_size"],) if "device_batch_size" in given else _SIZES
             fixed = "num_device_batches" in given

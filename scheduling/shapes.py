@@ -30,7 +30,7 @@ CHOICES: Mapping[str, tuple[Any, ...]] = {
 EXACT = ("host_attention",)
 # The largest blocks.
 _MOST_REQUESTS, _MOST_BATCHES = 256, 32
-_BATCHES = (1, 4, 16)
+_BATCHES = (1, 2, 4, 8, 16, 32)
 _TRIES = 10
 _SOLVING = 1000  # the work of it (``Dealer.work``)
 _STEPS = (0, 25, 50, 75, 100)
