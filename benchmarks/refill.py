@@ -30,6 +30,7 @@ import numpy as np
 from chat_questions import questions
 
 import flexgen_jax as fg
+from flexgen_jax.machine.first_profile import known_machine
 from flexgen_jax.planning.blocks import in_turn
 from flexgen_jax.planning.refilling import ideal_passes
 from flexgen_jax.requests.request import Request
@@ -141,6 +142,10 @@ def run(args: argparse.Namespace, work: str) -> dict[str, Any]:
         hidden=on(args.hidden),
     )
     options: dict[str, Any] = {"policy": policy, "dtype": args.dtype, "offload_dir": work}
+    if args.gb_per_second:  # what is predicted is of the disk as it is throttled
+        known = known_machine(args.dtype, Path(work), measure=True, say=print)
+        rate = {"disk_to_host": args.gb_per_second * 1e9}
+        options["hardware"] = dataclasses.replace(known, **rate)
     with fg.LLM(store(args, work), **options, wrap_store=throttled) as llm:
         asked = asked_questions(llm, args) if args.questions else requests(llm, args)
         found: dict[bool, list[fg.Report]] = {True: [], False: []}

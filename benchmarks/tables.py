@@ -74,13 +74,14 @@ def refill(records: list[dict]) -> str:
         (
             f"{r['model']}, {r['dtype']}",
             job(r),
+            r["jax"],
             lies(r),
             f"{r['tokens_per_second']['refill']:.1f}",
             f"{r['tokens_per_second']['blocks']:.1f}",
             f"{r['ratio']:.2f}",
             f"{r['occupancy']['refill']:.0%} ({r['occupancy']['blocks']:.0%})",
             f"{r['passes_over_ideal']:.2f}",
-            f"{r['measured_over_predicted']:.2f}",
+            f"{r['measured_over_predicted']:.2f}" if r["measured_over_predicted"] else "",
         )
         for r in records
     ]
@@ -91,11 +92,12 @@ def refill(records: list[dict]) -> str:
         "tokens/s with refill and without, in turns in one process. Occupancy: rows of use ÷ "
         "rows computed, without refill in brackets. Passes over the weights ÷ those of ideal first "
         "come, first served "
-        f"({first['cores']} CPU cores with AVX-512, jax {first['jax']})."
+        f"({first['cores']} CPU cores with AVX-512)."
     )
     header = (
         "model",
         "requests",
+        "jax",
         "on disk",
         "refill",
         "blocks",

@@ -19,7 +19,7 @@ from scheduling.linear_program import SPLITS
 from scheduling.policy import Policy, Split
 from scheduling.remembered import Blocks
 from scheduling.schedules import Schedule
-from scheduling.shapes import CHOICES, Shapes
+from scheduling.shapes import CHOICES, EXACT, Shapes
 
 # Where looking begins.
 _SIZES = (1, 4, 16, 64, 256)
@@ -191,7 +191,9 @@ class _Search(Shapes):
         elif choices:
             for best in self._ranked({})[:3]:
                 self.value(_shape(best), choices)
-        if self.near is None or not self._ranked(choices):
+        changed = {n for n, chosen in choices.items() if getattr(self.base, n) != chosen}
+        everywhere = self.near is None and changed <= set(EXACT)
+        if everywhere or not self._ranked(choices):
             given = self.fixed
             sizes = (given["device_batch_size"],) if "device_batch_size" in given else _SIZES
             fixed = "num_device_batches" in given

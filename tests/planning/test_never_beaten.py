@@ -60,6 +60,26 @@ CASES = [
         (256, 32),
         {"host_attention": True},
     ),
+    (  # which a few layers call slower than another shape
+        ("facebook/opt-66b", "h200", 128, 128),
+        {},
+        (*HOST, 20, 80, 100, 0),
+        (256, 4),
+        {"host_attention": True},
+    ),
+    *(  # far from what is estimated to be best
+        (
+            ("Qwen/Qwen3-30B-A3B", machine, prompt_len, gen_len),
+            {},
+            (20, 80, *HOST, 100, 0),
+            shape,
+            {"host_attention": True, "experts": fg.Split(device=0, host=100)},
+        )
+        for machine, prompt_len, gen_len, shape in (
+            ("many cores", 2048, 8, (16, 16)),
+            ("t4", 512, 32, (128, 8)),
+        )
+    ),
     *(
         (
             ("Qwen/Qwen3-30B-A3B", "little memory", 2048, new),
